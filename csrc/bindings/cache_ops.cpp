@@ -1,0 +1,146 @@
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "bindings/device.h"
+#include "bindings/ops.h"
+#include "bindings/tensor_checks.h"
+#include "cache/copy_blocks.h"
+#include "cache/reshape_and_cache.h"
+
+namespace nano_vllm {
+
+void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                       const Tensor& value_cache, const Tensor& slot_mapping) {
+  ReshapeAndCacheParams params{};
+  params.dtype = float_dtype("key", key);
+  const ScalarType dtype = key.scalar_type();
+  check_shape("key", key, {-1, -1, -1});
+  check_last_contiguous("key", key);
+  const int64_t num_tokens = key.size(0), num_kv_heads = key.size(1), head_dim = key.size(2);
+  check_tensor("value", value, key, dtype, {num_tokens, num_kv_heads, head_dim});
+  check_tensor("key_cache", key_cache, key, dtype, {-1, -1, num_kv_heads, head_dim});
+  check_tensor("value_cache", value_cache, key, dtype,
+               {key_cache.size(0), key_cache.size(1), num_kv_heads, head_dim});
+  check_tensor("slot_mapping", slot_mapping, key, ScalarType::Long, {num_tokens});
+
+  params.key = key.const_data_ptr();
+  params.value = value.const_data_ptr();
+  params.key_cache = key_cache.mutable_data_ptr();
+  params.value_cache = value_cache.mutable_data_ptr();
+  params.slot_mapping = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
+  params.key_stride_token = key.stride(0);
+  params.key_stride_head = key.stride(1);
+  params.value_stride_token = value.stride(0);
+  params.value_stride_head = value.stride(1);
+  params.key_cache_stride_block = key_cache.stride(0);
+  params.key_cache_stride_token = key_cache.stride(1);
+  params.key_cache_stride_head = key_cache.stride(2);
+  params.value_cache_stride_block = value_cache.stride(0);
+  params.value_cache_stride_token = value_cache.stride(1);
+  params.value_cache_stride_head = value_cache.stride(2);
+  params.num_tokens = to_int32("num_tokens", num_tokens);
+  params.num_kv_heads = to_int32("num_kv_heads", num_kv_heads);
+  params.head_dim = to_int32("head_dim", head_dim);
+  params.block_size = to_int32("block_size", key_cache.size(1));
+  if (num_tokens == 0 || num_kv_heads == 0 || head_dim == 0) return;
+  NANO_VLLM_DISPATCH(reshape_and_cache, key, params);
+}
+
+namespace {
+
+struct Pool {
+  int64_t num_planes, num_blocks, stride_plane, stride_block, block_bytes;  // strides in bytes
+};
+
+// A cache [num_layers, 2, num_blocks, ...] seen as planes of blocks, each block dense in some order
+// of its dimensions.
+Pool pool_of(const char* name, const Tensor& cache) {
+  const int64_t dim = cache.dim();
+  check(dim >= 4 && cache.size(1) == 2, name,
+        " must have shape [num_layers, 2, num_blocks, ...], got ", shape_of(cache));
+  const int64_t element = static_cast<int64_t>(cache.element_size());
+  check(cache.stride(0) == 2 * cache.stride(1) || cache.size(0) == 1, name,
+        " must have evenly spaced planes, got strides ", cache.stride(0), " and ", cache.stride(1));
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size) of one block
+  for (int64_t i = 3; i < dim; ++i) {
+    if (cache.size(i) != 1) dims.emplace_back(cache.stride(i), cache.size(i));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t dense = 1;
+  for (const auto& [stride, size] : dims) {
+    check(stride == dense, name, " must have dense blocks, got stride ", stride, " where ", dense,
+          " is expected");
+    dense *= size;
+  }
+  const int64_t bytes = dense * element;
+  check(bytes % 16 == 0, name, " must have blocks of a multiple of 16 bytes, got ", bytes);
+  return {cache.size(0) * 2, cache.size(2), cache.stride(1) * element, cache.stride(2) * element,
+          bytes};
+}
+
+CopyBlocksParams params_of(const char* src_name, const Tensor& src, const char* dst_name,
+                           const Tensor& dst, const Tensor& block_mapping) {
+  (void)float_dtype(src_name, src);
+  check_dtype(dst_name, dst, src.scalar_type());
+  check_dtype("block_mapping", block_mapping, ScalarType::Long);
+  const Pool from = pool_of(src_name, src), to = pool_of(dst_name, dst);
+  check(from.num_planes == to.num_planes && from.block_bytes == to.block_bytes &&
+            src.dim() == dst.dim(),
+        dst_name, " must have layers and blocks like ", src_name, " ", shape_of(src), ", got ",
+        shape_of(dst));
+  for (int64_t i = 3; i < src.dim(); ++i) {
+    check(src.size(i) == dst.size(i) && (src.size(i) == 1 || src.stride(i) == dst.stride(i)),
+          dst_name, " must have blocks laid out like those of ", src_name, " ", shape_of(src),
+          ", got ", shape_of(dst));
+  }
+  check_shape("block_mapping", block_mapping, {-1, 2});
+  check(block_mapping.is_contiguous(), "block_mapping must be contiguous");
+
+  CopyBlocksParams params{};
+  params.src = src.const_data_ptr();
+  params.dst = dst.mutable_data_ptr();
+  params.block_mapping = static_cast<const int64_t*>(block_mapping.const_data_ptr());
+  params.src_stride_plane = from.stride_plane;
+  params.src_stride_block = from.stride_block;
+  params.dst_stride_plane = to.stride_plane;
+  params.dst_stride_block = to.stride_block;
+  params.block_bytes = from.block_bytes;
+  params.num_planes = to_int32("the number of planes", from.num_planes);
+  params.num_pairs = to_int32("the number of pairs", block_mapping.size(0));
+  return params;
+}
+
+}  // namespace
+
+void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping) {
+  check_device("block_mapping", block_mapping, kv_cache);
+  const CopyBlocksParams params =
+      params_of("kv_cache", kv_cache, "kv_cache", kv_cache, block_mapping);
+  if (params.num_pairs == 0 || params.num_planes == 0 || params.block_bytes == 0) return;
+  NANO_VLLM_DISPATCH(copy_blocks, kv_cache, params);
+}
+
+void swap_blocks(const Tensor& src_cache, const Tensor& dst_cache, const Tensor& block_mapping) {
+  const Tensor& where = src_cache.is_cuda() ? src_cache : dst_cache;
+  check_device("block_mapping", block_mapping, where);
+  const CopyBlocksParams params =
+      params_of("src_cache", src_cache, "dst_cache", dst_cache, block_mapping);
+  if (params.num_pairs == 0 || params.num_planes == 0 || params.block_bytes == 0) return;
+#ifdef NANO_VLLM_CUDA
+  if (where.is_cuda()) {
+    const CudaScope cuda_scope(where);
+    for (const Tensor* cache : {&src_cache, &dst_cache}) {
+      check(cache->is_cuda() || is_device_accessible(cache->const_data_ptr()),
+            cache == &src_cache ? "src" : "dst",
+            "_cache must be in pinned memory to be swapped with a GPU, got pageable memory");
+    }
+    return cuda::copy_blocks(params, cuda_scope.stream());
+  }
+#endif
+  NANO_VLLM_DISPATCH(copy_blocks, where, params);
+}
+
+}  // namespace nano_vllm

@@ -1,0 +1,167 @@
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "bindings/device.h"
+#include "bindings/ops.h"
+#include "bindings/tensor_checks.h"
+#include "layers/activation.h"
+#include "layers/linear.h"
+#include "layers/rms_norm.h"
+#include "layers/rotary_embedding.h"
+
+namespace nano_vllm {
+namespace {
+
+struct RowStrides {
+  int64_t row, head;
+};
+
+RowStrides row_strides(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.dim() == 3 ? tensor.stride(1) : 0};
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& input) {
+  check_device(name, tensor, input);
+  check_dtype(name, tensor, input.scalar_type());
+  if (input.dim() == 3) {
+    check_shape(name, tensor, {input.size(0), input.size(1), input.size(2)});
+  } else {
+    check_shape(name, tensor, {input.size(0), input.size(1)});
+  }
+  check_last_contiguous(name, tensor);
+}
+
+void normalise(const Tensor& out, const Tensor& input, const Tensor* residual, const Tensor& weight,
+               double eps) {
+  RmsNormParams params{};
+  params.dtype = float_dtype("input", input);
+  check(input.dim() == 2 || input.dim() == 3,
+        "input must have shape [num_rows, hidden_size] or [num_rows, num_heads, hidden_size], got ",
+        shape_of(input));
+  check_last_contiguous("input", input);
+  check_like("out", out, input);
+  if (residual != nullptr) check_like("residual", *residual, input);
+  const int64_t hidden_size = input.size(input.dim() - 1);
+  check_tensor("weight", weight, input, input.scalar_type(), {hidden_size});
+  check(hidden_size > 0, "hidden_size must be positive, got ", hidden_size);
+  check(eps >= 0, "eps must be at least 0, got ", eps);
+
+  params.out = out.mutable_data_ptr();
+  params.input = input.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.out_stride_row = row_strides(out).row;
+  params.out_stride_head = row_strides(out).head;
+  params.input_stride_row = row_strides(input).row;
+  params.input_stride_head = row_strides(input).head;
+  if (residual != nullptr) {
+    params.residual = residual->mutable_data_ptr();
+    params.residual_stride_row = row_strides(*residual).row;
+    params.residual_stride_head = row_strides(*residual).head;
+  }
+  params.num_rows = to_int32("num_rows", input.size(0));
+  params.num_heads = input.dim() == 3 ? to_int32("num_heads", input.size(1)) : 1;
+  params.hidden_size = to_int32("hidden_size", hidden_size);
+  params.eps = static_cast<float>(eps);
+  if (params.num_rows == 0 || params.num_heads == 0) return;
+  NANO_VLLM_DISPATCH(rms_norm, input, params);
+}
+
+void activate(const Tensor& out, const Tensor& input, Activation activation) {
+  ActivationParams params{};
+  params.dtype = float_dtype("input", input);
+  params.activation = activation;
+  check_shape("input", input, {-1, -1});
+  check_last_contiguous("input", input);
+  check(input.size(1) % 2 == 0, "input must hold gate and up side by side, got ", input.size(1),
+        " columns");
+  check_tensor("out", out, input, input.scalar_type(), {input.size(0), input.size(1) / 2});
+  params.out = out.mutable_data_ptr();
+  params.input = input.const_data_ptr();
+  params.out_stride_token = out.stride(0);
+  params.input_stride_token = input.stride(0);
+  params.num_tokens = to_int32("num_tokens", input.size(0));
+  params.intermediate_size = to_int32("intermediate_size", input.size(1) / 2);
+  if (params.num_tokens == 0 || params.intermediate_size == 0) return;
+  NANO_VLLM_DISPATCH(activation_and_mul, input, params);
+}
+
+}  // namespace
+
+void rms_norm(const Tensor& out, const Tensor& input, const Tensor& weight, double eps) {
+  normalise(out, input, nullptr, weight, eps);
+}
+
+void fused_add_rms_norm(const Tensor& out, const Tensor& input, const Tensor& residual,
+                        const Tensor& weight, double eps) {
+  normalise(out, input, &residual, weight, eps);
+}
+
+void rotary_embedding(const Tensor& positions, const Tensor& query, const Tensor& key,
+                      const Tensor& cos_sin_cache, bool is_neox) {
+  RotaryEmbeddingParams params{};
+  params.dtype = float_dtype("query", query);
+  check_shape("query", query, {-1, -1, -1});
+  check_last_contiguous("query", query);
+  check_tensor("key", key, query, query.scalar_type(), {query.size(0), -1, query.size(2)});
+  check_tensor("positions", positions, query, ScalarType::Long, {query.size(0)});
+  check_tensor("cos_sin_cache", cos_sin_cache, query, ScalarType::Float, {-1, -1});
+  const int64_t rotary_dim = cos_sin_cache.size(1);
+  check(rotary_dim % 2 == 0 && rotary_dim <= query.size(2),
+        "rotary_dim must be even and at most head_dim ", query.size(2), ", got ", rotary_dim);
+  check(cos_sin_cache.is_contiguous(), "cos_sin_cache must be contiguous");
+
+  params.positions = static_cast<const int64_t*>(positions.const_data_ptr());
+  params.query = query.mutable_data_ptr();
+  params.key = key.mutable_data_ptr();
+  params.cos_sin_cache = static_cast<const float*>(cos_sin_cache.const_data_ptr());
+  params.query_stride_token = query.stride(0);
+  params.query_stride_head = query.stride(1);
+  params.key_stride_token = key.stride(0);
+  params.key_stride_head = key.stride(1);
+  params.num_tokens = to_int32("num_tokens", query.size(0));
+  params.num_heads = to_int32("num_heads", query.size(1));
+  params.num_kv_heads = to_int32("num_kv_heads", key.size(1));
+  params.rotary_dim = to_int32("rotary_dim", rotary_dim);
+  params.is_neox = is_neox;
+  if (params.num_tokens == 0 || rotary_dim == 0) return;
+  NANO_VLLM_DISPATCH(rotary_embedding, query, params);
+}
+
+void silu_and_mul(const Tensor& out, const Tensor& input) {
+  activate(out, input, Activation::kSilu);
+}
+
+void gelu_and_mul(const Tensor& out, const Tensor& input, const std::string& approximate) {
+  check(approximate == "none" || approximate == "tanh", "approximate must be none or tanh, got ",
+        approximate);
+  activate(out, input, approximate == "tanh" ? Activation::kGeluTanh : Activation::kGelu);
+}
+
+void linear(const Tensor& out, const Tensor& input, const Tensor& weight,
+            const std::optional<Tensor>& bias) {
+  LinearParams params{};
+  check(input.is_cpu(), "linear runs on the CPU alone, got a tensor on ", device_of(input));
+  params.dtype = float_dtype("input", input);
+  const ScalarType dtype = input.scalar_type();
+  check_shape("input", input, {-1, -1});
+  check_last_contiguous("input", input);
+  check_tensor("weight", weight, input, dtype, {-1, input.size(1)});
+  check_tensor("out", out, input, dtype, {input.size(0), weight.size(0)});
+  if (bias.has_value()) check_tensor("bias", *bias, input, dtype, {weight.size(0)});
+  params.out = out.mutable_data_ptr();
+  params.input = input.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  params.out_stride_row = out.stride(0);
+  params.input_stride_row = input.stride(0);
+  params.weight_stride_row = weight.stride(0);
+  params.num_rows = to_int32("num_rows", input.size(0));
+  params.in_features = to_int32("in_features", input.size(1));
+  params.out_features = to_int32("out_features", weight.size(0));
+  if (params.num_rows == 0 || params.out_features == 0) return;
+  cpu::linear(params);
+}
+
+}  // namespace nano_vllm

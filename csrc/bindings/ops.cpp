@@ -1,0 +1,61 @@
+// The table of ops, registered through LibTorch's stable ABI: one build serves every torch
+// from 2.11 on.
+#include "bindings/ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace nano_vllm {
+namespace {
+
+bool has_cuda() {
+#ifdef NANO_VLLM_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+}  // namespace nano_vllm
+
+STABLE_TORCH_LIBRARY(nano_vllm, library) {
+  library.def("has_cuda() -> bool");
+  library.def(
+      "paged_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor "
+      "block_tables, "
+      "Tensor query_start_loc, Tensor seq_lens, int max_query_len, int max_seq_len, float scale, "
+      "int sliding_window, "
+      "float softcap, Tensor(b!)? workspace) -> ()");
+  library.def(
+      "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor slot_mapping) -> ()");
+  library.def("copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()");
+  library.def("swap_blocks(Tensor src_cache, Tensor(a!) dst_cache, Tensor block_mapping) -> ()");
+  library.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
+  library.def(
+      "fused_add_rms_norm(Tensor(a!) out, Tensor input, Tensor(b!) residual, Tensor weight, float "
+      "eps) -> ()");
+  library.def(
+      "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, Tensor cos_sin_cache, "
+      "bool is_neox) "
+      "-> ()");
+  library.def("silu_and_mul(Tensor(a!) out, Tensor input) -> ()");
+  library.def("gelu_and_mul(Tensor(a!) out, Tensor input, str approximate) -> ()");
+  library.def("linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
+}
+
+// One entry for all devices: which twin runs is decided by the tensors, after they are checked
+// against each other.
+STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
+  library.impl("has_cuda", TORCH_BOX(&nano_vllm::has_cuda));
+  library.impl("paged_attention", TORCH_BOX(&nano_vllm::paged_attention));
+  library.impl("reshape_and_cache", TORCH_BOX(&nano_vllm::reshape_and_cache));
+  library.impl("copy_blocks", TORCH_BOX(&nano_vllm::copy_blocks));
+  library.impl("swap_blocks", TORCH_BOX(&nano_vllm::swap_blocks));
+  library.impl("rms_norm", TORCH_BOX(&nano_vllm::rms_norm));
+  library.impl("fused_add_rms_norm", TORCH_BOX(&nano_vllm::fused_add_rms_norm));
+  library.impl("rotary_embedding", TORCH_BOX(&nano_vllm::rotary_embedding));
+  library.impl("silu_and_mul", TORCH_BOX(&nano_vllm::silu_and_mul));
+  library.impl("gelu_and_mul", TORCH_BOX(&nano_vllm::gelu_and_mul));
+  library.impl("linear", TORCH_BOX(&nano_vllm::linear));
+}

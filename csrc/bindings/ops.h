@@ -1,0 +1,36 @@
+// The functions behind torch.ops.nano_vllm: each checks its tensors, fills the kernel's Params and
+// calls the twin of the tensors' device. nano_vllm/ops.py documents the arguments.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace nano_vllm {
+
+using torch::stable::Tensor;
+
+void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_cache,
+                     const Tensor& value_cache, const Tensor& block_tables,
+                     const Tensor& query_start_loc, const Tensor& seq_lens, int64_t max_query_len,
+                     int64_t max_seq_len, double scale, int64_t sliding_window, double softcap,
+                     const std::optional<Tensor>& workspace);
+
+void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                       const Tensor& value_cache, const Tensor& slot_mapping);
+void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping);
+void swap_blocks(const Tensor& src_cache, const Tensor& dst_cache, const Tensor& block_mapping);
+
+void rms_norm(const Tensor& out, const Tensor& input, const Tensor& weight, double eps);
+void fused_add_rms_norm(const Tensor& out, const Tensor& input, const Tensor& residual,
+                        const Tensor& weight, double eps);
+void rotary_embedding(const Tensor& positions, const Tensor& query, const Tensor& key,
+                      const Tensor& cos_sin_cache, bool is_neox);
+void silu_and_mul(const Tensor& out, const Tensor& input);
+void gelu_and_mul(const Tensor& out, const Tensor& input, const std::string& approximate);
+void linear(const Tensor& out, const Tensor& input, const Tensor& weight,
+            const std::optional<Tensor>& bias);
+
+}  // namespace nano_vllm

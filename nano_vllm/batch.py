@@ -1,0 +1,55 @@
+"""One step's work, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nano_vllm.outputs import Logprob
+from nano_vllm.sequence import Sequence
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """The tokens one sequence advances by: num_computed_tokens up to num_computed_tokens + num_tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+    """Query length: 1 in decode, a chunk of the prompt in prefill."""
+    samples: bool
+    """Whether the last of these tokens is the sequence's last, so that a new one follows it."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the next step computes, in the order of its rows. Set by Scheduler."""
+
+    scheduled: list[ScheduledSequence]
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    """Copy-on-write copies (source block, destination block) to make before the step."""
+    preempted: list[Sequence] = field(default_factory=list)
+    """Sequences that lost their blocks to make room."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(slots=True)
+class SampledToken:
+    """The next token of one sequence. Set by Sampler."""
+
+    token_id: int
+    logprobs: dict[int, Logprob] | None = None
+    """The token's own entry and those of the likeliest ones, where asked for."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """One entry per row of Batch.scheduled. Set by ModelRunner."""
+
+    sampled: list[SampledToken | None]
+    """None where the row does not sample, and where it failed."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """Row -> why it cannot go on (non-finite logits); the other rows are unharmed."""
+    prompt_logprobs: dict[int, list[dict[int, Logprob]]] = field(default_factory=dict)
+    """Row -> entries for the prompt tokens that this step's logits predict, where asked for."""

@@ -1,0 +1,1 @@
+"""`python -m nano_vllm.bench throughput|latency|kernels`: a table for people, one JSON line for machines."""

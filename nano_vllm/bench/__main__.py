@@ -1,0 +1,32 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHMARKS = {
+    "throughput": "output tokens per second over many requests, against peers",
+    "latency": "time to the first token and time per output token, by batch size",
+    "kernels": "GB/s and TFLOP/s of the kernels, against the device's ceilings and torch",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nano_vllm.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, purpose in BENCHMARKS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        importlib.import_module(f"nano_vllm.bench.{name}").add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        importlib.import_module(f"nano_vllm.bench.{args.benchmark}").run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

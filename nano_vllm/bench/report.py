@@ -1,0 +1,50 @@
+"""Prints a benchmark's rows: a table, then all of it as one JSON line."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from typing import Any
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a figure is worth nothing without: device, versions, date."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]} x {len(names)}"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def report(benchmark: str, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Print the rows; all share the keys of the first."""
+    columns = list(rows[0])
+    cells = [[_text(row[column]) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    for line in (columns, ["-" * width for width in widths], *cells):
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+    print(json.dumps({"benchmark": benchmark, **machine, "rows": rows}))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,159 @@
+"""The engine's options: one frozen dataclass is the only list of them, command-line flags included."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+"""Head dimensions the attention kernels are built for."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What to load and how much of the machine to use.
+
+    Raises ValueError, naming the value and what is allowed, for anything out of range.
+    """
+
+    model: str = DEFAULT_MODEL
+    """A Hugging Face folder, a .gguf file or a hub id."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not with the model."""
+    skip_tokenizer_init: bool = False
+    """Run on token ids alone."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where a GPU and the CUDA kernels are there."""
+    dtype: str = "auto"
+    """float32, float16, bfloat16, or auto: the checkpoint's own; for a GGUF float32 on a CPU, bfloat16 on CUDA."""
+    load_format: str = "auto"
+    """auto, safetensors, gguf, or dummy: random weights, for benchmarks."""
+    seed: int = 0
+    """Of the draws of requests without a seed of their own."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the GPU's memory that weights, activations and KV cache may fill; in (0, 1]."""
+    kv_cache_memory: int | None = None
+    """Bytes of KV cache; by default what is left on a GPU, room for a few full contexts on a CPU."""
+    num_blocks: int | None = None
+    """Blocks of KV cache; overrides kv_cache_memory."""
+    block_size: int = 16
+    """Tokens per block: a multiple of 8 in [8, 256]."""
+    max_model_len: int | None = None
+    """Tokens of prompt and output together; by default the model's own limit."""
+    max_num_seqs: int = 256
+    """Sequences that run at the same time."""
+    max_num_batched_tokens: int | None = None
+    """Tokens computed in one step; by default 8192 on CUDA, 2048 on a CPU."""
+    enable_prefix_caching: bool = True
+    """Reuse the blocks of prompts that begin alike."""
+    enable_chunked_prefill: bool = True
+    """Split long prompts over steps, so that they do not stall running sequences."""
+
+    def __post_init__(self) -> None:
+        _check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        _check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        _check_choice("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}"
+            )
+        if self.block_size % 8 or not 8 <= self.block_size <= 256:
+            raise ValueError(
+                f"block_size must be a multiple of 8 in [8, 256], got {self.block_size!r}"
+            )
+        for name in (
+            "kv_cache_memory",
+            "num_blocks",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    @classmethod
+    def from_options(cls, options: dict) -> EngineConfig:
+        """Build from a mapping; an unknown name raises ValueError with the nearest known one."""
+        reject_unknown(options, [f.name for f in fields(cls)])
+        return cls(**options)
+
+
+def reject_unknown(options: Iterable[str], known: list[str]) -> None:
+    """Raise ValueError for the first option that is not known, suggesting the nearest one."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown option {name!r}; {hint}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary angles are stretched past the trained context.
+
+    Sources: linear and dynamic NTK as in transformers; yarn, arXiv 2309.00071; llama3, the Llama 3.1 release.
+    """
+
+    kind: str
+    """linear, dynamic, yarn or llama3."""
+    factor: float
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    """llama3."""
+    high_freq_factor: float = 4.0
+    """llama3."""
+    attention_factor: float | None = None
+    """yarn."""
+    beta_fast: float = 32.0
+    """yarn."""
+    beta_slow: float = 1.0
+    """yarn."""
+    mscale: float | None = None
+    """yarn."""
+    mscale_all_dim: float | None = None
+    """yarn."""
+    truncate: bool = True
+    """yarn: round the correction range to whole dimensions."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's shape, from a Hugging Face config.json or from GGUF metadata."""
+
+    architecture: str
+    """As in config.json's `architectures`, e.g. LlamaForCausalLM."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    """Rotated part of a head; None for all of it."""
+    rope_is_neox: bool = True
+    hidden_act: str = "silu"
+    """silu, gelu or gelu_pytorch_tanh."""
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """A bias on the query, key and value projections."""
+    attention_output_bias: bool = False
+    """A bias on the projection behind attention."""
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    dtype: str | None = None
+    """The checkpoint's own; None where it has none (GGUF)."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()

@@ -1,0 +1,79 @@
+"""Attention over the paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nano_vllm import ops
+
+LayerCache = tuple[torch.Tensor, torch.Tensor]
+"""Key and value cache of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Where each token of a step sits, for all layers alike. Set by InputBatch."""
+
+    slot_mapping: torch.Tensor
+    """[num_tokens], int64."""
+    block_tables: torch.Tensor
+    """[num_seqs, max_blocks_per_seq], int32."""
+    query_start_loc: torch.Tensor
+    """[num_seqs + 1], int32."""
+    seq_lens: torch.Tensor
+    """[num_seqs], int32."""
+    max_query_len: int
+    max_seq_len: int
+    workspace: torch.Tensor | None = None
+    """float32, for split sequences on CUDA."""
+
+
+class Attention:
+    """Writes a step's keys and values into the cache, then attends over it.
+
+    Args:
+        head_dim: elements per head.
+        scale: multiplies query . key; by default 1 / sqrt(head_dim).
+        sliding_window: tokens a query sees, itself included; None for all.
+        softcap: bound of the scores, by tanh; 0 for none.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float = 0.0,
+    ) -> None:
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.sliding_window = sliding_window or 0
+        self.softcap = softcap
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim] -> as the query."""
+        ops.reshape_and_cache(key, value, *cache, metadata.slot_mapping)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        ops.paged_attention(
+            out,
+            query,
+            *cache,
+            metadata.block_tables,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            max_query_len=metadata.max_query_len,
+            max_seq_len=metadata.max_seq_len,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
+            workspace=metadata.workspace,
+        )
+        return out

@@ -1,0 +1,210 @@
+"""The kernels, one typed function each: the only module that touches the compiled ops.
+
+Every function writes into tensors its caller owns, runs on the device of its tensors and, on CUDA, on the current
+stream, without allocating or synchronising. A tensor of a wrong device, dtype, layout or shape raises RuntimeError
+with the value found; values inside device tensors (block numbers, slots, positions) are the caller's duty. Strides
+are free except where a dimension is said to be contiguous. The last dimension always is.
+"""
+
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_ops.so")
+if not _LIBRARY.exists():
+    raise ImportError(f"{_LIBRARY} is missing: build it with `pip install -e .`")
+torch.ops.load_library(str(_LIBRARY))
+_ops = torch.ops.nano_vllm
+
+MAX_KV_SPLITS = 16
+"""Parts that one sequence's KV range is cut into at the most, in `paged_attention` on CUDA."""
+
+
+def has_cuda() -> bool:
+    """Whether the CUDA kernels were built."""
+    return bool(_ops.has_cuda())
+
+
+def paged_attention_workspace_numel(num_seqs: int, num_heads: int, head_dim: int) -> int:
+    """Floats of workspace that `paged_attention` may need for `num_seqs` sequences on CUDA."""
+    return num_seqs * num_heads * MAX_KV_SPLITS * (head_dim + 2)
+
+
+def paged_attention(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Causal attention of variable-length queries over a paged KV cache (vLLM, arXiv 2309.06180).
+
+    Sequence `s` owns query rows `query_start_loc[s]:query_start_loc[s + 1]`, the last of which sits at position
+    `seq_lens[s] - 1`. A query at position `p` sees positions `max(0, p - sliding_window + 1)` to `p`. Cache rows past
+    `seq_lens[s]` never reach the result, whatever they hold; output rows past `query_start_loc[-1]` are not written.
+
+    Args:
+        out: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; head_dim 64, 80, 96, 128, 192 or 256.
+        query: [num_tokens, num_heads, head_dim]; num_heads is a multiple of num_kv_heads.
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_size 8 to 256.
+        value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        block_tables: [num_seqs, max_blocks_per_seq], int32; the block of each run of block_size tokens.
+        query_start_loc: [num_seqs + 1], int32, ascending from 0.
+        seq_lens: [num_seqs], int32; cached tokens including the queries. 0 with no queries is allowed.
+        max_query_len: upper bound of the query lengths; 1 for a pure decode.
+        max_seq_len: upper bound of `seq_lens`.
+        scale: multiplies query . key.
+        sliding_window: tokens a query sees, itself included; 0 for all.
+        softcap: scores become softcap * tanh(score / softcap); 0 for off.
+        workspace: float32, at least `paged_attention_workspace_numel` long; CUDA only.
+    """
+    _ops.paged_attention(
+        out,
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        max_query_len,
+        max_seq_len,
+        scale,
+        sliding_window,
+        softcap,
+        workspace,
+    )
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write new keys and values into their cache slots.
+
+    Args:
+        key: [num_tokens, num_kv_heads, head_dim].
+        value: [num_tokens, num_kv_heads, head_dim].
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        slot_mapping: [num_tokens], int64; block * block_size + row, negative for padding.
+    """
+    _ops.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
+def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    """Copy KV blocks within a pool, all layers in one launch (copy-on-write).
+
+    No block may be both a source and a destination, or a destination twice.
+
+    Args:
+        kv_cache: [num_layers, 2, num_blocks, ...]; the dimensions of one block are dense, in any order.
+        block_mapping: [num_pairs, 2], int64, on the same device; source block, destination block.
+    """
+    _ops.copy_blocks(kv_cache, block_mapping)
+
+
+def swap_blocks(
+    src_cache: torch.Tensor, dst_cache: torch.Tensor, block_mapping: torch.Tensor
+) -> None:
+    """Copy KV blocks between two pools, one of which may be in pinned host memory.
+
+    Args:
+        src_cache: [num_layers, 2, num_src_blocks, ...].
+        dst_cache: [num_layers, 2, num_dst_blocks, ...]; its blocks are laid out like the source's.
+        block_mapping: [num_pairs, 2], int64; source block, destination block. On the GPU if either pool is.
+    """
+    _ops.swap_blocks(src_cache, dst_cache, block_mapping)
+
+
+def rms_norm(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Root-mean-square norm of each row (arXiv 1910.07467): out = input / sqrt(mean(input^2) + eps) * weight.
+
+    Args:
+        out: [num_rows, hidden_size] or [num_rows, num_heads, hidden_size]; may be `input`.
+        input: the same shape.
+        weight: [hidden_size].
+        eps: added to the mean of squares.
+    """
+    _ops.rms_norm(out, input, weight, eps)
+
+
+def fused_add_rms_norm(
+    out: torch.Tensor, input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> None:
+    """residual += input, then out = rms_norm(residual).
+
+    Args:
+        out: [num_rows, hidden_size]; may be `input`.
+        input: [num_rows, hidden_size].
+        residual: [num_rows, hidden_size], updated in place.
+        weight: [hidden_size].
+        eps: added to the mean of squares.
+    """
+    _ops.fused_add_rms_norm(out, input, residual, weight, eps)
+
+
+def rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool = True,
+) -> None:
+    """Rotate queries and keys by their positions, in place (RoFormer, arXiv 2104.09864).
+
+    Args:
+        positions: [num_tokens], int64, each in [0, max_position).
+        query: [num_tokens, num_heads, head_dim].
+        key: [num_tokens, num_kv_heads, head_dim].
+        cos_sin_cache: [max_position, rotary_dim], float32; rotary_dim / 2 cosines, then as many sines. Elements of a
+            head past rotary_dim stay as they are.
+        is_neox: pair element i with i + rotary_dim / 2; else (gptj) 2i with 2i + 1.
+    """
+    _ops.rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
+
+
+def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:
+    """out = silu(gate) * up (SwiGLU, arXiv 2002.05202).
+
+    Args:
+        out: [num_tokens, intermediate_size].
+        input: [num_tokens, 2 * intermediate_size]; gate, then up.
+    """
+    _ops.silu_and_mul(out, input)
+
+
+def gelu_and_mul(out: torch.Tensor, input: torch.Tensor, approximate: str = "none") -> None:
+    """out = gelu(gate) * up (GeGLU, arXiv 2002.05202).
+
+    Args:
+        out: [num_tokens, intermediate_size].
+        input: [num_tokens, 2 * intermediate_size]; gate, then up.
+        approximate: "none" for erf, "tanh" for the tanh form.
+    """
+    _ops.gelu_and_mul(out, input, approximate)
+
+
+def linear(
+    out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """out = input @ weight.T + bias for few rows on a CPU; a row's bits do not depend on the other rows.
+
+    Args:
+        out: [num_rows, out_features].
+        input: [num_rows, in_features].
+        weight: [out_features, in_features].
+        bias: [out_features].
+    """
+    _ops.linear(out, input, weight, bias)

@@ -1,0 +1,116 @@
+"""Turns a batch into the tensors that the model reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nano_vllm import ops
+from nano_vllm._core import prepare_batch
+from nano_vllm.batch import Batch
+from nano_vllm.config import ModelConfig
+from nano_vllm.layers.attention import AttentionMetadata
+
+
+@dataclass(slots=True)
+class ModelInput:
+    """One step's input, on the device."""
+
+    input_ids: torch.Tensor
+    """[num_tokens], int64."""
+    positions: torch.Tensor
+    """[num_tokens], int64."""
+    attention: AttentionMetadata
+
+
+class InputBatch:
+    """Staging buffers of fixed size: a step is written by C++ into one host buffer and travels in one copy.
+
+    Args:
+        config: the decoder's shape.
+        max_num_tokens: tokens of a step at the most.
+        max_num_seqs: sequences of a step at the most.
+        max_blocks_per_seq: blocks of a sequence at the most.
+        block_size: tokens per block.
+        device: where the tensors go.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.device = device
+        self.max_blocks_per_seq = max_blocks_per_seq
+        capacity = (
+            3 * 8 * max_num_tokens
+            + 4 * (2 * max_num_seqs + 1)
+            + 4 * max_num_seqs * max_blocks_per_seq
+        )
+        self._on_gpu = device.type == "cuda"
+        self._staging = torch.empty(capacity, dtype=torch.uint8, pin_memory=self._on_gpu)
+        self._buffer = (
+            torch.empty_like(self._staging, device=device) if self._on_gpu else self._staging
+        )
+        self._copied = torch.cuda.Event() if self._on_gpu else None
+        self._workspace = None
+        if self._on_gpu:
+            numel = ops.paged_attention_workspace_numel(
+                max_num_seqs, config.num_heads, config.head_dim
+            )
+            self._workspace = torch.empty(numel, dtype=torch.float32, device=device)
+
+    def prepare(self, batch: Batch) -> ModelInput:
+        """Fill the staging buffer from the batch and send it to the device."""
+        scheduled = batch.scheduled
+        num_tokens, num_seqs = batch.num_tokens, len(scheduled)
+        width = max(len(s.sequence.block_table) for s in scheduled)
+        if self._copied is not None:
+            self._copied.synchronize()  # the copy of the step before may still read the staging buffer
+
+        layout = (
+            (torch.int64, (num_tokens,)),
+            (torch.int64, (num_tokens,)),
+            (torch.int64, (num_tokens,)),
+            (torch.int32, (num_seqs + 1,)),
+            (torch.int32, (num_seqs,)),
+            (torch.int32, (num_seqs, width)),
+        )
+        host, device = [], []
+        offset = 0
+        for dtype, shape in layout:
+            end = offset + dtype.itemsize * torch.Size(shape).numel()
+            host.append(self._staging[offset:end].view(dtype).view(shape).numpy())
+            device.append(self._buffer[offset:end].view(dtype).view(shape))
+            offset = end
+        max_query_len, max_seq_len = prepare_batch(
+            [s.sequence.token_ids for s in scheduled],
+            [s.sequence.block_table for s in scheduled],
+            [s.sequence.num_computed_tokens for s in scheduled],
+            [s.num_tokens for s in scheduled],
+            self.block_size,
+            *host,
+        )
+        if self._copied is not None:
+            self._buffer[:offset].copy_(self._staging[:offset], non_blocking=True)
+            self._copied.record()
+        input_ids, positions, slot_mapping, query_start_loc, seq_lens, block_tables = device
+        return ModelInput(
+            input_ids,
+            positions,
+            AttentionMetadata(
+                slot_mapping,
+                block_tables,
+                query_start_loc,
+                seq_lens,
+                max_query_len,
+                max_seq_len,
+                self._workspace,
+            ),
+        )

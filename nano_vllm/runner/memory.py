@@ -1,0 +1,71 @@
+"""How many KV blocks fit into the memory at hand."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from nano_vllm.cache.kv_cache import bytes_per_block
+from nano_vllm.config import EngineConfig, ModelConfig
+
+CPU_CONTEXTS = 4
+"""Full contexts that the KV cache holds by default on a CPU."""
+
+
+def num_kv_blocks(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Blocks of the pool: as told, else what kv_cache_memory holds, else by the device's free memory.
+
+    Call it once the weights are loaded: the pool is the last to take memory.
+    """
+    block_bytes = bytes_per_block(model, config.block_size, dtype)
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_memory is not None:
+        memory = config.kv_cache_memory
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserve = _activation_bytes(config, model, max_num_batched_tokens, dtype)
+        memory = int(free - (1 - config.gpu_memory_utilization) * total) - reserve
+        if memory < block_bytes:
+            raise ValueError(
+                f"no memory is left for the KV cache: {free / 2**30:.2f} GiB of {total / 2**30:.2f} GiB are free "
+                f"behind the weights, {reserve / 2**30:.2f} GiB are needed for activations, and "
+                f"gpu_memory_utilization is {config.gpu_memory_utilization}"
+            )
+    else:
+        context = -(-max_model_len // config.block_size) * block_bytes
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = max(context, min(CPU_CONTEXTS * context, physical // 8))
+    blocks = memory // block_bytes
+    if blocks < 1:
+        raise ValueError(
+            f"kv_cache_memory must hold at least one block of {block_bytes} bytes, got {memory}"
+        )
+    return blocks
+
+
+def _activation_bytes(
+    config: EngineConfig, model: ModelConfig, max_num_batched_tokens: int, dtype: torch.dtype
+) -> int:
+    """Upper bound of what a step allocates beside weights and cache.
+
+    Per token: the residual stream, a layer's input and output, and its widest intermediate (queries, keys, values
+    and attention output, or gate, up and their product). Per sampled row: logits, in the model's dtype and as the
+    float32 copies that sampling makes. Half as much again for the allocator's rounding.
+    """
+    attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_token = (
+        4 * model.hidden_size + max(attention, 3 * model.intermediate_size)
+    ) * dtype.itemsize
+    per_row = model.vocab_size * (dtype.itemsize + 6 * 4)
+    workspace = 16 * config.max_num_seqs * model.num_heads * (model.head_dim + 2) * 4
+    bound = max_num_batched_tokens * per_token + config.max_num_seqs * per_row
+    return int(1.5 * bound) + workspace + 256 * 2**20

@@ -1,0 +1,203 @@
+"""Runs the model over a batch and samples from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nano_vllm import ops
+from nano_vllm.batch import Batch, SampledToken, StepResult
+from nano_vllm.cache.kv_cache import KVCache
+from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
+from nano_vllm.metrics import nvtx_range
+from nano_vllm.models.registry import model_class
+from nano_vllm.outputs import Logprob
+from nano_vllm.runner.input_batch import InputBatch
+from nano_vllm.runner.memory import num_kv_blocks
+from nano_vllm.sampling.sampler import Sampler, prompt_logprob_entries
+from nano_vllm.weights.loader import load_model_config, load_weights
+from nano_vllm.weights.resolve import resolve_model
+
+MAX_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens computed in one step by default."""
+LOGPROB_ROWS = 256
+"""Prompt positions whose logits exist at the same time, for prompt_logprobs."""
+
+
+class ModelRunner:
+    """Weights, KV cache and step buffers on one device.
+
+    Raises ValueError for a model that is not supported or a machine that cannot hold it.
+    """
+
+    def __init__(self, config: EngineConfig, progress: bool = False) -> None:
+        self.model_path: Path = resolve_model(config.model)
+        self.model_config: ModelConfig = load_model_config(self.model_path)
+        self.device = _choose_device(config.device)
+        self.dtype = _choose_dtype(config.dtype, self.model_config, self.device)
+        self.block_size = config.block_size
+        self.max_model_len = _choose_max_model_len(config, self.model_config)
+        self.max_num_batched_tokens = config.max_num_batched_tokens or max(
+            MAX_BATCHED_TOKENS[self.device.type],
+            0 if config.enable_chunked_prefill else self.max_model_len,
+        )
+        cls = model_class(self.model_config.architecture)
+        _check_head_dim(self.model_config, self.device)
+
+        with torch.inference_mode():
+            self.model = _build(cls, self.model_config, self.max_model_len, self.device, self.dtype)
+            load_weights(
+                self.model,
+                self.model_path,
+                self.model_config,
+                config.load_format,
+                self.device,
+                self.dtype,
+                config.seed,
+                progress,
+            )
+            max_blocks_per_seq = -(-self.max_model_len // self.block_size)
+            self.input_batch = InputBatch(
+                self.model_config,
+                self.max_num_batched_tokens,
+                config.max_num_seqs,
+                max_blocks_per_seq,
+                self.block_size,
+                self.device,
+            )
+            self.num_blocks = num_kv_blocks(
+                config,
+                self.model_config,
+                self.max_model_len,
+                self.max_num_batched_tokens,
+                self.dtype,
+                self.device,
+            )
+            self.kv_cache: KVCache | None = KVCache(
+                self.model_config, self.num_blocks, self.block_size, self.dtype, self.device
+            )
+        self.sampler = Sampler(seed=config.seed)
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> StepResult:
+        """Advance every scheduled sequence; sample where the last known token was computed."""
+        assert self.kv_cache is not None, "the runner is closed"
+        with nvtx_range("prepare"):
+            if batch.block_copies:
+                mapping = torch.tensor(batch.block_copies, dtype=torch.int64, device=self.device)
+                ops.copy_blocks(self.kv_cache.pool, mapping)
+            inputs = self.input_batch.prepare(batch)
+        with nvtx_range("forward"):
+            hidden = self.model(
+                inputs.input_ids, inputs.positions, self.kv_cache.layers, inputs.attention
+            )
+        with nvtx_range("sample"):
+            return self._sample(batch, hidden)
+
+    def _sample(self, batch: Batch, hidden: torch.Tensor) -> StepResult:
+        last_rows, sampling_rows = [], []
+        end = 0
+        for row, scheduled in enumerate(batch.scheduled):
+            end += scheduled.num_tokens
+            if scheduled.samples:
+                sampling_rows.append(row)
+                last_rows.append(end - 1)
+        sampled: list[SampledToken | None] = [None] * len(batch.scheduled)
+        failures: dict[int, str] = {}
+        if sampling_rows:
+            index = torch.tensor(last_rows, device=self.device)
+            logits = self.model.compute_logits(hidden.index_select(0, index))
+            tokens, failed = self.sampler(
+                logits, [batch.scheduled[row].sequence for row in sampling_rows]
+            )
+            failures = {sampling_rows[i]: reason for i, reason in failed.items()}
+            for row, token in zip(sampling_rows, tokens, strict=True):
+                sampled[row] = None if row in failures else token
+        return StepResult(sampled, failures, self._prompt_logprobs(batch, hidden))
+
+    def _prompt_logprobs(
+        self, batch: Batch, hidden: torch.Tensor
+    ) -> dict[int, list[dict[int, Logprob]]]:
+        result: dict[int, list[dict[int, Logprob]]] = {}
+        start = 0
+        for row, scheduled in enumerate(batch.scheduled):
+            sequence, begin = scheduled.sequence, start
+            start += scheduled.num_tokens
+            num_logprobs = sequence.params.prompt_logprobs
+            first = sequence.num_computed_tokens + 1
+            last = min(first + scheduled.num_tokens, sequence.num_prompt_tokens)
+            if num_logprobs is None or first >= last:
+                continue
+            entries: list[dict[int, Logprob]] = []
+            for low in range(first, last, LOGPROB_ROWS):
+                targets = sequence.token_ids[low : min(low + LOGPROB_ROWS, last)]
+                offset = begin + low - first
+                logits = self.model.compute_logits(hidden[offset : offset + len(targets)])
+                entries += prompt_logprob_entries(logits, targets, num_logprobs)
+            result[row] = entries
+        return result
+
+    def close(self) -> None:
+        """Give all memory back; the runner cannot execute any more."""
+        self.kv_cache = None
+        del self.model, self.input_batch
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
+    usable = torch.cuda.is_available() and ops.has_cuda()
+    if name == "cuda" and not usable:
+        why = (
+            "this build has no CUDA kernels; rebuild with NANO_VLLM_BUILD=cuda"
+            if torch.cuda.is_available()
+            else "torch sees no NVIDIA GPU"
+        )
+        raise ValueError(f"device 'cuda' cannot be used: {why}")
+    return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
+
+
+def _choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = model.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {name!r}")
+    return getattr(torch, name)
+
+
+def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    scaling = model.rope_scaling
+    limit = model.max_position
+    if scaling is not None and scaling.kind in ("linear", "dynamic"):
+        limit = int(limit * scaling.factor)
+    elif scaling is not None and scaling.kind == "yarn" and scaling.original_max_position:
+        limit = max(limit, int(scaling.original_max_position * scaling.factor))
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ValueError(
+            f"max_model_len must be at most the model's context of {limit}, got {config.max_model_len}"
+        )
+    return config.max_model_len
+
+
+def _check_head_dim(model: ModelConfig, device: torch.device) -> None:
+    if device.type == "cuda" and model.head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))} on CUDA, got {model.head_dim}"
+        )
+
+
+def _build(
+    cls: type, model: ModelConfig, max_position: int, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return cls(model, max_position, device)
+    finally:
+        torch.set_default_dtype(previous)

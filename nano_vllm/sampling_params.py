@@ -1,0 +1,129 @@
+"""How a request is sampled: the names and meanings vLLM users know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from nano_vllm.config import reject_unknown
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What to generate for one prompt.
+
+    Raises ValueError, naming the value and what is allowed, for anything out of range.
+    """
+
+    n: int = 1
+    """Completions per prompt."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens whose probabilities reach this; in (0, 1]."""
+    top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the likeliest; in [0, 1]."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before; in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time a token was generated before; in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or generated before; above 0."""
+    seed: int | None = None
+    """Makes the draws of this request repeatable, whatever else runs beside it."""
+    stop: str | list[str] | None = None
+    """Strings that end the text when they appear in it."""
+    stop_token_ids: list[int] | None = None
+    """Tokens that end the text."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string at the end of the text."""
+    ignore_eos: bool = False
+    """Go on after the end-of-sequence token."""
+    max_tokens: int | None = 16
+    """Tokens to generate at the most; None for as many as the context holds."""
+    min_tokens: int = 0
+    """Tokens to generate before any end is allowed."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of this many likeliest ones, from the raw logits."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    detokenize: bool = True
+    """Make text of the tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of single tokens; values in [-100, 100]."""
+    allowed_token_ids: list[int] | None = None
+    """Only these tokens can be generated."""
+    bad_words: list[str] | None = None
+    """Strings whose token sequences are never completed."""
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1, 1024)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_int("top_k", self.top_k, -1)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1)
+        _check_int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens = {self.max_tokens}, got {self.min_tokens}"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, 1024)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", [self.stop])
+        for name in ("stop", "bad_words"):
+            for text in getattr(self, name) or ():
+                if not isinstance(text, str) or not text:
+                    raise ValueError(f"{name} must hold non-empty strings, got {text!r}")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
+                _check_int(name, token_id, 0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must name at least one token, got []")
+        for token_id, bias in (self.logit_bias or {}).items():
+            _check_int("logit_bias", token_id, 0)
+            _check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+    @classmethod
+    def from_options(cls, options: dict) -> SamplingParams:
+        """Build from a mapping; an unknown name raises ValueError with the nearest known one."""
+        reject_unknown(options, [f.name for f in fields(cls)])
+        return cls(**options)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    allowed = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    bracket = "(" if open_low else "["
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be a finite number in {bracket}{low:g}, {high:g}], got {value!r}"
+        )

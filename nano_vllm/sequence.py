@@ -1,0 +1,101 @@
+"""One token sequence on its way through the engine."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from nano_vllm.outputs import Logprob
+from nano_vllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    """Has no blocks: new, or preempted."""
+    PREFILL = "prefill"
+    """Has blocks; tokens known before the last one are still to be computed."""
+    RUNNING = "running"
+    """Everything but the last token is computed: each step adds one."""
+    FINISHED = "finished"
+
+
+class Sequence:
+    """The tokens of one completion, and how far the cache has them.
+
+    Invariants: num_computed_tokens <= num_tokens; block_table covers every computed or scheduled token while the
+    sequence holds blocks and is empty otherwise; output_token_ids only grows.
+    """
+
+    __slots__ = (
+        "seq_id",
+        "request_id",
+        "index",
+        "params",
+        "status",
+        "token_ids",
+        "num_prompt_tokens",
+        "num_computed_tokens",
+        "num_cached_tokens",
+        "num_preemptions",
+        "block_table",
+        "block_hashes",
+        "output_logprobs",
+        "prompt_logprobs",
+        "cumulative_logprob",
+        "finish_reason",
+        "stop_reason",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        request_id: str,
+        index: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+    ) -> None:
+        self.seq_id = seq_id
+        self.request_id = request_id
+        self.index = index
+        """Which of the request's n completions this is."""
+        self.params = params
+        self.status = SequenceStatus.WAITING  # set by Scheduler, as are the next three
+        self.num_computed_tokens = 0
+        """Tokens whose keys and values are in the cache."""
+        self.num_cached_tokens = 0
+        """Prompt tokens found in the prefix cache when the sequence was first admitted."""
+        self.num_preemptions = 0
+        self.token_ids = list(prompt_token_ids)
+        """Prompt and output."""
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.block_table: list[int] = []  # set by BlockManager, as are the hashes
+        self.block_hashes: list[bytes] = []
+        """Content hashes of the leading full blocks, as far as they are committed."""
+        self.output_logprobs: list[
+            dict[int, Logprob]
+        ] = []  # set by Scheduler.update, as are all below
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = []
+        self.cumulative_logprob = 0.0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.request_id}[{self.index}], {self.status.value}, "
+            f"{self.num_computed_tokens}/{self.num_tokens} tokens, {len(self.block_table)} blocks)"
+        )
