@@ -1,12 +1,15 @@
 """Builds the two compiled parts of the package.
 
-`nano_vllm/_ops.so` holds the kernels as torch ops, against LibTorch's stable ABI: one build serves every torch from
-2.11 on and every Python. `nano_vllm._core` is a pybind11 module with the block allocator and the batch preparation.
+`nano_vllm/_ops.so` holds the kernels as torch ops, against LibTorch's stable ABI: one build serves
+every torch from 2.11 on and every Python. `nano_vllm._core` is a pybind11 module with the block
+allocator and the batch preparation.
 
 Environment:
-    NANO_VLLM_BUILD: `cpu`, `cuda`, or `auto` (default): CUDA where an nvcc and a CUDA build of torch are there.
+    NANO_VLLM_BUILD: `cpu`, `cuda`, or `auto` (default): CUDA where an nvcc and a CUDA build of
+        torch are there.
         Whether a GPU is visible plays no part.
-    TORCH_CUDA_ARCH_LIST: CUDA architectures, as torch's own extensions take them, e.g. `8.0;9.0a+PTX`.
+    TORCH_CUDA_ARCH_LIST: CUDA architectures, as torch's own extensions take them, e.g.
+        `8.0;9.0a+PTX`.
     CUDA_HOME: where the CUDA toolkit is, if not beside the nvcc on the PATH.
     MAX_JOBS: compile jobs at the same time.
 """
@@ -35,7 +38,8 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     stop(
-        f"building nano_vllm needs torch >= 2.11 ({error}); pip install torch, or drop --no-build-isolation"
+        f"building nano_vllm needs torch >= 2.11 ({error}): pip install torch, "
+        "or drop --no-build-isolation"
     )
 
 
@@ -53,7 +57,8 @@ def check_compiler() -> None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         stop(
-            f"no C++ compiler: {compiler!r} is not on the PATH; install g++ >= 11 or clang, or set CXX"
+            f"no C++ compiler: {compiler!r} is not on the PATH; install g++ >= 11 or clang, "
+            "or set CXX"
         )
 
 
@@ -91,14 +96,17 @@ def find_cuda() -> Path | None:
         stop(f"could not read the version of {home / 'bin' / 'nvcc'}")
     if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != release[1]:
         stop(
-            f"torch is built for CUDA {torch.version.cuda} and nvcc is {release[1]}.{release[2]}: their major "
-            "versions must agree; set CUDA_HOME to a matching toolkit, or NANO_VLLM_BUILD=cpu"
+            f"torch is built for CUDA {torch.version.cuda} and nvcc is {release[1]}.{release[2]}: "
+            "their major versions must agree; set CUDA_HOME to a matching toolkit, or "
+            "NANO_VLLM_BUILD=cpu"
         )
     return home
 
 
 def architecture_flags(home: Path) -> list[str]:
-    """-gencode flags for TORCH_CUDA_ARCH_LIST, else the visible GPU's own, else all that this nvcc knows."""
+    """-gencode flags for TORCH_CUDA_ARCH_LIST, else the visible GPU's own, else all that this nvcc
+    knows.
+    """
     known = set(re.findall(r"compute_(\d+)", run_nvcc(home, "--list-gpu-arch")))
     wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,"))
     if wanted == [""]:
@@ -109,7 +117,8 @@ def architecture_flags(home: Path) -> list[str]:
             wanted = [arch for arch in ARCHITECTURES if re.sub(r"\D", "", arch) in known]
             if not wanted:
                 stop(
-                    f"{home / 'bin' / 'nvcc'} knows none of the architectures {', '.join(ARCHITECTURES)}"
+                    f"{home / 'bin' / 'nvcc'} knows none of the architectures "
+                    f"{', '.join(ARCHITECTURES)}"
                 )
             wanted[-1] += "+PTX"
     flags = []
@@ -117,7 +126,8 @@ def architecture_flags(home: Path) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if match is None or match[1] + match[2] not in known:
             stop(
-                f"TORCH_CUDA_ARCH_LIST: unknown architecture {arch!r}; this nvcc knows {sorted(known)}"
+                f"TORCH_CUDA_ARCH_LIST: unknown architecture {arch!r}; "
+                f"this nvcc knows {', '.join(sorted(known))}"
             )
         number = match[1] + match[2] + match[3]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")

@@ -10,7 +10,9 @@ from nano_vllm.sequence import Sequence
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """The tokens one sequence advances by: num_computed_tokens up to num_computed_tokens + num_tokens."""
+    """The tokens one sequence advances by: num_computed_tokens up to num_computed_tokens +
+    num_tokens.
+    """
 
     sequence: Sequence
     num_tokens: int

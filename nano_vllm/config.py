@@ -1,4 +1,4 @@
-"""The engine's options: one frozen dataclass is the only list of them, command-line flags included."""
+"""The engine's options: one frozen dataclass is the only list, command-line flags included."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class EngineConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where a GPU and the CUDA kernels are there."""
     dtype: str = "auto"
-    """float32, float16, bfloat16, or auto: the checkpoint's own; for a GGUF float32 on a CPU, bfloat16 on CUDA."""
+    """float32, float16, bfloat16, or auto: the checkpoint's own; for a GGUF float32 on a CPU,
+    bfloat16 on CUDA.
+    """
     load_format: str = "auto"
     """auto, safetensors, gguf, or dummy: random weights, for benchmarks."""
     seed: int = 0
@@ -35,7 +37,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that weights, activations and KV cache may fill; in (0, 1]."""
     kv_cache_memory: int | None = None
-    """Bytes of KV cache; by default what is left on a GPU, room for a few full contexts on a CPU."""
+    """Bytes of KV cache; by default what is left on a GPU, a few full contexts on a CPU."""
     num_blocks: int | None = None
     """Blocks of KV cache; overrides kv_cache_memory."""
     block_size: int = 16
@@ -99,11 +101,12 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 class RopeScaling:
     """How rotary angles are stretched past the trained context.
 
-    Sources: linear and dynamic NTK as in transformers; yarn, arXiv 2309.00071; llama3, the Llama 3.1 release.
+    Sources: linear and dynamic NTK as in transformers; yarn, arXiv 2309.00071; llama3, the Llama
+        3.1 release.
     """
 
     kind: str
-    """linear, dynamic, yarn or llama3."""
+    """linear, dynamic, yarn, llama3 or frequency_factors."""
     factor: float
     original_max_position: int | None = None
     low_freq_factor: float = 1.0
@@ -122,6 +125,8 @@ class RopeScaling:
     """yarn."""
     truncate: bool = True
     """yarn: round the correction range to whole dimensions."""
+    frequency_factors: tuple[float, ...] | None = None
+    """frequency_factors: divisor of each rotary frequency, [rotary_dim / 2], as GGUF stores them."""
 
 
 @dataclass(frozen=True)

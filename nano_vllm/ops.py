@@ -1,9 +1,10 @@
 """The kernels, one typed function each: the only module that touches the compiled ops.
 
-Every function writes into tensors its caller owns, runs on the device of its tensors and, on CUDA, on the current
-stream, without allocating or synchronising. A tensor of a wrong device, dtype, layout or shape raises RuntimeError
-with the value found; values inside device tensors (block numbers, slots, positions) are the caller's duty. Strides
-are free except where a dimension is said to be contiguous. The last dimension always is.
+Every function writes into tensors its caller owns, runs on the device of its tensors and, on CUDA,
+on the current stream, without allocating or synchronising. A tensor of a wrong device, dtype,
+layout or shape raises RuntimeError with the value found; values inside device tensors (block
+numbers, slots, positions) are the caller's duty. Strides are free except where a dimension is said
+to be contiguous. The last dimension always is.
 """
 
 from pathlib import Path
@@ -48,18 +49,22 @@ def paged_attention(
 ) -> None:
     """Causal attention of variable-length queries over a paged KV cache (vLLM, arXiv 2309.06180).
 
-    Sequence `s` owns query rows `query_start_loc[s]:query_start_loc[s + 1]`, the last of which sits at position
-    `seq_lens[s] - 1`. A query at position `p` sees positions `max(0, p - sliding_window + 1)` to `p`. Cache rows past
-    `seq_lens[s]` never reach the result, whatever they hold; output rows past `query_start_loc[-1]` are not written.
+    Sequence `s` owns query rows `query_start_loc[s]:query_start_loc[s + 1]`, the last of which sits
+    at position `seq_lens[s] - 1`. A query at position `p` sees positions `max(0, p - sliding_window
+    + 1)` to `p`. Cache rows past `seq_lens[s]` never reach the result, whatever they hold; output
+    rows past `query_start_loc[-1]` are not written.
 
     Args:
-        out: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; head_dim 64, 80, 96, 128, 192 or 256.
+        out: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; head_dim 64, 80, 96,
+            128, 192 or 256.
         query: [num_tokens, num_heads, head_dim]; num_heads is a multiple of num_kv_heads.
         key_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_size 8 to 256.
         value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        block_tables: [num_seqs, max_blocks_per_seq], int32; the block of each run of block_size tokens.
+        block_tables: [num_seqs, max_blocks_per_seq], int32; the block of each run of block_size
+            tokens.
         query_start_loc: [num_seqs + 1], int32, ascending from 0.
-        seq_lens: [num_seqs], int32; cached tokens including the queries. 0 with no queries is allowed.
+        seq_lens: [num_seqs], int32; cached tokens including the queries. 0 with no queries is
+            allowed.
         max_query_len: upper bound of the query lengths; 1 for a pure decode.
         max_seq_len: upper bound of `seq_lens`.
         scale: multiplies query . key.
@@ -109,7 +114,8 @@ def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
     No block may be both a source and a destination, or a destination twice.
 
     Args:
-        kv_cache: [num_layers, 2, num_blocks, ...]; the dimensions of one block are dense, in any order.
+        kv_cache: [num_layers, 2, num_blocks, ...]; the dimensions of one block are dense, in any
+            order.
         block_mapping: [num_pairs, 2], int64, on the same device; source block, destination block.
     """
     _ops.copy_blocks(kv_cache, block_mapping)
@@ -123,13 +129,15 @@ def swap_blocks(
     Args:
         src_cache: [num_layers, 2, num_src_blocks, ...].
         dst_cache: [num_layers, 2, num_dst_blocks, ...]; its blocks are laid out like the source's.
-        block_mapping: [num_pairs, 2], int64; source block, destination block. On the GPU if either pool is.
+        block_mapping: [num_pairs, 2], int64; source block, destination block. On the GPU if either
+            pool is.
     """
     _ops.swap_blocks(src_cache, dst_cache, block_mapping)
 
 
 def rms_norm(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Root-mean-square norm of each row (arXiv 1910.07467): out = input / sqrt(mean(input^2) + eps) * weight.
+    """Root-mean-square norm of each row (arXiv 1910.07467): out = input / sqrt(mean(input^2) + eps)
+    * weight.
 
     Args:
         out: [num_rows, hidden_size] or [num_rows, num_heads, hidden_size]; may be `input`.
@@ -168,7 +176,8 @@ def rotary_embedding(
         positions: [num_tokens], int64, each in [0, max_position).
         query: [num_tokens, num_heads, head_dim].
         key: [num_tokens, num_kv_heads, head_dim].
-        cos_sin_cache: [max_position, rotary_dim], float32; rotary_dim / 2 cosines, then as many sines. Elements of a
+        cos_sin_cache: [max_position, rotary_dim], float32; rotary_dim / 2 cosines, then as many
+            sines. Elements of a
             head past rotary_dim stay as they are.
         is_neox: pair element i with i + rotary_dim / 2; else (gptj) 2i with 2i + 1.
     """
@@ -199,7 +208,8 @@ def gelu_and_mul(out: torch.Tensor, input: torch.Tensor, approximate: str = "non
 def linear(
     out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
-    """out = input @ weight.T + bias for few rows on a CPU; a row's bits do not depend on the other rows.
+    """out = input @ weight.T + bias for few rows on a CPU; a row's bits do not depend on the other
+    rows.
 
     Args:
         out: [num_rows, out_features].

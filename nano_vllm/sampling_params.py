@@ -30,7 +30,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted once for each time a token was generated before; in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or generated before; above 0."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or generated before;
+    above 0.
+    """
     seed: int | None = None
     """Makes the draws of this request repeatable, whatever else runs beside it."""
     stop: str | list[str] | None = None
@@ -46,7 +48,9 @@ class SamplingParams:
     min_tokens: int = 0
     """Tokens to generate before any end is allowed."""
     logprobs: int | None = None
-    """Report the log-probability of each token and of this many likeliest ones, from the raw logits."""
+    """Report the log-probability of each token and of this many likeliest ones, from the raw
+    logits.
+    """
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     detokenize: bool = True

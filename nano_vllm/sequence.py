@@ -21,8 +21,8 @@ class SequenceStatus(Enum):
 class Sequence:
     """The tokens of one completion, and how far the cache has them.
 
-    Invariants: num_computed_tokens <= num_tokens; block_table covers every computed or scheduled token while the
-    sequence holds blocks and is empty otherwise; output_token_ids only grows.
+    Invariants: num_computed_tokens <= num_tokens; block_table covers every computed or scheduled
+        token while the sequence holds blocks and is empty otherwise; output_token_ids only grows.
     """
 
     __slots__ = (

@@ -98,7 +98,9 @@ def _attention(
     copy: float,
     matmul: float,
 ) -> dict[str, Any]:
-    """One paged attention shape; the peer is scaled_dot_product_attention on dense, unpaged tensors."""
+    """One paged attention shape; the peer is scaled_dot_product_attention on dense, unpaged
+    tensors.
+    """
     import torch
 
     from nano_vllm import ops

@@ -1,4 +1,6 @@
-"""Output tokens per second over many requests of random tokens, against the peers that are installed."""
+"""Output tokens per second over many requests of random tokens, against the peers that are
+installed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times device work: medians over cold inputs, by CUDA graphs on a GPU and by the clock on a CPU."""
+"""Times device work: medians over cold inputs, by CUDA graphs on a GPU, by the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def median_seconds(calls: list[Callable[[], object]], device: torch.device) -> f
     """Seconds of one call: the median over repeats.
 
     Args:
-        calls: the same work on different inputs, taken in turn, so that no call finds its inputs in a cache. They
+        calls: the same work on different inputs, taken in turn, so that no call finds its inputs in
+            a cache. They
             neither synchronise nor depend on one another.
         device: where the work runs.
     """
@@ -54,7 +55,9 @@ def _cuda_graph_seconds(calls: list[Callable[[], object]]) -> float:
 
 
 def input_sets(bytes_per_set: int, device: torch.device) -> int:
-    """How many input sets to rotate so that together they pass three times the device's last-level cache."""
+    """How many input sets to rotate so that together they pass three times the device's last-level
+    cache.
+    """
     cache = 64 * 2**20
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size

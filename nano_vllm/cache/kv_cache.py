@@ -11,15 +11,17 @@ from nano_vllm.layers.attention import LayerCache
 class KVCache:
     """One pool of blocks for all layers.
 
-    In memory a block of one layer's keys (or values) is dense and lies head by head, so that what one attention
-    block of threads reads is contiguous; `layers` shows it in the order that the ops are documented in.
+    In memory a block of one layer's keys (or values) is dense and lies head by head, so that what
+    one attention block of threads reads is contiguous; `layers` shows it in the order that the ops
+    are documented in.
 
     Args:
         config: the decoder's shape.
         num_blocks: blocks of the pool.
         block_size: tokens per block.
         dtype: of keys and values.
-        device: where the pool lives. It is left uninitialised; on a CPU, memory is taken as blocks are first used.
+        device: where the pool lives. It is left uninitialised; on a CPU, memory is taken as blocks
+            are first used.
     """
 
     def __init__(

@@ -59,7 +59,9 @@ class Attention:
         cache: LayerCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim] -> as the query."""
+        """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim] -> as the
+        query.
+        """
         ops.reshape_and_cache(key, value, *cache, metadata.slot_mapping)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         ops.paged_attention(

@@ -9,7 +9,9 @@ from torch.nn import functional
 from nano_vllm import ops
 
 SKINNY_ROWS = 32
-"""On a CPU, products of up to this many rows go through the project's own kernel, the others through torch's."""
+"""On a CPU, products of up to this many rows go through the project's own kernel, the others
+through torch's.
+"""
 
 
 class Linear(nn.Module):
@@ -36,7 +38,8 @@ class Linear(nn.Module):
 
 
 class StackedLinear(Linear):
-    """Linear layers on the same input as one product; each is a shard of consecutive output features.
+    """Linear layers on the same input as one product; each is a shard of consecutive output
+    features.
 
     Args:
         in_features: columns of the input.

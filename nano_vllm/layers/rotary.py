@@ -1,4 +1,6 @@
-"""The angles of rotary position embedding, and the scalings that stretch them past the trained context."""
+"""The angles of rotary position embedding, and the scalings that stretch them past the trained
+context.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,10 @@ def cos_sin_cache(config: ModelConfig, max_position: int, device: torch.device) 
     elif scaling.kind == "linear":
         inv_freq = _inverse_frequencies(config.rope_theta, rotary_dim) / scaling.factor
         angles = torch.outer(positions, inv_freq)
+    elif scaling.kind == "frequency_factors":
+        factors = torch.tensor(scaling.frequency_factors, dtype=torch.float32)
+        inv_freq = _inverse_frequencies(config.rope_theta, rotary_dim) / factors
+        angles = torch.outer(positions, inv_freq)
     elif scaling.kind == "dynamic":
         angles = _dynamic_angles(config, scaling, positions, rotary_dim)
     elif scaling.kind == "llama3":
@@ -33,7 +39,8 @@ def cos_sin_cache(config: ModelConfig, max_position: int, device: torch.device) 
         angles = torch.outer(positions, inv_freq)
     else:
         raise ValueError(
-            f"rope scaling {scaling.kind!r} is not supported; supported: linear, dynamic, yarn, llama3"
+            f"rope scaling {scaling.kind!r} is not supported; "
+            "supported: linear, dynamic, yarn, llama3"
         )
     cache = torch.cat((angles.cos(), angles.sin()), dim=-1) * attention_factor
     return cache.to(device)
@@ -48,8 +55,9 @@ def _dynamic_angles(
 ) -> torch.Tensor:
     """NTK-aware scaling whose base grows with the length.
 
-    Position p takes the base of a sequence of p + 1 tokens: what token-by-token decoding past the trained context
-    gives, and the one choice that does not depend on how a prompt was cut into chunks.
+    Position p takes the base of a sequence of p + 1 tokens: what token-by-token decoding past the
+    trained context gives, and the one choice that does not depend on how a prompt was cut into
+    chunks.
     """
     original = scaling.original_max_position or config.max_position
     lengths = torch.clamp(positions + 1, min=original)
@@ -73,7 +81,9 @@ def _llama3_frequencies(config: ModelConfig, scaling: RopeScaling, rotary_dim: i
 def _yarn_frequencies(
     config: ModelConfig, scaling: RopeScaling, rotary_dim: int
 ) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv 2309.00071): frequencies ramp from interpolated to extrapolated, and cos/sin are scaled."""
+    """YaRN (arXiv 2309.00071): frequencies ramp from interpolated to extrapolated, and cos/sin are
+    scaled.
+    """
     original = scaling.original_max_position or config.max_position
     factor = scaling.factor
 

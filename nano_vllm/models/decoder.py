@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -133,7 +135,7 @@ class CausalLM(nn.Module):
         device: where the angles live; parameters follow torch's default device and dtype.
     """
 
-    stacked = {
+    stacked: ClassVar[dict[str, tuple[str, str]]] = {
         "q_proj": ("qkv_proj", "q"),
         "k_proj": ("qkv_proj", "k"),
         "v_proj": ("qkv_proj", "v"),

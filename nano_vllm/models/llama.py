@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and models of their shape (SmolLM2, Mistral): the shared decoder as it is."""
+"""Llama 2, 3, 3.1, 3.2 and models of their shape (SmolLM2, Mistral): the shared decoder."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class ModelInput:
 
 
 class InputBatch:
-    """Staging buffers of fixed size: a step is written by C++ into one host buffer and travels in one copy.
+    """Staging buffers of fixed size: a step is written by C++ into one host buffer and travels in
+    one copy.
 
     Args:
         config: the decoder's shape.
@@ -72,7 +73,8 @@ class InputBatch:
         num_tokens, num_seqs = batch.num_tokens, len(scheduled)
         width = max(len(s.sequence.block_table) for s in scheduled)
         if self._copied is not None:
-            self._copied.synchronize()  # the copy of the step before may still read the staging buffer
+            # the copy of the step before may still read the staging buffer
+            self._copied.synchronize()
 
         layout = (
             (torch.int64, (num_tokens,)),

@@ -21,7 +21,8 @@ def num_kv_blocks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Blocks of the pool: as told, else what kv_cache_memory holds, else by the device's free memory.
+    """Blocks of the pool: as told, else what kv_cache_memory holds, else by the device's free
+    memory.
 
     Call it once the weights are loaded: the pool is the last to take memory.
     """
@@ -36,8 +37,8 @@ def num_kv_blocks(
         memory = int(free - (1 - config.gpu_memory_utilization) * total) - reserve
         if memory < block_bytes:
             raise ValueError(
-                f"no memory is left for the KV cache: {free / 2**30:.2f} GiB of {total / 2**30:.2f} GiB are free "
-                f"behind the weights, {reserve / 2**30:.2f} GiB are needed for activations, and "
+                f"no memory is left for the KV cache: {free / 2**30:.2f} GiB of "
+                f"{total / 2**30:.2f} GiB are free behind the weights, activations need {reserve / 2**30:.2f} GiB, and "
                 f"gpu_memory_utilization is {config.gpu_memory_utilization}"
             )
     else:
@@ -57,9 +58,10 @@ def _activation_bytes(
 ) -> int:
     """Upper bound of what a step allocates beside weights and cache.
 
-    Per token: the residual stream, a layer's input and output, and its widest intermediate (queries, keys, values
-    and attention output, or gate, up and their product). Per sampled row: logits, in the model's dtype and as the
-    float32 copies that sampling makes. Half as much again for the allocator's rounding.
+    Per token: the residual stream, a layer's input and output, and its widest intermediate
+    (queries, keys, values and attention output, or gate, up and their product). Per sampled row:
+    logits, in the model's dtype and as the float32 copies that sampling makes. Half as much again
+    for the allocator's rounding.
     """
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     per_token = (

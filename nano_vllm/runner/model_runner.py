@@ -179,7 +179,8 @@ def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
         return limit
     if config.max_model_len > limit:
         raise ValueError(
-            f"max_model_len must be at most the model's context of {limit}, got {config.max_model_len}"
+            f"max_model_len must be at most the model's context of {limit}, "
+            f"got {config.max_model_len}"
         )
     return config.max_model_len
 
@@ -187,7 +188,8 @@ def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 def _check_head_dim(model: ModelConfig, device: torch.device) -> None:
     if device.type == "cuda" and model.head_dim not in HEAD_DIMS:
         raise ValueError(
-            f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))} on CUDA, got {model.head_dim}"
+            f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))} on CUDA, "
+            f"got {model.head_dim}"
         )
 
 

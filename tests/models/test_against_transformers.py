@@ -1,0 +1,105 @@
+"""Logits and greedy tokens of random Llama checkpoints equal those of transformers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from nano_vllm.batch import Batch, ScheduledSequence
+from nano_vllm.config import EngineConfig
+from nano_vllm.engine.llm import LLM
+from nano_vllm.runner.model_runner import ModelRunner
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sequence import Sequence
+from tests.models.checkpoints import SETTINGS, make_llama
+
+BLOCK_SIZE = 8
+LENGTHS = (1, 7, 8, 9, 40, 63)
+
+
+def logits_of_all_positions(
+    path: Path, prompts: list[list[int]], chunk: int
+) -> list[torch.Tensor]:
+    """Logits of every prompt position, computed in mixed batches of chunks on shuffled blocks."""
+    config = EngineConfig(
+        model=str(path), device="cpu", dtype="float32", num_blocks=64, block_size=BLOCK_SIZE
+    )
+    runner = ModelRunner(config)
+    assert runner.kv_cache is not None
+    runner.kv_cache.pool.fill_(float("nan"))
+    blocks = random.Random(0).sample(range(64), 64)
+    sequences = []
+    for index, prompt in enumerate(prompts):
+        sequence = Sequence(index, str(index), 0, prompt, SamplingParams())
+        sequence.block_table = [blocks.pop() for _ in range(-(-len(prompt) // BLOCK_SIZE))]
+        sequences.append(sequence)
+    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
+    while unfinished := [s for s in sequences if s.num_computed_tokens < s.num_tokens]:
+        batch = Batch(
+            [
+                ScheduledSequence(s, min(chunk, s.num_tokens - s.num_computed_tokens), False)
+                for s in unfinished
+            ]
+        )
+        with torch.inference_mode():
+            inputs = runner.input_batch.prepare(batch)
+            hidden = runner.model(
+                inputs.input_ids, inputs.positions, runner.kv_cache.layers, inputs.attention
+            )
+            logits = runner.model.compute_logits(hidden)
+        parts = logits.split([s.num_tokens for s in batch.scheduled])
+        for scheduled, part in zip(batch.scheduled, parts, strict=True):
+            rows[scheduled.sequence.seq_id].append(part.clone())
+            scheduled.sequence.num_computed_tokens += scheduled.num_tokens
+    return [torch.cat(parts) for parts in rows]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
+    oracle = make_llama(tmp_path, **SETTINGS[name])
+    draw = random.Random(name)
+    prompts = [[draw.randrange(199) for _ in range(length)] for length in LENGTHS]
+    ours = logits_of_all_positions(tmp_path, prompts, chunk=13)
+    for prompt, logits in zip(prompts, ours, strict=True):
+        with torch.inference_mode():
+            expected = oracle(torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "llama3 scaling"])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_greedy_tokens_equal_transformers_under_preemption(
+    tmp_path: Path, name: str, prefix_caching: bool
+) -> None:
+    oracle = make_llama(tmp_path, seed=1, **SETTINGS[name])
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, 199) for _ in range(draw.choice(LENGTHS))] for _ in range(12)]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM(
+        str(tmp_path),
+        device="cpu",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        num_blocks=24,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=32,
+        max_model_len=128,
+        enable_prefix_caching=prefix_caching,
+    ) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        inputs = torch.tensor([prompt])
+        expected = oracle.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            max_new_tokens=24,
+            min_new_tokens=24,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        assert output.outputs[0].token_ids == expected.tolist()
