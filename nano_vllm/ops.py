@@ -2,7 +2,7 @@
 
 Every function writes into tensors its caller owns, runs on the device of its tensors and, on CUDA,
 on the current stream, without allocating or synchronising. A tensor of a wrong device, dtype,
-layout or shape raises RuntimeError with the value found; values inside device tensors (block
+layout or shape raises ValueError with the value found; values inside device tensors (block
 numbers, slots, positions) are the caller's duty. Strides are free except where a dimension is said
 to be contiguous. The last dimension always is.
 """

@@ -92,8 +92,10 @@ inline void check_last_contiguous(const char* name, const Tensor& tensor) {
 inline void check_shape(const char* name, const Tensor& tensor,
                         std::initializer_list<int64_t> expected) {
   bool ok = tensor.dim() == static_cast<int64_t>(expected.size());
-  int64_t i = 0;
-  for (int64_t size : expected) ok = ok && (size < 0 || tensor.size(i++) == size);
+  for (int64_t i = 0; ok && i < tensor.dim(); ++i) {
+    const int64_t size = expected.begin()[i];
+    ok = size < 0 || tensor.size(i) == size;
+  }
   check(ok, name, " must have shape ",
         to_string(expected.begin(), static_cast<int64_t>(expected.size())), ", got ",
         shape_of(tensor));

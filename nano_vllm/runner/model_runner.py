@@ -45,17 +45,15 @@ class ModelRunner:
         cls = model_class(self.model_config.architecture)
         _check_head_dim(self.model_config, self.device)
 
-        with torch.inference_mode():
+        with torch.no_grad():
             self.model = _build(cls, self.model_config, self.max_model_len, self.device, self.dtype)
             load_weights(
                 self.model,
                 self.model_path,
                 self.model_config,
-                config.load_format,
-                self.device,
-                self.dtype,
-                config.seed,
-                progress,
+                load_format=config.load_format,
+                seed=config.seed,
+                progress=progress,
             )
             max_blocks_per_seq = -(-self.max_model_len // self.block_size)
             self.input_batch = InputBatch(

@@ -40,7 +40,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grouped queries": {},
     "multi-query": {"num_key_value_heads": 1, "head_dim": 80},
     "multi-head, tied": {"num_key_value_heads": 4, "head_dim": 96, "tie_word_embeddings": True},
-    "odd group": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128},
+    "odd group": {
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+    },
     "biases": {"attention_bias": True, "mlp_bias": True},
     "wide heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256},
     "high theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},

@@ -1,0 +1,44 @@
+"""What the loader needs of a checkpoint, whatever its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from nano_vllm.config import ModelConfig
+
+
+class Checkpoint(Protocol):
+    """Tensors by their Hugging Face names; shapes are known at once, contents are read when asked
+    for.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The whole tensor on the CPU, in `dtype` or in the dtype it is stored in."""
+        ...
+
+    def read_into(self, name: str, destination: torch.Tensor) -> None:
+        """Fill a tensor of the same shape, of any dtype, on any device, without holding a second
+        copy.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_checkpoint(source: Path, config: ModelConfig, load_format: str) -> Checkpoint:
+    """Open a folder of safetensors or a .gguf file; `load_format` auto takes what `source` is."""
+    found = "gguf" if source.suffix == ".gguf" else "safetensors"
+    if load_format not in ("auto", found):
+        raise ValueError(f"load_format must be auto or {found} for {source}, got {load_format!r}")
+    if found == "gguf":
+        from nano_vllm.weights.gguf_checkpoint import GGUFCheckpoint
+
+        return GGUFCheckpoint(source, config)
+    from nano_vllm.weights.safetensors_checkpoint import SafetensorsCheckpoint
+
+    return SafetensorsCheckpoint(source)

@@ -1,0 +1,119 @@
+"""Tensors of a GGUF file under their Hugging Face names, dequantized as they are read."""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from nano_vllm.config import ModelConfig
+from nano_vllm.weights.gguf_file import GGUFFile, GGUFTensor
+
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NOT_WEIGHTS = ("rope_freqs.weight",)
+"""Read with the configuration."""
+_PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK_ELEMENTS = 1 << 18
+"""Dequantized at a time: numpy's intermediates stay in the cache, twice as fast as 2M at a time."""
+_MAX_THREADS = 8
+"""numpy lets go of the interpreter lock only inside its loops; more threads would queue for it."""
+
+
+class GGUFCheckpoint:
+    """A llama-architecture GGUF; read, not mapped, so that it never counts as resident memory."""
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        file = GGUFFile(path)
+        self._path = path
+        self._head_dim = config.head_dim
+        self._tensors = {
+            hf_name(t.name): t for t in file.tensors.values() if t.name not in _NOT_WEIGHTS
+        }
+        for tensor in self._tensors.values():
+            if _is_permuted(tensor) and tensor.shape[0] % config.head_dim:
+                raise ValueError(
+                    f"{path}: tensor {tensor.name!r} has {tensor.shape[0]} rows, "
+                    f"which heads of {config.head_dim} do not divide"
+                )
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self._data = os.open(path, os.O_RDONLY)
+        self._threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(self.shapes[name], dtype=dtype, device="cpu")
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, destination: torch.Tensor) -> None:
+        tensor = self._tensors[name]
+        num_rows = tensor.shape[0]
+        rows = destination.view(num_rows, -1)
+        permuted = _is_permuted(tensor)
+        unit = self._head_dim if permuted else 1
+        chunk = max(1, _CHUNK_ELEMENTS // (rows.shape[1] * unit)) * unit
+
+        @torch.inference_mode()  # of this thread; parameters may be inference tensors
+        def fill(start: int) -> None:
+            target = rows[start : start + chunk]
+            values = self._read_rows(tensor, start, target.shape[0]).view(target.shape)
+            target.copy_(unpermute(values, self._head_dim) if permuted else values)
+
+        list(self._threads.map(fill, range(0, num_rows, chunk)))
+
+    def _read_rows(self, tensor: GGUFTensor, start: int, num_rows: int) -> torch.Tensor:
+        row_bytes = tensor.num_bytes // tensor.shape[0]
+        size = num_rows * row_bytes
+        data = bytearray(os.pread(self._data, size, tensor.offset + start * row_bytes))
+        if len(data) != size:
+            raise ValueError(f"{self._path} is truncated: tensor {tensor.name!r} ends early")
+        if tensor.type_name in _PLAIN_DTYPES:
+            return torch.frombuffer(data, dtype=_PLAIN_DTYPES[tensor.type_name])
+        # As one row: gguf otherwise works through 16 rows at a time, which is slow for narrow ones.
+        blocks = np.frombuffer(data, dtype=np.uint8)[None]
+        return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.type_name]))
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        os.close(self._data)
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a tensor, or its own name where it has none."""
+    module, _, leaf = name.rpartition(".")
+    if module in _TOP_NAMES:
+        return f"{_TOP_NAMES[module]}.{leaf}"
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
+    if match is None or match[2] not in _LAYER_NAMES:
+        return name
+    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{leaf}"
+
+
+def _is_permuted(tensor: GGUFTensor) -> bool:
+    return tensor.name.split(".")[-2:-1] in (["attn_q"], ["attn_k"])
+
+
+def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of whole query or key heads in the order of the Hugging Face checkpoint.
+
+    For llama.cpp's rotary embedding, which pairs neighbours, its converter interleaves the two
+    halves of each head.
+    """
+    halves = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,113 @@
+"""config.json -> ModelConfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nano_vllm.config import ModelConfig
+from nano_vllm.weights.config_fields import ConfigFields
+from nano_vllm.weights.json_file import read_json_object
+from nano_vllm.weights.rope_config import parse_rope
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+}
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse_hf_config(folder: Path) -> ModelConfig:
+    """The decoder a Hugging Face folder describes; absent fields default as in LlamaConfig.
+
+    Which architectures can run is decided by the model registry, not here.
+    """
+    path = folder / "config.json"
+    fields = ConfigFields(read_json_object(path), str(path))
+    if "quantization_config" in fields:
+        raise fields.error(
+            "quantization_config", "is not supported; load a checkpoint that is not quantized"
+        )
+    architecture = _architecture(fields)
+    hidden_size = fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error(
+            "num_key_value_heads",
+            f"must divide num_attention_heads {num_heads}, got {num_kv_heads}",
+        )
+    if "head_dim" not in fields and hidden_size % num_heads:
+        raise fields.error(
+            "num_attention_heads", f"must divide hidden_size {hidden_size}, got {num_heads}"
+        )
+    head_dim = fields.integer("head_dim", hidden_size // num_heads)
+    max_position = fields.integer("max_position_embeddings")
+    rope_theta, rotated_share, rope_scaling = parse_rope(fields, max_position)
+    rotary_dim = int(head_dim * rotated_share)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position=max_position,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        hidden_act=_activation(fields),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        attention_bias=fields.flag("attention_bias", False),
+        attention_output_bias=fields.flag("attention_bias", False),
+        mlp_bias=fields.flag("mlp_bias", False),
+        sliding_window=_sliding_window(fields, architecture),
+        dtype=_dtype(fields),
+        bos_token_id=fields.integer("bos_token_id", None, minimum=0),
+        eos_token_ids=_eos_token_ids(fields, folder),
+    )
+
+
+def _architecture(fields: ConfigFields) -> str:
+    names = fields.raw("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise fields.error("architectures", f"must be a list of one name, got {names!r}")
+    return names[0]
+
+
+def _activation(fields: ConfigFields) -> str:
+    name = fields.string("hidden_act", "silu")
+    if name not in _ACTIVATIONS:
+        raise fields.error("hidden_act", f"must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]
+
+
+def _dtype(fields: ConfigFields) -> str | None:
+    name = "dtype" if "dtype" in fields else "torch_dtype"  # transformers 5, before
+    dtype = fields.string(name, None)
+    if dtype is not None and dtype not in _DTYPES:
+        raise fields.error(name, f"must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return dtype
+
+
+def _sliding_window(fields: ConfigFields, architecture: str) -> int | None:
+    layer_types = fields.raw("layer_types", [])
+    if len(set(map(str, layer_types))) > 1:
+        raise fields.error("layer_types", "mixes kinds of attention, which is not supported")
+    # Llama has no window whatever its config says.
+    if architecture == "LlamaForCausalLM" or not fields.flag("use_sliding_window", True):
+        return None
+    return fields.integer("sliding_window", None)
+
+
+def _eos_token_ids(fields: ConfigFields, folder: Path) -> tuple[int, ...]:
+    ids = fields.token_ids("eos_token_id")
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        ids += ConfigFields(read_json_object(generation), str(generation)).token_ids("eos_token_id")
+    return tuple(dict.fromkeys(ids))

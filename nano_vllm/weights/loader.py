@@ -1,0 +1,149 @@
+"""Checkpoint -> model parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from nano_vllm.config import ModelConfig
+from nano_vllm.weights.checkpoint import Checkpoint, open_checkpoint
+from nano_vllm.weights.dummy import fill_dummy_weights
+from nano_vllm.weights.model_config import load_model_config
+
+__all__ = ["load_model_config", "load_weights"]
+
+_NOT_WEIGHTS = ("rotary_emb.inv_freq",)
+"""Endings of tensors that some checkpoints hold but that follow from the configuration."""
+_MAX_NAMED = 4
+"""Names listed in an error."""
+
+
+class _Assignment(NamedTuple):
+    """One tensor of the checkpoint and the parameter, or part of one, that it fills."""
+
+    tensor_name: str
+    parameter: torch.nn.Parameter
+    shard_id: int | str | None
+
+
+def load_weights(
+    model: torch.nn.Module,
+    source: Path,
+    config: ModelConfig,
+    *,
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: bool = False,
+) -> None:
+    """Fill the parameters of `model`, on the device and in the dtype they have, from `source`.
+
+    Parameters have Hugging Face names, except that `model.stacked` (component of a checkpoint's
+    name -> component of the parameter's name, shard id) joins several tensors in one parameter,
+    whose `weight_loader(parameter, tensor, shard_id)` knows where each goes. Names and shapes are
+    checked before anything is read: ValueError names the tensors that are missing, left over or of
+    a wrong shape. With `load_format` dummy, `source` is not touched.
+    """
+    if load_format == "dummy":
+        fill_dummy_weights(model, seed)
+        return
+    checkpoint = open_checkpoint(source, config, load_format)
+    try:
+        assignments = _assign(model, checkpoint, source, config)
+        if progress:
+            from tqdm import tqdm
+
+            steps = tqdm(assignments, desc="Loading weights", unit="tensor", leave=False)
+        else:
+            steps = assignments
+        with torch.no_grad():
+            for assignment in steps:
+                _load(checkpoint, source, *assignment)
+    finally:
+        checkpoint.close()
+
+
+def _load(
+    checkpoint: Checkpoint,
+    source: Path,
+    name: str,
+    parameter: torch.nn.Parameter,
+    shard_id: int | str | None,
+) -> None:
+    weight_loader = getattr(parameter, "weight_loader", None)
+    if weight_loader is None:
+        checkpoint.read_into(name, parameter.data)
+        return
+    tensor = checkpoint.read(name, parameter.dtype)
+    try:
+        weight_loader(parameter, tensor, shard_id)
+    except ValueError as error:
+        raise ValueError(f"{source}: tensor {name!r}: {error}") from None
+
+
+def _assign(
+    model: torch.nn.Module, checkpoint: Checkpoint, source: Path, config: ModelConfig
+) -> list[_Assignment]:
+    parameters = dict(model.named_parameters())
+    stacked: dict[str, tuple[str, int | str]] = getattr(model, "stacked", {})
+    assignments, leftover, misshapen = [], [], []
+    filled = set()
+    for name, shape in checkpoint.shapes.items():
+        if name.endswith(_NOT_WEIGHTS) or (config.tie_word_embeddings and name == "lm_head.weight"):
+            continue
+        parameter_name, shard_id = _destination(name, stacked)
+        parameter = parameters.get(parameter_name)
+        if parameter is None:
+            leftover.append(name)
+            continue
+        if not hasattr(parameter, "weight_loader") and shape != tuple(parameter.shape):
+            misshapen.append(f"{name} {list(shape)} instead of {list(parameter.shape)}")
+        filled.add((parameter_name, shard_id))
+        assignments.append(_Assignment(name, parameter, shard_id))
+    missing = [
+        name
+        for name, destination in _expected(parameters, stacked).items()
+        if destination not in filled
+    ]
+    for problem, names in (
+        ("lacks tensors", missing),
+        ("has unknown tensors", leftover),
+        ("has misshapen tensors", misshapen),
+    ):
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            raise ValueError(f"{source} {problem}: {', '.join(names[:_MAX_NAMED])}{more}")
+    return assignments
+
+
+def _destination(
+    name: str, stacked: dict[str, tuple[str, int | str]]
+) -> tuple[str, int | str | None]:
+    """The parameter a tensor belongs to, and its shard id in it."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part in stacked:
+            parts[i], shard_id = stacked[part]
+            return ".".join(parts), shard_id
+    return name, None
+
+
+def _expected(
+    parameters: dict[str, torch.nn.Parameter], stacked: dict[str, tuple[str, int | str]]
+) -> dict[str, tuple[str, int | str | None]]:
+    """Every tensor the checkpoint must hold -> what it fills."""
+    parts_of = defaultdict(list)
+    for component, (joined, shard_id) in stacked.items():
+        parts_of[joined].append((component, shard_id))
+    expected: dict[str, tuple[str, int | str | None]] = {}
+    for name in parameters:
+        module = next((part for part in name.split(".") if part in parts_of), None)
+        if module is None:
+            expected[name] = (name, None)
+            continue
+        before, after = name.split(f"{module}.", 1)
+        for component, shard_id in parts_of[module]:
+            expected[f"{before}{component}.{after}"] = (name, shard_id)
+    return expected

@@ -1,0 +1,19 @@
+"""The model's shape, from whichever form the checkpoint has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nano_vllm.config import ModelConfig
+from nano_vllm.weights.gguf_config import parse_gguf_config
+from nano_vllm.weights.gguf_file import GGUFFile
+from nano_vllm.weights.hf_config import parse_hf_config
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder or a .gguf file; ValueError with the file and the
+    field at fault.
+    """
+    if path.suffix == ".gguf":
+        return parse_gguf_config(GGUFFile(path))
+    return parse_hf_config(path)
