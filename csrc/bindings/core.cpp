@@ -1,0 +1,267 @@
+// nano_vllm._core: the block allocator and the batch preparation as a pybind11 module.
+// nano_vllm/_core.pyi documents what Python sees. The GIL is held throughout: it serialises the
+// allocator's users.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cache/block_allocator.h"
+#include "cache/prepare_batch.h"
+#include "common/error.h"
+
+namespace nano_vllm {
+namespace {
+
+namespace py = pybind11;
+
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
+// The item of a list of token ids, blocks or counts. The list's size is looked at each time, as an
+// object's __index__ may run any code.
+int32_t item_at(const char* what, PyObject* list, int64_t i) {
+  if (i >= PyList_GET_SIZE(list)) throw py::index_error("a list has shrunk while it was read");
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(PyList_GET_ITEM(list, i), &overflow);
+  if (value >= 0 && value <= kMaxInt32) return static_cast<int32_t>(value);
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  fail(what, " must be in [0, 2^31), got ",
+       overflow != 0 ? "an integer of more than 64 bits" : std::to_string(value));
+}
+
+std::vector<int32_t> to_blocks(const py::list& list) {
+  std::vector<int32_t> blocks(list.size());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    blocks[i] = item_at("block", list.ptr(), static_cast<int64_t>(i));
+  }
+  return blocks;
+}
+
+py::list to_list(const std::vector<int32_t>& blocks) {
+  py::list list(blocks.size());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), py::int_(blocks[i]).release().ptr());
+  }
+  return list;
+}
+
+// The tokens of one full block, from a sequence or a numpy array of integers.
+std::vector<int32_t> to_tokens(const py::object& token_ids, int32_t block_size) {
+  const auto check_count = [&](int64_t count) {
+    check(count == block_size, "token_ids must hold block_size ", block_size, " tokens, got ",
+          count);
+  };
+  std::vector<int32_t> tokens(static_cast<size_t>(block_size));
+  if (py::isinstance<py::array>(token_ids)) {
+    const auto array = py::reinterpret_borrow<py::array>(token_ids);
+    const char kind = array.dtype().kind();
+    check(array.ndim() == 1 && (kind == 'i' || kind == 'u'),
+          "token_ids must be a one-dimensional array of integers, got ",
+          std::string(py::str(array.dtype())), " of ", array.ndim(), " dimensions");
+    check_count(array.size());
+    const py::array_t<int64_t, py::array::c_style | py::array::forcecast> wide(array);
+    for (int64_t i = 0; i < block_size; ++i) {
+      const int64_t token = wide.data()[i];
+      check(token >= 0 && token <= kMaxInt32, "token id must be in [0, 2^31), got ", token);
+      tokens[static_cast<size_t>(i)] = static_cast<int32_t>(token);
+    }
+    return tokens;
+  }
+  const py::list list(token_ids);
+  check_count(static_cast<int64_t>(list.size()));
+  for (int64_t i = 0; i < block_size; ++i) {
+    tokens[static_cast<size_t>(i)] = item_at("token id", list.ptr(), i);
+  }
+  return tokens;
+}
+
+// In Python a hash is 16 bytes, and b"" stands before a sequence's first block.
+BlockHash to_hash(const py::bytes& bytes) {
+  const std::string_view view = bytes;
+  check(view.empty() || view.size() == sizeof(BlockHash), "parent must be b\"\" or ",
+        sizeof(BlockHash), " bytes long, got ", view.size(), " bytes");
+  BlockHash hash;
+  if (!view.empty()) std::memcpy(&hash, view.data(), sizeof(hash));
+  return hash;
+}
+
+py::bytes to_bytes(const BlockHash& hash) {
+  return py::bytes(reinterpret_cast<const char*>(&hash), sizeof(hash));
+}
+
+void bind_block_allocator(py::module_& module) {
+  py::register_exception<OutOfBlocks>(module, "OutOfBlocks", PyExc_RuntimeError);
+
+  py::enum_<BlockState>(module, "BlockState")
+      .value("FREE", BlockState::kFree)
+      .value("ACTIVE", BlockState::kActive)
+      .value("CACHED", BlockState::kCached);
+
+  using Allocator = BlockAllocator;
+  py::class_<Allocator>(module, "BlockAllocator")
+      .def(py::init<int64_t, int64_t, uint64_t>(), py::arg("num_blocks"), py::arg("block_size"),
+           py::arg("hash_key") = 0)
+      .def_property_readonly("num_blocks", &Allocator::num_blocks)
+      .def_property_readonly("block_size", &Allocator::block_size)
+      .def_property_readonly("num_free", &Allocator::num_free)
+      .def_property_readonly("num_cached", &Allocator::num_cached)
+      .def_property_readonly("num_active", &Allocator::num_active)
+      .def("allocate", &Allocator::allocate)
+      .def(
+          "allocate_many",
+          [](Allocator& self, int64_t count) { return to_list(self.allocate_many(count)); },
+          py::arg("count"))
+      .def("share", &Allocator::share, py::arg("block"))
+      .def("free", &Allocator::free, py::arg("block"))
+      .def(
+          "free_many",
+          [](Allocator& self, const py::list& blocks) { self.free_many(to_blocks(blocks)); },
+          py::arg("blocks"))
+      .def("ref_count", &Allocator::ref_count, py::arg("block"))
+      .def("state", &Allocator::state, py::arg("block"))
+      .def("make_writable", &Allocator::make_writable, py::arg("block"))
+      .def(
+          "hash_block",
+          [](const Allocator& self, const py::bytes& parent, const py::object& token_ids) {
+            const std::vector<int32_t> tokens = to_tokens(token_ids, self.block_size());
+            return to_bytes(self.hash(to_hash(parent), tokens.data()));
+          },
+          py::arg("parent"), py::arg("token_ids"))
+      .def(
+          "commit",
+          [](Allocator& self, int64_t block, const py::bytes& parent, const py::object& token_ids) {
+            const std::vector<int32_t> tokens = to_tokens(token_ids, self.block_size());
+            return to_bytes(self.commit(block, to_hash(parent), tokens.data()));
+          },
+          py::arg("block"), py::arg("parent"), py::arg("token_ids"))
+      .def(
+          "lookup",
+          [](Allocator& self, const py::bytes& parent, const py::object& token_ids) {
+            const std::vector<int32_t> tokens = to_tokens(token_ids, self.block_size());
+            return self.lookup(to_hash(parent), tokens.data());
+          },
+          py::arg("parent"), py::arg("token_ids"))
+      .def("check_integrity", &Allocator::check_integrity);
+}
+
+// The data of a writable array of this type, row by row with a contiguous last dimension. Shape
+// entries of -1 are free.
+template <class T>
+T* output(const char* name, py::array& array, std::initializer_list<int64_t> shape) {
+  const auto describe = [](const auto& sizes, size_t dims) {
+    std::string text = "[";
+    for (size_t i = 0; i < dims; ++i) {
+      const int64_t size = sizes[i];
+      text += (i > 0 ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
+    }
+    return text + "]";
+  };
+  check(array.dtype().equal(py::dtype::of<T>()), name, " must be ",
+        std::string(py::str(py::dtype::of<T>())), ", got ", std::string(py::str(array.dtype())));
+  const auto dims = static_cast<size_t>(array.ndim());
+  bool matches = dims == shape.size();
+  for (size_t i = 0; matches && i < dims; ++i) {
+    const int64_t wanted = shape.begin()[i];
+    matches = wanted < 0 || wanted == array.shape(static_cast<py::ssize_t>(i));
+  }
+  check(matches, name, " must have shape ", describe(shape.begin(), shape.size()), ", got ",
+        describe(array.shape(), dims));
+  check(array.size() == 0 || (array.strides(array.ndim() - 1) == sizeof(T) &&
+                              array.strides(0) % static_cast<int64_t>(sizeof(T)) == 0),
+        name, " must be contiguous in its last dimension");
+  check(array.writeable(), name, " must be writable");
+  return static_cast<T*>(array.mutable_data());
+}
+
+// One entry per sequence.
+std::vector<int64_t> to_counts(const char* name, const py::list& list, size_t num_seqs) {
+  check(list.size() == num_seqs, name, " must have one entry for each of the ", num_seqs,
+        " sequences, got ", list.size());
+  std::vector<int64_t> counts(num_seqs);
+  for (size_t s = 0; s < num_seqs; ++s) {
+    counts[s] = item_at(name, list.ptr(), static_cast<int64_t>(s));
+  }
+  return counts;
+}
+
+py::list list_at(const char* name, const py::list& lists, size_t s) {
+  const py::object item = lists[s];
+  if (!py::isinstance<py::list>(item)) {
+    throw py::type_error(std::string(name) + " must hold lists, got " +
+                         Py_TYPE(item.ptr())->tp_name);
+  }
+  return item;
+}
+
+py::tuple prepare(const py::list& token_ids, const py::list& block_tables,
+                  const py::list& num_computed, const py::list& num_tokens, int64_t block_size,
+                  py::array out_input_ids, py::array out_positions, py::array out_slot_mapping,
+                  py::array out_query_start_loc, py::array out_seq_lens,
+                  py::array out_block_tables) {
+  check(block_size > 0 && block_size <= kMaxInt32, "block_size must be in [1, 2^31), got ",
+        block_size);
+  const size_t num_seqs = token_ids.size();
+  check(block_tables.size() == num_seqs, "block_tables must have one entry for each of the ",
+        num_seqs, " sequences, got ", block_tables.size());
+  const std::vector<int64_t> computed = to_counts("num_computed", num_computed, num_seqs);
+  const std::vector<int64_t> scheduled = to_counts("num_tokens", num_tokens, num_seqs);
+  int64_t total = 0;
+  for (const int64_t count : scheduled) total += count;
+  check(total <= kMaxInt32, "a batch must have fewer than 2^31 tokens, got ", total);
+
+  const auto rows = static_cast<int64_t>(num_seqs);
+  int64_t* input_ids = output<int64_t>("out_input_ids", out_input_ids, {total});
+  int32_t* tables = output<int32_t>("out_block_tables", out_block_tables, {rows, -1});
+  const int64_t width = out_block_tables.shape(1);
+  PrepareBatchParams params{};
+  params.num_computed = computed.data();
+  params.num_tokens = scheduled.data();
+  params.block_tables = tables;
+  params.block_tables_stride = out_block_tables.strides(0) / static_cast<int64_t>(sizeof(int32_t));
+  params.num_seqs = rows;
+  params.block_size = block_size;
+  params.positions = output<int64_t>("out_positions", out_positions, {total});
+  params.slot_mapping = output<int64_t>("out_slot_mapping", out_slot_mapping, {total});
+  params.query_start_loc = output<int32_t>("out_query_start_loc", out_query_start_loc, {rows + 1});
+  params.seq_lens = output<int32_t>("out_seq_lens", out_seq_lens, {rows});
+
+  for (size_t s = 0; s < num_seqs; ++s) {
+    const py::list tokens = list_at("token_ids", token_ids, s);
+    const py::list table = list_at("block_tables", block_tables, s);
+    const int64_t begin = computed[s], end = begin + scheduled[s];
+    const auto num_seq_tokens = static_cast<int64_t>(tokens.size());
+    const auto num_blocks = static_cast<int64_t>(table.size());
+    check(end <= num_seq_tokens, "sequence ", s, " of the batch has ", num_seq_tokens,
+          " tokens, too few to compute tokens ", begin, " to ", end);
+    check(end <= kMaxInt32, "sequence ", s, " of the batch must end below 2^31 tokens, got ", end);
+    check(end <= num_blocks * block_size, "sequence ", s, " of the batch has ", num_blocks,
+          " blocks of ", block_size, " tokens, too few for ", end, " tokens");
+    check(num_blocks <= width, "sequence ", s, " of the batch has ", num_blocks,
+          " blocks, more than the ", width, " columns of out_block_tables");
+    for (int64_t i = begin; i < end; ++i) {
+      *input_ids++ = item_at("token id", tokens.ptr(), i);
+    }
+    int32_t* row = tables + static_cast<int64_t>(s) * params.block_tables_stride;
+    for (int64_t i = 0; i < num_blocks; ++i) row[i] = item_at("block", table.ptr(), i);
+    for (int64_t i = num_blocks; i < width; ++i) row[i] = 0;
+  }
+  const BatchBounds bounds = prepare_batch(params);
+  return py::make_tuple(bounds.max_query_len, bounds.max_seq_len);
+}
+
+}  // namespace
+}  // namespace nano_vllm
+
+PYBIND11_MODULE(_core, module) {
+  namespace py = pybind11;
+  nano_vllm::bind_block_allocator(module);
+  module.def("prepare_batch", &nano_vllm::prepare, py::arg("token_ids"), py::arg("block_tables"),
+             py::arg("num_computed"), py::arg("num_tokens"), py::arg("block_size"),
+             py::arg("out_input_ids"), py::arg("out_positions"), py::arg("out_slot_mapping"),
+             py::arg("out_query_start_loc"), py::arg("out_seq_lens"), py::arg("out_block_tables"));
+}

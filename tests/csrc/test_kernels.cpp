@@ -1,0 +1,530 @@
+// The CPU kernels against plain loops in double: small shapes, edge lengths, strided tensors, NaN
+// in every slot that must not be read.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "attention/paged_attention.h"
+#include "cache/copy_blocks.h"
+#include "cache/reshape_and_cache.h"
+#include "check.h"
+#include "common/simd_convert.h"
+#include "layers/activation.h"
+#include "layers/linear.h"
+#include "layers/rms_norm.h"
+#include "layers/rotary_embedding.h"
+
+namespace nano_vllm::test {
+namespace {
+
+using cpu::BFloat16;
+using cpu::Float16;
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+
+std::mt19937 generator(1);
+
+double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(generator);
+}
+
+// Conversions one at a time and by arithmetic, not by the bit tricks under test.
+double to_double(DType dtype, const void* element) {
+  if (dtype == DType::kFloat32) return *static_cast<const float*>(element);
+  const uint16_t bits = *static_cast<const uint16_t*>(element);
+  const int mantissa_bits = dtype == DType::kFloat16 ? 10 : 7;
+  const int bias = dtype == DType::kFloat16 ? 15 : 127;
+  const int exponent = (bits & 0x7fff) >> mantissa_bits;
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  double value;
+  if (exponent == 2 * bias + 1) {
+    value = mantissa == 0 ? INFINITY : NAN;
+  } else if (exponent == 0) {
+    value = std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  } else {
+    value = std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+  }
+  return bits & 0x8000 ? -value : value;
+}
+
+// A run of elements of any dtype. Those never set are NaN.
+class Buffer {
+ public:
+  Buffer(DType dtype, int64_t numel)
+      : dtype_(dtype), bytes_(static_cast<size_t>(numel) * size_of(dtype), 0xff) {}
+
+  void* data() { return bytes_.data(); }
+  int64_t numel() const { return static_cast<int64_t>(bytes_.size() / size_of(dtype_)); }
+  double operator[](int64_t i) const { return to_double(dtype_, bytes_.data() + offset(i)); }
+
+  void set(int64_t i, double value) {
+    const float x = static_cast<float>(value);
+    cpu::dispatch_dtype(dtype_, [&](auto element) {
+      using T = decltype(element);
+      T out[4];
+      cpu::simd::store(out, cpu::simd::broadcast<4>(x));
+      std::memcpy(bytes_.data() + offset(i), out, sizeof(T));
+    });
+  }
+  void fill(double low, double high) {
+    for (int64_t i = 0; i < numel(); ++i) set(i, uniform(low, high));
+  }
+  bool operator==(const Buffer& other) const { return bytes_ == other.bytes_; }
+  bool same_bits(int64_t i, const Buffer& other, int64_t j, int64_t count) const {
+    return std::memcmp(bytes_.data() + offset(i), other.bytes_.data() + offset(j),
+                       static_cast<size_t>(count) * size_of(dtype_)) == 0;
+  }
+
+ private:
+  size_t offset(int64_t i) const { return static_cast<size_t>(i) * size_of(dtype_); }
+
+  DType dtype_;
+  std::vector<unsigned char> bytes_;
+};
+
+// `error` is for float32, relative to the larger of the value and `scale`; rounding to 16 bits comes on top.
+bool is_close(DType dtype, double got, double expected, double error, double scale) {
+  const double rounding = dtype == DType::kFloat32 ? 0 : dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+  const double smallest = dtype == DType::kFloat16 ? 0x1p-25 : 0;
+  return std::abs(got - expected) <= error * std::max(std::abs(expected), scale) +
+                                         rounding * 1.01 * std::abs(expected) + smallest;
+}
+
+void set_threads([[maybe_unused]] int threads) {
+#ifdef _OPENMP
+  omp_set_num_threads(threads);
+#endif
+}
+
+// --- paged attention ---
+
+struct Sequence {
+  int query_len, seq_len;
+};
+
+struct AttentionCase {
+  DType dtype;
+  int num_heads, num_kv_heads, head_dim, block_size;
+  std::vector<Sequence> sequences;
+  int sliding_window = 0;
+  float softcap = 0;
+  bool strided = false;  // a fused QKV tensor and a cache with keys and values in turns
+};
+
+// The tensors of a case; block tables in random order, slots that hold no token NaN.
+struct AttentionInputs {
+  explicit AttentionInputs(const AttentionCase& c)
+      : query(c.dtype, 0), keys(c.dtype, 0), values(c.dtype, 0) {
+    PagedAttentionParams& p = params;
+    p.dtype = c.dtype;
+    p.num_seqs = static_cast<int32_t>(c.sequences.size());
+    p.num_heads = c.num_heads, p.num_kv_heads = c.num_kv_heads;
+    p.head_dim = c.head_dim, p.block_size = c.block_size;
+    p.sliding_window = c.sliding_window, p.softcap = c.softcap;
+    p.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+
+    int max_blocks = 1, num_blocks = 1;
+    start.push_back(0);
+    for (const Sequence& s : c.sequences) {
+      const int blocks = (s.seq_len + c.block_size - 1) / c.block_size;
+      max_blocks = std::max(max_blocks, blocks);
+      num_blocks += blocks;
+      start.push_back(start.back() + s.query_len);
+      lens.push_back(s.seq_len);
+      p.max_query_len = std::max(p.max_query_len, s.query_len);
+      p.max_seq_len = std::max(p.max_seq_len, s.seq_len);
+    }
+    std::vector<int32_t> order(num_blocks);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), generator);
+    // An entry past the sequence's blocks leads far out of the cache.
+    tables.assign(c.sequences.size() * (max_blocks + 1), 1 << 30);
+    p.block_tables_stride = max_blocks + 1;
+
+    num_tokens = start.back() + 2;  // two rows of padding
+    const int64_t heads = c.strided ? c.num_heads + 2 * c.num_kv_heads : c.num_heads;
+    p.query_stride_head = c.head_dim, p.query_stride_token = heads * c.head_dim;
+    p.out_stride_head = c.head_dim + (c.strided ? 3 : 0), p.out_stride_token = p.out_stride_head * c.num_heads;
+    query = Buffer(c.dtype, num_tokens * p.query_stride_token);
+    for (int64_t i = 0; i < start.back() * p.query_stride_token; ++i) query.set(i, uniform(-2, 2));
+
+    const int64_t plane = int64_t{c.block_size} * c.num_kv_heads * c.head_dim;
+    // Blocks of [block_size, heads, dim], or, strided, of [heads, block_size, dim].
+    p.key_stride_token = c.strided ? c.head_dim : c.num_kv_heads * c.head_dim;
+    p.key_stride_head = c.strided ? c.block_size * c.head_dim : c.head_dim;
+    p.key_stride_block = c.strided ? 2 * plane : plane;
+    p.value_stride_token = p.key_stride_token, p.value_stride_head = p.key_stride_head;
+    p.value_stride_block = p.key_stride_block;
+    keys = Buffer(c.dtype, num_blocks * p.key_stride_block);
+    values = Buffer(c.dtype, num_blocks * p.value_stride_block);
+    int used = 0;
+    for (size_t s = 0; s < c.sequences.size(); ++s) {
+      int32_t* table = tables.data() + s * p.block_tables_stride;
+      for (int t = 0; t < c.sequences[s].seq_len; ++t) {
+        if (t % c.block_size == 0) table[t / c.block_size] = order[used++];
+        for (int64_t i = 0; i < int64_t{c.num_kv_heads} * c.head_dim; ++i) {
+          const int64_t at = key_offset(s, t, static_cast<int>(i / c.head_dim)) + i % c.head_dim;
+          keys.set(at, uniform(-2, 2));
+          values.set(at, uniform(-1, 1));
+        }
+      }
+    }
+  }
+
+  int64_t key_offset(size_t seq, int64_t t, int kv_head) const {
+    const int64_t block = tables[seq * params.block_tables_stride + t / params.block_size];
+    return block * params.key_stride_block + t % params.block_size * params.key_stride_token +
+           kv_head * params.key_stride_head;
+  }
+
+  Buffer run() {
+    Buffer out(params.dtype, num_tokens * params.out_stride_token);
+    params.out = out.data(), params.query = query.data();
+    params.key_cache = keys.data(), params.value_cache = values.data();
+    params.block_tables = tables.data();
+    params.query_start_loc = start.data(), params.seq_lens = lens.data();
+    cpu::paged_attention(params);
+    return out;
+  }
+
+  PagedAttentionParams params{};
+  int64_t num_tokens;
+  Buffer query, keys, values;
+  std::vector<int32_t> start, lens, tables;
+};
+
+std::vector<double> attention_row(const AttentionInputs& in, size_t seq, int64_t token, int head) {
+  const PagedAttentionParams& p = in.params;
+  const int64_t position = in.lens[seq] - (in.start[seq + 1] - token);
+  const int64_t first = p.sliding_window > 0 ? std::max<int64_t>(0, position - p.sliding_window + 1) : 0;
+  const int kv_head = head / (p.num_heads / p.num_kv_heads);
+  std::vector<double> scores;
+  for (int64_t t = first; t <= position; ++t) {
+    double score = 0;
+    for (int d = 0; d < p.head_dim; ++d) {
+      score += in.query[token * p.query_stride_token + head * p.query_stride_head + d] *
+               in.keys[in.key_offset(seq, t, kv_head) + d];
+    }
+    score *= p.scale;
+    scores.push_back(p.softcap > 0 ? p.softcap * std::tanh(score / p.softcap) : score);
+  }
+  const double max = *std::max_element(scores.begin(), scores.end());
+  double sum = 0;
+  std::vector<double> out(p.head_dim, 0.0);
+  for (int64_t t = first; t <= position; ++t) {
+    const double weight = std::exp(scores[t - first] - max);
+    sum += weight;
+    for (int d = 0; d < p.head_dim; ++d) out[d] += weight * in.values[in.key_offset(seq, t, kv_head) + d];
+  }
+  for (double& x : out) x /= sum;
+  return out;
+}
+
+void test_attention_case(const AttentionCase& c) {
+  AttentionInputs in(c);
+  const PagedAttentionParams& p = in.params;
+  const Buffer out = in.run();
+  bool close = true, untouched = true;
+  for (size_t s = 0; s < c.sequences.size(); ++s) {
+    for (int64_t token = in.start[s]; token < in.start[s + 1]; ++token) {
+      for (int head = 0; head < c.num_heads; ++head) {
+        const std::vector<double> expected = attention_row(in, s, token, head);
+        for (int d = 0; d < c.head_dim; ++d) {
+          const int64_t at = token * p.out_stride_token + head * p.out_stride_head + d;
+          close = close && is_close(c.dtype, out[at], expected[d], 2e-6, 0.5);
+        }
+      }
+    }
+  }
+  for (int64_t i = in.start.back() * p.out_stride_token; i < out.numel(); ++i) {
+    untouched = untouched && std::isnan(out[i]);
+  }
+  CHECK(close);
+  CHECK(untouched);
+}
+
+void test_attention() {
+  const std::vector<Sequence> mixed = {{1, 1}, {1, 7}, {1, 8}, {1, 9}, {5, 5}, {17, 40}, {0, 0}, {1, 64}, {1, 65}};
+  for (DType dtype : kDTypes) {
+    test_attention_case({dtype, 9, 3, 64, 8, mixed});
+    test_attention_case({dtype, 4, 4, 80, 16, mixed, 0, 0, true});
+    test_attention_case({dtype, 8, 1, 96, 16, mixed, 5});
+    test_attention_case({dtype, 4, 2, 128, 32, mixed, 0, 3.0f});
+    test_attention_case({dtype, 2, 1, 256, 16, {{3, 20}, {1, 300}}, 33, 20.0f, true});
+    test_attention_case({dtype, 2, 2, 192, 256, {{1, 255}, {1, 256}, {2, 257}}});
+    test_attention_case({dtype, 64, 1, 64, 16, {{2, 70}}});  // more heads than rows of a task
+  }
+  test_attention_case({DType::kFloat32, 2, 1, 64, 16, {{1, 1500}}});
+  test_attention_case({DType::kFloat32, 3, 1, 64, 16, {{130, 700}}, 100});
+}
+
+// A row has the same bits alone as a decode, in a batch, and on any number of threads.
+void test_attention_bits() {
+  for (DType dtype : kDTypes) {
+    for (int window : {0, 90}) {
+      const AttentionCase c{dtype, 6, 2, 80, 16, {{40, 600}, {1, 333}, {70, 70}}, window};
+      AttentionInputs in(c);
+      set_threads(1);
+      const Buffer whole = in.run();
+      const int64_t row_numel = in.params.out_stride_token;
+      set_threads(3);
+      CHECK(in.run().same_bits(0, whole, 0, in.start.back() * row_numel));
+      const std::vector<int32_t> start = in.start, lens = in.lens;
+      bool same = true;
+      for (size_t s = 0; s < c.sequences.size(); ++s) {
+        for (int64_t token = start[s]; token < start[s + 1]; token += 3) {
+          AttentionInputs one = in;
+          one.start = {0, 1};
+          one.lens = {static_cast<int32_t>(lens[s] - (start[s + 1] - token) + 1)};
+          one.tables.erase(one.tables.begin(), one.tables.begin() + s * in.params.block_tables_stride);
+          one.query = Buffer(dtype, in.params.query_stride_token * 3);
+          std::memcpy(one.query.data(), static_cast<char*>(in.query.data()) + token * row_numel * size_of(dtype),
+                      row_numel * size_of(dtype));
+          one.params.num_seqs = 1, one.params.max_query_len = 1, one.params.max_seq_len = one.lens[0];
+          one.num_tokens = 3;
+          same = same && one.run().same_bits(0, whole, token * row_numel, row_numel);
+        }
+      }
+      CHECK(same);
+    }
+  }
+  set_threads(2);
+}
+
+// --- linear ---
+
+void test_linear() {
+  for (DType dtype : kDTypes) {
+    for (int k : {0, 1, 3, 8, 15, 64, 131, 576}) {
+      for (int n : {1, 4, 7, 66}) {
+        Buffer weight(dtype, n * (k + 5)), bias(dtype, n), input(dtype, 9 * (k + 2));
+        for (int i = 0; i < n * k; ++i) weight.set(i / std::max(k, 1) * (k + 5) + i % std::max(k, 1), uniform(-1, 1));
+        for (int i = 0; i < 9 * k; ++i) input.set(i / std::max(k, 1) * (k + 2) + i % std::max(k, 1), uniform(-1, 1));
+        bias.fill(-1, 1);
+        Buffer whole(dtype, 9 * (n + 3));
+        for (int rows : {9, 1, 2, 3, 4, 5}) {
+          Buffer out(dtype, 9 * (n + 3));
+          const bool with_bias = rows != 5;
+          cpu::linear({dtype, out.data(), input.data(), weight.data(), with_bias ? bias.data() : nullptr, n + 3, k + 2,
+                       k + 5, rows, k, n});
+          bool close = true, same = true;
+          for (int row = 0; row < 9; ++row) {
+            for (int column = 0; column < n + 3; ++column) {
+              const double got = out[row * (n + 3) + column];
+              if (row >= rows || column >= n) {
+                close = close && std::isnan(got);
+                continue;
+              }
+              double expected = with_bias ? bias[column] : 0;
+              for (int i = 0; i < k; ++i) expected += input[row * (k + 2) + i] * weight[column * (k + 5) + i];
+              close = close && is_close(dtype, got, expected, 1e-6, std::sqrt(k + 1.0));
+            }
+            same = same && (!with_bias || row >= rows || rows == 9 || out.same_bits(row * (n + 3), whole, row * (n + 3), n));
+          }
+          CHECK(close);
+          CHECK(same);
+          if (rows == 9) whole = out;
+        }
+      }
+    }
+  }
+}
+
+// --- norm, rotary, activations ---
+
+void test_rms_norm() {
+  for (DType dtype : kDTypes) {
+    for (int size : {1, 7, 8, 64, 100, 576}) {
+      for (bool fused : {false, true}) {
+        constexpr int kRows = 3, kHeads = 2;
+        const int64_t stride_head = size + 1, stride_row = kHeads * stride_head + 2;
+        Buffer input(dtype, kRows * stride_row), residual(dtype, kRows * stride_row), weight(dtype, size);
+        input.fill(-3, 3), residual.fill(-3, 3), weight.fill(0, 2);
+        const Buffer before = residual;
+        Buffer out(dtype, kRows * stride_row);
+        cpu::rms_norm({dtype, out.data(), input.data(), fused ? residual.data() : nullptr, weight.data(), stride_row,
+                       stride_head, stride_row, stride_head, stride_row, stride_head, kRows, kHeads, size, 1e-5f});
+        bool close = true;
+        for (int64_t i = 0; i < out.numel(); ++i) {
+          const int64_t head = i % stride_row / stride_head, column = i % stride_row % stride_head;
+          if (head >= kHeads || column >= size) {
+            close = close && std::isnan(out[i]) && residual[i] == before[i];
+            continue;
+          }
+          const int64_t start = i - column;
+          double square = 0;
+          for (int j = 0; j < size; ++j) square += std::pow(fused ? residual[start + j] : input[start + j], 2);
+          const double x = fused ? residual[i] : input[i];
+          const double expected = x / std::sqrt(square / size + 1e-5) * weight[column];
+          close = close && is_close(dtype, out[i], expected, 1e-6, 1e-3);
+          if (fused) close = close && is_close(dtype, residual[i], before[i] + input[i], 1e-7, 1e-3);
+        }
+        CHECK(close);
+        Buffer in_place = input;
+        if (!fused) {
+          cpu::rms_norm({dtype, in_place.data(), in_place.data(), nullptr, weight.data(), stride_row, stride_head,
+                         stride_row, stride_head, 0, 0, kRows, kHeads, size, 1e-5f});
+          CHECK(in_place.same_bits(0, out, 0, size));
+        }
+      }
+    }
+  }
+}
+
+void test_rotary_embedding() {
+  for (DType dtype : kDTypes) {
+    for (int rotary_dim : {2, 6, 16, 22, 64, 80}) {
+      for (bool is_neox : {false, true}) {
+        constexpr int kTokens = 5, kHeads = 3, kKvHeads = 2, kMaxPosition = 50;
+        const int head_dim = rotary_dim + 4, half = rotary_dim / 2;
+        std::vector<float> cache(kMaxPosition * rotary_dim);
+        for (float& x : cache) x = static_cast<float>(uniform(-1, 1));
+        const std::vector<int64_t> positions = {0, 49, 7, 7, 21};
+        Buffer query(dtype, kTokens * (kHeads * head_dim + 1)), key(dtype, kTokens * kKvHeads * head_dim);
+        query.fill(-2, 2), key.fill(-2, 2);
+        const Buffer old_query = query, old_key = key;
+        cpu::rotary_embedding({dtype, positions.data(), query.data(), key.data(), cache.data(), kHeads * head_dim + 1,
+                               head_dim, kKvHeads * head_dim, head_dim, kTokens, kHeads, kKvHeads, rotary_dim,
+                               is_neox});
+        const auto is_right = [&](const Buffer& now, const Buffer& old, int64_t stride, int heads) {
+          bool right = true;
+          for (int64_t i = 0; i < now.numel(); ++i) {
+            const int64_t token = i / stride, at = i % stride % head_dim;
+            if (i % stride >= heads * head_dim || at >= rotary_dim) {
+              right = right && now[i] == old[i];
+              continue;
+            }
+            const int64_t pair = is_neox ? at % half : at / 2;
+            const bool is_first = is_neox ? at < half : at % 2 == 0;
+            const int64_t other = i + (is_neox ? half : 1) * (is_first ? 1 : -1);
+            const double cos = cache[positions[token] * rotary_dim + pair];
+            const double sin = cache[positions[token] * rotary_dim + half + pair];
+            const double expected = old[i] * cos + (is_first ? -old[other] : old[other]) * sin;
+            right = right && is_close(dtype, now[i], expected, 1e-6, 0.5);
+          }
+          return right;
+        };
+        CHECK(is_right(query, old_query, kHeads * head_dim + 1, kHeads));
+        CHECK(is_right(key, old_key, kKvHeads * head_dim, kKvHeads));
+      }
+    }
+  }
+}
+
+double activation_of(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    case Activation::kGelu:
+      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+    case Activation::kGeluTanh:
+      return x / (1 + std::exp(-2 * std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+  }
+  return kNan;
+}
+
+void test_activation() {
+  for (DType dtype : kDTypes) {
+    for (Activation activation : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh}) {
+      for (int size : {1, 5, 16, 1030, 5000}) {
+        Buffer input(dtype, 2 * (2 * size + 1)), out(dtype, 2 * (size + 2));
+        input.fill(-10, 10);
+        cpu::activation_and_mul({dtype, activation, out.data(), input.data(), size + 2, 2 * size + 1, 2, size});
+        bool close = true;
+        for (int64_t i = 0; i < out.numel(); ++i) {
+          const int64_t row = i / (size + 2), column = i % (size + 2);
+          const int64_t gate = row * (2 * size + 1) + column;
+          if (column >= size) {
+            close = close && std::isnan(out[i]);
+          } else {
+            const double expected = activation_of(activation, input[gate]) * input[gate + size];
+            // The tanh form rounds the exponent, a cubic of x.
+            const double error = activation == Activation::kGeluTanh ? 4e-6 : 1e-6;
+            close = close && is_close(dtype, out[i], expected, error, 1e-6);
+          }
+        }
+        CHECK(close);
+      }
+    }
+  }
+}
+
+// --- cache ---
+
+void test_reshape_and_cache() {
+  for (DType dtype : kDTypes) {
+    for (bool strided : {false, true}) {
+      constexpr int kTokens = 6, kHeads = 2, kHeadDim = 20, kBlockSize = 8, kBlocks = 3;
+      const std::vector<int64_t> slots = {23, -1, 0, 7, 8, -5};
+      const int64_t head = strided ? kHeadDim + 2 : kHeadDim, token = kHeads * head + (strided ? 1 : 0);
+      Buffer key(dtype, kTokens * token), value(dtype, kTokens * token);
+      key.fill(-1, 1), value.fill(-1, 1);
+      // Strided: [num_blocks, num_kv_heads, block_size, head_dim]
+      const int64_t block = kBlockSize * kHeads * kHeadDim;
+      const int64_t cache_token = strided ? kHeadDim : kHeads * kHeadDim;
+      const int64_t cache_head = strided ? kBlockSize * kHeadDim : kHeadDim;
+      Buffer keys(dtype, kBlocks * block), values(dtype, kBlocks * block);
+      cpu::reshape_and_cache({dtype, key.data(), value.data(), keys.data(), values.data(), slots.data(), token, head,
+                              token, head, block, cache_token, cache_head, block, cache_token, cache_head, kTokens,
+                              kHeads, kHeadDim, kBlockSize});
+      Buffer expected_keys(dtype, kBlocks * block), expected_values(dtype, kBlocks * block);
+      for (int64_t i = 0; i < kTokens; ++i) {
+        for (int64_t j = 0; slots[i] >= 0 && j < kHeads * kHeadDim; ++j) {
+          const int64_t from = i * token + j / kHeadDim * head + j % kHeadDim;
+          const int64_t to = slots[i] / kBlockSize * block + slots[i] % kBlockSize * cache_token +
+                             j / kHeadDim * cache_head + j % kHeadDim;
+          expected_keys.set(to, key[from]);
+          expected_values.set(to, value[from]);
+        }
+      }
+      CHECK(keys == expected_keys);
+      CHECK(values == expected_values);
+    }
+  }
+}
+
+void test_copy_blocks() {
+  constexpr int64_t kPlanes = 4, kBlocks = 6, kBlockBytes = 48;
+  constexpr int64_t kPlaneStride = kBlocks * 64;
+  std::vector<unsigned char> pool(kPlanes * kPlaneStride);
+  for (unsigned char& byte : pool) byte = static_cast<unsigned char>(generator());
+  std::vector<unsigned char> expected = pool;
+  const std::vector<int64_t> mapping = {0, 5, 0, 2, 3, 1};
+  for (int64_t plane = 0; plane < kPlanes; ++plane) {
+    for (size_t pair = 0; pair < 3; ++pair) {
+      std::copy_n(pool.begin() + plane * kPlaneStride + mapping[2 * pair] * 64, kBlockBytes,
+                  expected.begin() + plane * kPlaneStride + mapping[2 * pair + 1] * 64);
+    }
+  }
+  cpu::copy_blocks({pool.data(), pool.data(), mapping.data(), kPlaneStride, 64, kPlaneStride, 64, kBlockBytes, kPlanes,
+                    3});
+  CHECK(pool == expected);
+}
+
+}  // namespace
+}  // namespace nano_vllm::test
+
+int main() {
+  using namespace nano_vllm::test;
+  set_threads(2);
+  test_attention();
+  test_attention_bits();
+  test_linear();
+  test_rms_norm();
+  test_rotary_embedding();
+  test_activation();
+  test_reshape_and_cache();
+  test_copy_blocks();
+  return report_checks();
+}
