@@ -35,6 +35,7 @@ struct PagedAttentionParams {
   int64_t block_tables_stride;
 
   int32_t num_seqs, num_heads, num_kv_heads, head_dim, block_size;
+  int32_t num_tokens;      // rows of query and out, padding included; sizes the CUDA grid
   int32_t max_query_len;   // upper bound of the query lengths; 1 selects decode alone
   int32_t max_seq_len;     // upper bound of seq_lens
   int32_t sliding_window;  // tokens a query sees, itself included; 0 = all

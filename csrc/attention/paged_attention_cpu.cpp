@@ -162,17 +162,35 @@ class Attention {
     return simd::exp(simd::broadcast<kLanes>(x))[0];
   }
 
+  NANO_VLLM_INLINE const T* cache_row(const void* cache, int64_t stride_block, int64_t stride_token,
+                                      int64_t stride_head, int64_t position) const {
+    const int32_t* block_table = p_.block_tables + task_.seq * p_.block_tables_stride;
+    const uint32_t block_size = p_.block_size, at = static_cast<uint32_t>(position);
+    return static_cast<const T*>(cache) + block_table[at / block_size] * stride_block +
+           at % block_size * stride_token + task_.kv_head * stride_head;
+  }
+
+  // Key and value of a position to come: a sequence's blocks lie anywhere, the hardware finds no pattern.
+  NANO_VLLM_INLINE void prefetch(int64_t position) const {
+    if (position >= task_.key_end) return;
+    const T* key = cache_row(p_.key_cache, p_.key_stride_block, p_.key_stride_token, p_.key_stride_head, position);
+    const T* value =
+        cache_row(p_.value_cache, p_.value_stride_block, p_.value_stride_token, p_.value_stride_head, position);
+    constexpr int kLineElements = 64 / sizeof(T);
+    for (int64_t d = 0; d < p_.head_dim; d += kLineElements) {
+      __builtin_prefetch(key + d);
+      __builtin_prefetch(value + d);
+    }
+  }
+
   // Rows of the tile's keys or values as float32: where they lie in the cache, else in `scratch`.
   // Lanes outside [begin, end) get a row inside, to be computed with and not used.
   template <int kLanes>
   NANO_VLLM_INLINE void find_rows(const void* cache, int64_t stride_block, int64_t stride_token,
                                   int64_t stride_head, int64_t tile, int64_t begin, int64_t end,
                                   float* scratch, const float** rows) const {
-    const int32_t* block_table = p_.block_tables + task_.seq * p_.block_tables_stride;
-    const T* base = static_cast<const T*>(cache) + task_.kv_head * stride_head;
     for (int64_t lane = begin; lane < end; ++lane) {
-      const int64_t block = (tile + lane) / p_.block_size, row = (tile + lane) % p_.block_size;
-      const T* source = base + block_table[block] * stride_block + row * stride_token;
+      const T* source = cache_row(cache, stride_block, stride_token, stride_head, tile + lane);
       if constexpr (std::is_same_v<T, float>) {
         rows[lane] = source;
       } else {
@@ -198,7 +216,7 @@ class Attention {
       const int rows = std::min(kDotRows, task_.num_rows - first);
       const Range seen{visible(first, tile).begin, visible(first + rows - 1, tile).end};
       if (seen.begin >= seen.end) continue;
-      score<kLanes>(first, rows, keys, seen, scratch);
+      score<kLanes>(first, rows, keys, seen, tile, scratch);
       float rescale[kDotRows];
       for (int i = 0; i < rows; ++i) rescale[i] = softmax<kLanes>(first + i, tile, scratch, result);
       add_values<kLanes>(first, rows, values, seen, rescale, scratch, result);
@@ -207,11 +225,14 @@ class Attention {
 
   // Products of query and key, of the lanes that any of the rows sees and some beside them.
   template <int kLanes>
-  NANO_VLLM_INLINE void score(int first, int rows, const float* const* keys, Range seen,
+  NANO_VLLM_INLINE void score(int first, int rows, const float* const* keys, Range seen, int64_t tile,
                               const TaskScratch& scratch) const {
     const float* query[kDotRows];
     for (int i = 0; i < kDotRows; ++i) query[i] = scratch.query + (first + std::min(i, rows - 1)) * int64_t{p_.head_dim};
     for (int64_t lane = seen.begin / kDotColumns * kDotColumns; lane < seen.end; lane += kDotColumns) {
+      if (first == 0) {
+        for (int64_t i = 0; i < kDotColumns; ++i) prefetch(tile + kTileKeys + lane + i);
+      }
       simd::Float<4> products[kDotRows];
       dot_tile<kLanes>(rows, query, keys + lane, p_.head_dim, products);
       for (int i = 0; i < rows; ++i) simd::store(scratch.scores + (first + i) * kTileKeys + lane, products[i]);

@@ -30,6 +30,7 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
   check_tensor("block_tables", block_tables, query, ScalarType::Int, {seq_lens.size(0), -1});
 
   params.num_seqs = to_int32("the number of sequences", seq_lens.size(0));
+  params.num_tokens = to_int32("the number of tokens", query.size(0));
   params.num_heads = to_int32("num_heads", query.size(1));
   params.num_kv_heads = to_int32("num_kv_heads", key_cache.size(2));
   params.head_dim = to_int32("head_dim", query.size(2));

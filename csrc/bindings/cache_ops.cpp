@@ -126,6 +126,11 @@ void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping) {
 void swap_blocks(const Tensor& src_cache, const Tensor& dst_cache, const Tensor& block_mapping) {
   const Tensor& where = src_cache.is_cuda() ? src_cache : dst_cache;
   check_device("block_mapping", block_mapping, where);
+  for (const Tensor* cache : {&src_cache, &dst_cache}) {
+    check(cache->is_cpu() || device_of(*cache) == device_of(where),
+          cache == &src_cache ? "src" : "dst", "_cache must be on cpu or ", device_of(where),
+          ", got ", device_of(*cache));
+  }
   const CopyBlocksParams params =
       params_of("src_cache", src_cache, "dst_cache", dst_cache, block_mapping);
   if (params.num_pairs == 0 || params.num_planes == 0 || params.block_bytes == 0) return;

@@ -31,14 +31,16 @@ bool is_device_accessible(const void* host_memory);
 
 // Runs cpu::op(params) or cuda::op(params, stream), by the device of `tensor`.
 #ifdef NANO_VLLM_CUDA
-#define NANO_VLLM_DISPATCH(op, tensor, params)           \
-  do {                                                   \
-    if ((tensor).is_cpu()) {                             \
-      cpu::op(params);                                   \
-    } else {                                             \
-      const ::nano_vllm::CudaScope cuda_scope((tensor)); \
-      cuda::op(params, cuda_scope.stream());             \
-    }                                                    \
+#define NANO_VLLM_DISPATCH(op, tensor, params)                                  \
+  do {                                                                          \
+    if ((tensor).is_cpu()) {                                                    \
+      cpu::op(params);                                                          \
+    } else {                                                                    \
+      check((tensor).is_cuda(), #op, " runs on cpu and cuda, got a tensor on ", \
+            device_of(tensor));                                                 \
+      const ::nano_vllm::CudaScope cuda_scope((tensor));                        \
+      cuda::op(params, cuda_scope.stream());                                    \
+    }                                                                           \
   } while (false)
 #else
 #define NANO_VLLM_DISPATCH(op, tensor, params)                                          \

@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
 #include "common/error.h"
 #include "common/types.h"
@@ -21,7 +23,7 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 
 template <class T>
 __device__ inline T from_float(float x) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (std::is_same_v<T, float>) {
     return x;
   } else if constexpr (std::is_same_v<T, __half>) {
     return __float2half_rn(x);
@@ -47,6 +49,42 @@ __device__ inline void store_vec(T* address, const Vec<T>& vec) {
   *reinterpret_cast<Vec<T>*>(address) = vec;
 }
 
+// The first `count` elements at the address, the others zero. kIsAligned: the address is a multiple
+// of 16 bytes and the whole vector is there.
+template <bool kIsAligned, class T>
+__device__ inline Vec<T> load_elements(const T* address, int64_t count) {
+  if constexpr (kIsAligned) {
+    return load_vec(address);
+  } else {
+    Vec<T> vec;
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) {
+      vec.value[i] = i < count ? address[i] : from_float<T>(0.0f);
+    }
+    return vec;
+  }
+}
+
+template <bool kIsAligned, class T>
+__device__ inline void store_elements(T* address, const Vec<T>& vec, int64_t count) {
+  if constexpr (kIsAligned) {
+    store_vec(address, vec);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) {
+      if (i < count) address[i] = vec.value[i];
+    }
+  }
+}
+
+// Whether vectors of T may be read at base plus any multiple of the strides, in elements.
+template <class T, class... Strides>
+bool is_vec_aligned(const void* base, Strides... strides) {
+  return reinterpret_cast<uintptr_t>(base) % sizeof(Vec<T>) == 0 &&
+         ((strides % Vec<T>::kSize == 0) && ...);
+}
+
+// The sums below add in an order that depends on the number of threads alone.
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
@@ -58,6 +96,30 @@ __device__ inline float warp_max(float x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
     x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
   return x;
+}
+
+// The sum over a block of kWarpSize * kNumWarps threads, given to each of them. Called once a
+// kernel: a second call would write what slow warps still read.
+__device__ inline float block_sum(float x) {
+  __shared__ float warp_sums[kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int num_warps = blockDim.x / kWarpSize;
+  x = warp_sum(x);
+  if (lane == 0) warp_sums[warp] = x;
+  __syncthreads();
+  return warp_sum(lane < num_warps ? warp_sums[lane] : 0.0f);
+}
+
+template <class Int>
+__host__ __device__ constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+// The x dimension of a grid.
+inline unsigned grid_x(const char* kernel, int64_t num_blocks) {
+  check(num_blocks <= std::numeric_limits<int32_t>::max(), kernel,
+        ": a grid has at most 2^31 - 1 blocks, needs ", num_blocks);
+  return static_cast<unsigned>(num_blocks);
 }
 
 // Calls run(T{}) with the CUDA type of dtype.

@@ -1,14 +1,15 @@
-// exp, tanh and erfc of float vectors, within a few units of the last place. The polynomials are
-// minimax fits of relative error below 5e-8.
+// exp, tanh and the normal distribution's tail of float vectors, within a few units of the last place.
+// The polynomials are minimax fits of relative error below 5e-8.
 #pragma once
 
 #include "common/simd.h"
 
 namespace nano_vllm::cpu::simd {
 
-// NaN stays NaN, overflow is inf, and what lies below the smallest normal float is 0.
+// exp(x + rest) for |rest| < 0.1, more exact than a sum rounded first. NaN stays NaN, overflow is inf,
+// and what lies below the smallest normal float is 0.
 template <class Vector>
-NANO_VLLM_INLINE Vector exp(const Vector& x) {
+NANO_VLLM_INLINE Vector exp(const Vector& x, const Vector& rest = Vector{}) {
   using Int = decltype(x < x);
   constexpr float kLowest = -87.33654f;   // log of the smallest normal float
   constexpr float kHighest = 89.0f;       // past the log of the largest float
@@ -19,7 +20,7 @@ NANO_VLLM_INLINE Vector exp(const Vector& x) {
   const Vector clamped = x > kHighest ? Vector{} + kHighest : x < kLowest ? Vector{} + kLowest : x;
   const Vector shifted = clamped * kLog2e + kRound;
   const Vector n = shifted - kRound;
-  const Vector r = clamped - n * kLn2High - n * kLn2Low;
+  const Vector r = clamped - n * kLn2High - n * kLn2Low + rest;
   Vector p = r * 1.395060162e-03f + 8.368953578e-03f;
   p = p * r + 4.166620415e-02f;
   p = p * r + 1.666651831e-01f;
@@ -48,10 +49,12 @@ NANO_VLLM_INLINE Vector tanh(const Vector& x) {
   return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
 }
 
-// erfc(x) for x >= 0, as t P(t) exp(-x^2) with t = 1 / (1 + x / 2).
+// P(X > x) of a standard normal X, for x >= 0: erfc(x / sqrt(2)) / 2. With z = x / sqrt(2) and
+// t = 1 / (1 + z / 2), erfc(z) = t P(t) exp(-z^2).
 template <class Vector>
-NANO_VLLM_INLINE Vector erfc_of_positive(const Vector& x) {
-  const Vector t = 1.0f / (x * 0.5f + 1.0f);
+NANO_VLLM_INLINE Vector normal_tail(const Vector& x) {
+  using Int = decltype(x < x);
+  const Vector t = 1.0f / (x * 0.353553391f + 1.0f);
   Vector p = t * -5.906904005e-02f + 2.845753389e-01f;
   p = p * t - 4.872006443e-01f;
   p = p * t + 2.780679740e-01f;
@@ -60,7 +63,10 @@ NANO_VLLM_INLINE Vector erfc_of_positive(const Vector& x) {
   p = p * t + 2.431037126e-01f;
   p = p * t + 2.823753149e-01f;
   p = p * t + 2.820864175e-01f;
-  return p * t * exp(-(x * x));
+  // x^2 in two parts, the first without rounding: an error in an exponent is one in every digit.
+  const Vector high = bit_cast<Vector>(bit_cast<Int>(x) & ~0xfff);
+  const Vector rest = (x - high) * (x + high);
+  return p * t * 0.5f * exp(high * high * -0.5f, rest * -0.5f);
 }
 
 }  // namespace nano_vllm::cpu::simd

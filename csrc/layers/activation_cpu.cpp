@@ -27,7 +27,7 @@ struct Gelu {
   template <class Vector>
   static NANO_VLLM_INLINE Vector apply(const Vector& x) {
     const Vector magnitude = x < 0.0f ? -x : x;
-    const Vector tail = simd::erfc_of_positive(magnitude * 0.707106781f) * 0.5f;
+    const Vector tail = simd::normal_tail(magnitude);
     return x * (x < 0.0f ? tail : 1.0f - tail);
   }
 };

@@ -1,0 +1,66 @@
+// The kernels behind paged_attention.cu, one launcher each. They only queue work; all checks are
+// made before.
+#pragma once
+
+#include "attention/kv_tile.cuh"
+
+namespace nano_vllm::cuda {
+
+// Sequences with one query token. Those with more than one split leave partial rows in the workspace.
+void launch_decode(const PagedAttentionParams& p, cudaStream_t stream);       // 16-bit dtypes
+void launch_decode_fp32(const PagedAttentionParams& p, cudaStream_t stream);
+
+// Merges the partial rows of the launch before, if there can be any.
+void launch_merge_splits(const PagedAttentionParams& p, cudaStream_t stream);
+
+// Sequences with more than one query token.
+void launch_prefill(const PagedAttentionParams& p, cudaStream_t stream);  // 16-bit dtypes
+void launch_prefill_fp32(const PagedAttentionParams& p, cudaStream_t stream);
+
+// Calls run(std::integral_constant<int, head_dim>{}).
+template <class Run>
+void dispatch_head_dim(int head_dim, const Run& run) {
+  switch (head_dim) {
+    case 64:
+      return run(std::integral_constant<int, 64>{});
+    case 80:
+      return run(std::integral_constant<int, 80>{});
+    case 96:
+      return run(std::integral_constant<int, 96>{});
+    case 128:
+      return run(std::integral_constant<int, 128>{});
+    case 192:
+      return run(std::integral_constant<int, 192>{});
+    case 256:
+      return run(std::integral_constant<int, 256>{});
+  }
+  fail("paged_attention: head_dim must be 64, 80, 96, 128, 192 or 256, got ", head_dim);
+}
+
+// dispatch_head_dim with the 16-bit element type of dtype: run(T{}, integral_constant).
+template <class Run>
+void dispatch_16_bit(const PagedAttentionParams& p, const Run& run) {
+  dispatch_head_dim(p.head_dim, [&](auto head_dim) {
+    if (p.dtype == DType::kFloat16) {
+      run(__half{}, head_dim);
+    } else {
+      run(__nv_bfloat16{}, head_dim);
+    }
+  });
+}
+
+// Launches with dynamic shared memory beyond the 48 KiB that need no permission.
+template <class Kernel, class... Args>
+void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads, size_t shared_bytes,
+                   cudaStream_t stream, const Args&... args) {
+  check(grid.y <= 65535 && grid.z <= 65535, name, ": a grid has at most 65535 blocks in y and z, got ",
+        grid.y, " and ", grid.z);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(shared_bytes));
+  check(error == cudaSuccess, name, ": ", shared_bytes, " bytes of shared memory refused: ",
+        cudaGetErrorString(error));
+  kernel<<<grid, num_threads, shared_bytes, stream>>>(args...);
+  check_launch(name);
+}
+
+}  // namespace nano_vllm::cuda
