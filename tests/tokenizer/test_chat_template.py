@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from nano_vllm.tokenizer.chat_template import ChatTemplate
+
+CHAT: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 < 2 & ü?"},
+    {"role": "assistant", "content": "Yes."},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<ü>", "parameters": {}}}]
+
+
+def render(source: Any, **options: Any) -> str:
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    return ChatTemplate(source, tokens, "the model").render(CHAT, **options)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for m in messages %}\n  [{{ m.role }}] {{ m['content'] | trim }}\n"
+        "  {% endfor %}\n{% if add_generation_prompt %}assistant:{% endif %}",
+        "{%- for m in messages -%}{%- if loop.first %}{% continue %}{% endif -%}"
+        "{{ m.content }}{% if loop.index == 2 %}{% break %}{% endif %}{%- endfor %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "{{ tools | tojson }} {{ tools | tojson(indent=2) }} {{ messages[1].content | tojson }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}{{ documents is none }}{{ missing is defined }}",
+        "{{ strftime_now('%Y') }}",
+        "{{ messages[0].content.split(' ')[-1].upper() }}{{ '%05.1f' | format(2.25) }}",
+    ],
+)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_equals_transformers(template: str, prompt: bool) -> None:
+    (expected,), _ = render_jinja_template(
+        [CHAT],
+        tools=TOOLS,
+        chat_template=template,
+        add_generation_prompt=prompt,
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    assert render(template, add_generation_prompt=prompt, tools=TOOLS) == expected
+
+
+def test_variables_of_the_caller() -> None:
+    assert render("{{ enable_thinking }}", enable_thinking=False) == "False"
+
+
+def test_named_templates() -> None:
+    named = {"default": "plain", "tool_use": "tools"}
+    assert render(named) == "plain"
+    assert render(named, tools=TOOLS) == "tools"
+    with pytest.raises(ValueError, match="no chat template named 'default'; it has: rag"):
+        render({"rag": "x"})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must\n alternate') }}", "the model: roles must alternate$"),
+        ("{% if %}", "line 1: "),
+        ("x\n{% nonsense %}", "line 2: "),
+        ("{{ messages[0].content + 1 }}", "TypeError: "),
+        ("{{ missing.attribute }}", "'missing' is undefined"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_errors_take_one_line(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        render(template)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("chat template of the model: ")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.append(1) }}",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ ''.__class__.__base__ }}",
+        "{{ raise_exception.__globals__.json }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_sandbox(template: str) -> None:
+    with pytest.raises(ValueError, match="chat template of the model"):
+        render(template)
+    assert len(CHAT) == 3
+
+
+@pytest.mark.parametrize("message", ["hi", {"content": "x"}, {"role": 3}, None])
+def test_messages_need_roles(message: Any) -> None:
+    with pytest.raises(ValueError, match="must be an object with a role"):
+        ChatTemplate("x", {}, "the model").render([message])

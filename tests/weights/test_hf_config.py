@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from nano_vllm.config import RopeScaling
+from nano_vllm.weights.hf_config import parse_hf_config
+from nano_vllm.weights.model_config import load_model_config
+
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 1000,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def write(folder: Path, changes: dict[str, Any] | None = None, generation: Any = None) -> Path:
+    (folder / "config.json").write_text(json.dumps({**BASE, **(changes or {})}))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def test_fields(tmp_path: Path) -> None:
+    config = load_model_config(write(tmp_path, {"torch_dtype": "bfloat16", "mlp_bias": True}))
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (1000, 96, 256)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (3, 6, 2)
+    assert (config.head_dim, config.rotary_dim, config.max_position) == (16, None, 512)
+    assert (config.rope_theta, config.rope_scaling, config.rms_norm_eps) == (5e5, None, 1e-5)
+    assert (config.hidden_act, config.tie_word_embeddings) == ("silu", False)
+    assert (config.attention_bias, config.attention_output_bias, config.mlp_bias) == (
+        False,
+        False,
+        True,
+    )
+    assert (config.dtype, config.bos_token_id, config.eos_token_ids) == ("bfloat16", 1, (2,))
+
+
+def test_what_transformers_saves(tmp_path: Path) -> None:
+    """The form of transformers 5: rope_parameters, dtype, every field written."""
+    hf = transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=80,
+        num_attention_heads=5,
+        head_dim=32,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        eos_token_id=[7, 8],
+        rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, **LLAMA3},
+        dtype="float16",
+    )
+    hf.save_pretrained(tmp_path)
+    config = parse_hf_config(tmp_path)
+    assert (config.num_kv_heads, config.head_dim, config.dtype) == (5, 32, "float16")
+    assert (config.attention_bias, config.attention_output_bias) == (True, True)
+    assert (config.tie_word_embeddings, config.eos_token_ids) == (True, (7, 8))
+    assert config.rope_theta == 1e4
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 256, 1.0, 4.0)
+
+
+ROPES = [
+    ({}, "default", None),
+    ({"factor": 4.0}, "linear", RopeScaling("linear", 4.0, 512)),
+    ({"factor": 2.0}, "dynamic", RopeScaling("dynamic", 2.0, 512)),
+    (LLAMA3, "llama3", RopeScaling("llama3", 8.0, 256, 1.0, 4.0)),
+    (
+        {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16, "mscale": 0.7},
+        "yarn",
+        RopeScaling("yarn", 4.0, 128, beta_fast=16.0, mscale=0.7),
+    ),
+    (
+        {"factor": 4.0, "attention_factor": 1.5, "truncate": False},
+        "yarn",
+        RopeScaling("yarn", 4.0, 512, attention_factor=1.5, truncate=False),
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "kind", "expected"), ROPES)
+@pytest.mark.parametrize("form", ["type", "rope_type", "rope_parameters"])
+def test_rope_forms(
+    tmp_path: Path, values: dict[str, Any], kind: str, expected: RopeScaling | None, form: str
+) -> None:
+    if form == "rope_parameters":
+        changes = {"rope_theta": None, form: {"rope_type": kind, "rope_theta": 5e5, **values}}
+    else:
+        changes = {"rope_scaling": {form: kind, **values}}
+    config = parse_hf_config(write(tmp_path, changes))
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == expected
+
+
+def test_partly_rotated_heads(tmp_path: Path) -> None:
+    assert parse_hf_config(write(tmp_path, {"partial_rotary_factor": 0.5})).rotary_dim == 8
+
+
+def test_end_tokens_of_both_files(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"eos_token_id": 9}, generation={"eos_token_id": [3, 9, 4]})
+    assert parse_hf_config(folder).eos_token_ids == (9, 3, 4)
+
+
+def test_sliding_window(tmp_path: Path) -> None:
+    window = {"sliding_window": 64}
+    mistral = {"architectures": ["MistralForCausalLM"], **window}
+    assert parse_hf_config(write(tmp_path, window)).sliding_window is None
+    assert parse_hf_config(write(tmp_path, mistral)).sliding_window == 64
+    off = {**mistral, "use_sliding_window": False}
+    assert parse_hf_config(write(tmp_path, off)).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in BASE
+        if n
+        not in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "bos_token_id", "eos_token_id")
+    ],
+)
+def test_missing_field(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"config.json: field '{name}' is missing"):
+        parse_hf_config(write(tmp_path, {name: None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "96"}, "'hidden_size' must be an integer of at least 1, got '96'"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' must be an integer of at least 1, got 0"),
+        ({"vocab_size": True}, "'vocab_size' must be an integer"),
+        ({"rms_norm_eps": -1}, "'rms_norm_eps' must be a finite number above 0, got -1"),
+        ({"rope_theta": float("inf")}, "'rope_theta' must be a finite number"),
+        ({"num_key_value_heads": 4}, "'num_key_value_heads' must divide num_attention_heads 6"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, "must divide hidden_size 96, got 7"),
+        ({"hidden_act": "relu"}, "'hidden_act' must be one of silu, .*, got 'relu'"),
+        ({"architectures": []}, "'architectures' must be a list of one name"),
+        ({"eos_token_id": "x"}, "'eos_token_id' must be a token id or a list"),
+        ({"torch_dtype": "float64"}, "'torch_dtype' must be one of float32"),
+        ({"tie_word_embeddings": 1}, "'tie_word_embeddings' must be true or false"),
+        ({"rope_scaling": 3}, "'rope_scaling' must be an object"),
+        ({"rope_scaling": {"type": "su"}}, "'su' is not supported; supported: default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: field 'factor' is missing"),
+        ({"rope_parameters": {"full_attention": {}}}, "differs between layers"),
+        ({"layer_types": ["a", "b"]}, "'layer_types' mixes kinds of attention"),
+        ({"quantization_config": {"quant_method": "awq"}}, "not supported"),
+    ],
+)  # fmt: skip
+def test_invalid_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        parse_hf_config(write(tmp_path, changes))
+    assert "config.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000])
+def test_broken_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
+        parse_hf_config(tmp_path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        parse_hf_config(tmp_path)
