@@ -1,0 +1,149 @@
+"""Logits -> the next token of each sequence."""
+
+from __future__ import annotations
+
+import torch
+
+from nano_vllm.batch import SampledToken
+from nano_vllm.sampling.logprobs import logprob_entries
+from nano_vllm.sampling.penalties import apply_penalties, has_penalties
+from nano_vllm.sampling.philox import uniforms
+from nano_vllm.sampling.token_masks import apply_token_masks, has_token_masks
+from nano_vllm.sampling.truncation import truncate
+from nano_vllm.sequence import Sequence
+
+prompt_logprob_entries = logprob_entries
+
+ROWS_AT_ONCE = 32
+"""Rows whose probabilities exist at the same time, in float64."""
+_NOT_FINITE = -1
+_NOTHING_ALLOWED = -2
+_FAILURES = {
+    _NOT_FINITE: "the model's logits are not finite",
+    _NOTHING_ALLOWED: "no token is left: allowed_token_ids, bad_words, min_tokens or penalties "
+    "rule out all of them",
+}
+
+
+class Sampler:
+    """Chooses a token from each row of logits, as the row's sequence wants it.
+
+    In this order: repetition, frequency and presence penalties; logit_bias; allowed_token_ids;
+    bad_words and min_tokens; temperature; top-k; top-p; min-p; the draw. Log-probabilities are
+    those of the raw logits. Only what a row asks for is computed; a greedy batch is one argmax.
+
+    A draw is one number, looked up in the row's cumulative probabilities. It comes from a counter
+    based generator and depends on (seed + completion index, position) alone, or, without a seed, on
+    (engine seed, sequence number, position): never on what else is in the batch.
+
+    Args:
+        seed: the engine's.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def __call__(
+        self, logits: torch.Tensor, sequences: list[Sequence]
+    ) -> tuple[list[SampledToken], dict[int, str]]:
+        """Sample one token per row.
+
+        Args:
+            logits: [num_rows, vocab_size], any floating dtype; not changed.
+            sequences: of the rows.
+
+        Returns:
+            a token for each row, and for rows that have none the reason: a maximum that is NaN or
+            infinite, or no token that is allowed.
+        """
+        token_ids = self._choose(logits, sequences).tolist()
+        failures = {row: _FAILURES[t] for row, t in enumerate(token_ids) if t < 0}
+        tokens = [SampledToken(token_id) for token_id in token_ids]
+        rows = [
+            row
+            for row, sequence in enumerate(sequences)
+            if sequence.params.logprobs is not None and row not in failures
+        ]
+        if rows:
+            counts = [sequences[row].params.logprobs or 0 for row in rows]
+            chosen = [token_ids[row] for row in rows]
+            for row, entry in zip(
+                rows, logprob_entries(_select(logits, rows), chosen, counts), strict=True
+            ):
+                tokens[row].logprobs = entry
+        return tokens, failures
+
+    def _choose(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        """Token ids, or a failure below 0; [num_rows], int64."""
+        others = [
+            row
+            for row, sequence in enumerate(sequences)
+            if not sequence.params.greedy or _is_adjusted(sequence)
+        ]
+        if not others:
+            return _argmax(logits, _NOT_FINITE)
+        token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        other_set = set(others)
+        plain = [row for row in range(len(sequences)) if row not in other_set]
+        if plain:
+            token_ids[plain] = _argmax(_select(logits, plain), _NOT_FINITE)
+        for low in range(0, len(others), ROWS_AT_ONCE):
+            part = others[low : low + ROWS_AT_ONCE]
+            rows = _select(logits, part)
+            token_ids[part] = self._choose_adjusted(rows, [sequences[row] for row in part])
+        return token_ids
+
+    def _choose_adjusted(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        logits = logits.float()
+        finite = logits.amax(dim=-1).isfinite()
+        if any(map(has_penalties, sequences)):
+            logits = apply_penalties(logits, sequences)
+        if any(map(has_token_masks, sequences)):
+            logits = apply_token_masks(logits, sequences)
+        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+        if len(drawn) == len(sequences):
+            token_ids = self._draw(logits, sequences)
+        else:
+            token_ids = _argmax(logits, _NOTHING_ALLOWED)
+            if drawn:
+                token_ids[drawn] = self._draw(logits[drawn], [sequences[row] for row in drawn])
+        return token_ids.where(finite, _NOT_FINITE)
+
+    def _draw(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        temperature = torch.tensor(
+            [[s.params.temperature] for s in sequences], dtype=torch.float64, device=logits.device
+        )
+        best = logits.amax(dim=-1, keepdim=True).double()
+        scaled = logits.double().sub_(best).div_(temperature)
+        scaled = truncate(scaled, [s.params for s in sequences])
+        cumulative = scaled.exp_().cumsum_(dim=-1)
+        # Below the total even after rounding, as each number is at most 1 - 2^-53: the first entry
+        # above the target exists, and its own probability is not 0.
+        target = self._uniforms(sequences).to(logits.device) * cumulative[:, -1:]
+        token_ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        return token_ids.where(best.squeeze(-1).isfinite(), _NOTHING_ALLOWED)
+
+    def _uniforms(self, sequences: list[Sequence]) -> torch.Tensor:
+        keys, streams = [], []
+        for sequence in sequences:
+            seed = sequence.params.seed
+            keys.append(self._seed if seed is None else seed + sequence.index)
+            streams.append(sequence.seq_id + 1 if seed is None else 0)
+        positions = [sequence.num_output_tokens for sequence in sequences]
+        return torch.from_numpy(uniforms(keys, positions, streams)).unsqueeze(-1)
+
+
+def _is_adjusted(sequence: Sequence) -> bool:
+    return has_penalties(sequence) or has_token_masks(sequence)
+
+
+def _argmax(logits: torch.Tensor, failure: int) -> torch.Tensor:
+    """The likeliest token; `failure` where its logit is not finite. NaN counts as the largest."""
+    values, token_ids = logits.max(dim=-1)
+    return token_ids.where(values.isfinite(), failure)
+
+
+def _select(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    if len(rows) == len(logits):
+        return logits
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
