@@ -33,6 +33,8 @@ class Sequence:
         "status",
         "token_ids",
         "num_prompt_tokens",
+        "end_token_ids",
+        "bad_words",
         "num_computed_tokens",
         "num_cached_tokens",
         "num_preemptions",
@@ -52,12 +54,18 @@ class Sequence:
         index: int,
         prompt_token_ids: list[int],
         params: SamplingParams,
+        end_token_ids: frozenset[int] = frozenset(),
+        bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.seq_id = seq_id
         self.request_id = request_id
         self.index = index
         """Which of the request's n completions this is."""
         self.params = params
+        self.end_token_ids = end_token_ids
+        """Tokens that end the sequence: end-of-sequence (unless ignored) and stop tokens."""
+        self.bad_words = bad_words
+        """Token sequences that the output never completes."""
         self.status = SequenceStatus.WAITING  # set by Scheduler, as are the next three
         self.num_computed_tokens = 0
         """Tokens whose keys and values are in the cache."""

@@ -20,9 +20,7 @@ BLOCK_SIZE = 8
 LENGTHS = (1, 7, 8, 9, 40, 63)
 
 
-def logits_of_all_positions(
-    path: Path, prompts: list[list[int]], chunk: int
-) -> list[torch.Tensor]:
+def logits_of_all_positions(path: Path, prompts: list[list[int]], chunk: int) -> list[torch.Tensor]:
     """Logits of every prompt position, computed in mixed batches of chunks on shuffled blocks."""
     config = EngineConfig(
         model=str(path), device="cpu", dtype="float32", num_blocks=64, block_size=BLOCK_SIZE

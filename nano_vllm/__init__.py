@@ -1,0 +1,33 @@
+"""A small LLM inference engine with its own CUDA kernels and C++ block allocator."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nano_vllm.config import EngineConfig
+    from nano_vllm.engine.llm import LLM
+    from nano_vllm.outputs import CompletionOutput, RequestOutput
+    from nano_vllm.sampling_params import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+
+_HOME = {
+    "LLM": "nano_vllm.engine.llm",
+    "CompletionOutput": "nano_vllm.outputs",
+    "EngineConfig": "nano_vllm.config",
+    "RequestOutput": "nano_vllm.outputs",
+    "SamplingParams": "nano_vllm.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Public names come when they are asked for, so that the import stays quick.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,282 @@
+"""The engine: requests in, one step at a time, results out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nano_vllm.batch import Batch
+from nano_vllm.cache.block_manager import BlockManager
+from nano_vllm.config import EngineConfig
+from nano_vllm.engine.bad_words import bad_word_token_ids
+from nano_vllm.engine.output_processor import OutputProcessor
+from nano_vllm.engine.request import Completion, Request
+from nano_vllm.engine.scheduler import Scheduler
+from nano_vllm.engine.stop_strings import StopStrings
+from nano_vllm.engine.validation import RequestLimits
+from nano_vllm.metrics import EngineMetrics, nvtx_range
+from nano_vllm.outputs import RequestOutput
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sequence import Sequence
+from nano_vllm.tokenizer.detokenizer import Detokenizer
+from nano_vllm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nano_vllm.runner.model_runner import ModelRunner
+
+
+class Engine:
+    """Owns a model on its device, its KV blocks and all requests under way. Not thread-safe.
+
+    Args:
+        config: the options.
+        runner: computes the steps.
+        tokenizer: None to run on token ids alone.
+        clock: seconds, from any start.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        tokenizer: Tokenizer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _check_pool(runner)
+        self.config = config
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.scheduler = Scheduler(
+            BlockManager(
+                runner.num_blocks,
+                runner.block_size,
+                config.enable_prefix_caching,
+                hash_key=secrets.randbits(64),
+            ),
+            config.max_num_seqs,
+            runner.max_num_batched_tokens,
+            runner.max_model_len,
+            config.enable_chunked_prefill,
+        )
+        vocab_size = runner.model_config.vocab_size
+        eos = {*runner.model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+        self._eos_token_ids = frozenset(i for i in eos if i < vocab_size)
+        self._limits = RequestLimits(vocab_size, runner.max_model_len, tokenizer is not None)
+        self._processor = OutputProcessor(tokenizer)
+        self._requests: dict[str, Request] = {}
+        self._next_seq_id = 0
+        self._clock = clock
+        self._metrics = EngineMetrics()
+        self._closed = False
+
+    @classmethod
+    def from_config(
+        cls,
+        config: EngineConfig,
+        progress: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Engine:
+        """Load model and tokenizer.
+
+        Args:
+            config: the options.
+            progress: show a bar while the weights load.
+            clock: seconds, from any start.
+        """
+        from nano_vllm.runner.model_runner import ModelRunner
+
+        runner = ModelRunner(config, progress)
+        try:
+            tokenizer = None
+            if not config.skip_tokenizer_init:
+                tokenizer = Tokenizer.from_path(_tokenizer_path(config, runner.model_path))
+            return cls(config, runner, tokenizer, clock)
+        except BaseException:
+            runner.close()
+            raise
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        stream: bool = False,
+    ) -> Request:
+        """A request that passed the gate; nothing is queued yet.
+
+        Raises ValueError, with the value and what is allowed, for one that cannot be served.
+        """
+        self._limits.check(prompt_token_ids, params)
+        self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
+        end_token_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            end_token_ids |= self._eos_token_ids
+        bad_words: tuple[tuple[int, ...], ...] = ()
+        if params.bad_words and self.tokenizer is not None:
+            bad_words = bad_word_token_ids(
+                params.bad_words, self.tokenizer, self._limits.vocab_size
+            )
+        completions = []
+        for index in range(params.n):
+            # The prompt's log-probabilities are the same for all: the first alone reports them.
+            own = replace(params, prompt_logprobs=None) if index else params
+            sequence = Sequence(
+                -1, request_id, index, prompt_token_ids, own, end_token_ids, bad_words
+            )
+            detokenizer = None
+            if self.tokenizer is not None and params.detokenize:
+                detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
+            text = StopStrings(list(params.stop or ()), params.include_stop_str_in_output)
+            completions.append(Completion(sequence, detokenizer, text))
+        return Request(request_id, prompt, prompt_token_ids, params, completions, stream)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError if one of the same id is under way."""
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id {request.request_id!r} is in use already")
+        # Numbered here, so that requests made but never queued leave no trace: without a seed, the
+        # draws go by these numbers.
+        for sequence in request.sequences:
+            sequence.seq_id = self._next_seq_id
+            self._next_seq_id += 1
+        self.scheduler.add(request.sequences)
+        request.metrics.arrival_time = self._clock()
+        self._requests[request.request_id] = request
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        """Check a request and queue it.
+
+        Args:
+            request_id: unique among the requests under way.
+            prompt_token_ids: each in [0, vocab_size).
+            params: how to sample.
+            prompt: the text the tokens come from, for the result.
+            stream: report the progress of every step, not the final result alone.
+        """
+        self.add(self.make_request(request_id, prompt_token_ids, params, prompt, stream))
+
+    def step(self) -> list[RequestOutput]:
+        """Advance the requests under way by one step; what is to be reported of them."""
+        with nvtx_range("schedule"):
+            batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        self._note_start(batch)
+        result = self.runner.execute(batch)
+        with nvtx_range("update"):
+            advanced = self.scheduler.update(batch, result)
+            self._metrics.num_steps += 1
+            return self._report(advanced)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request where it is; None if there is none of that id."""
+        self.scheduler.abort(request_id)
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for completion in request.completions:
+            self._processor.advance(completion)
+        return self._finish(request, self._clock())
+
+    def get_metrics(self) -> EngineMetrics:
+        """Counters since the start, and how full the engine is now."""
+        manager = self.scheduler.block_manager
+        return replace(
+            self._metrics,
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            num_blocks=manager.num_blocks,
+            num_free_blocks=manager.num_free_blocks,
+        )
+
+    def close(self) -> None:
+        """Abort what is under way and give the memory back."""
+        if self._closed:
+            return
+        self._closed = True
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self.runner.close()
+
+    def _note_start(self, batch: Batch) -> None:
+        now = self._clock()
+        for scheduled in batch.scheduled:
+            metrics = self._requests[scheduled.sequence.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+
+    def _report(self, advanced: list[Sequence]) -> list[RequestOutput]:
+        now = self._clock()
+        touched: dict[str, Request] = {}
+        for sequence in advanced:
+            request = touched[sequence.request_id] = self._requests[sequence.request_id]
+            if request.metrics.first_token_time is None and sequence.num_output_tokens:
+                request.metrics.first_token_time = now
+            stop = self._processor.advance(request.completions[sequence.index])
+            if stop is not None:
+                self._stop(sequence, stop)
+        outputs = []
+        for request in touched.values():
+            if request.is_finished:
+                outputs.append(self._finish(request, now))
+            elif request.stream:
+                outputs.append(self._processor.output(request))
+        return outputs
+
+    def _stop(self, sequence: Sequence, stop: str) -> None:
+        """A stop string ends the sequence, and counts before any other end in the same step."""
+        if not sequence.is_finished:
+            self.scheduler.finish(sequence, "stop", stop)
+        sequence.finish_reason, sequence.stop_reason = "stop", stop
+
+    def _finish(self, request: Request, now: float) -> RequestOutput:
+        del self._requests[request.request_id]
+        request.metrics.finished_time = now
+        output = self._processor.output(request)
+        metrics = self._metrics
+        metrics.num_finished_requests += 1
+        metrics.num_aborted_requests += any(c.finish_reason == "abort" for c in output.outputs)
+        metrics.num_prompt_tokens += len(output.prompt_token_ids)
+        metrics.num_cached_tokens += output.num_cached_tokens
+        metrics.num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
+        metrics.num_preemptions += output.metrics.num_preemptions
+        return output
+
+
+def _check_pool(runner: ModelRunner) -> None:
+    capacity = runner.num_blocks * runner.block_size
+    if capacity < runner.max_model_len:
+        raise ValueError(
+            f"the KV cache of {runner.num_blocks} blocks of {runner.block_size} = {capacity} "
+            f"tokens cannot hold one sequence of max_model_len = {runner.max_model_len}: lower "
+            f"max_model_len or give the cache more memory"
+        )
+
+
+def _tokenizer_path(config: EngineConfig, model_path: Path) -> Path:
+    if config.tokenizer is None:
+        return model_path
+    path = Path(config.tokenizer).expanduser()
+    if path.exists():
+        return path
+    from nano_vllm.weights.resolve import resolve_model
+
+    return resolve_model(config.tokenizer)

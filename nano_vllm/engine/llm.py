@@ -1,0 +1,204 @@
+"""The front door for offline use: prompts in, completions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from nano_vllm.config import DEFAULT_MODEL, EngineConfig
+from nano_vllm.engine.engine import Engine
+from nano_vllm.engine.prompts import Prompt, as_prompt_list, parse_prompt
+from nano_vllm.engine.request import Request
+from nano_vllm.metrics import EngineMetrics
+from nano_vllm.outputs import RequestOutput
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.tokenizer.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model ready to generate. A context manager: leaving it gives all memory back.
+
+    Args:
+        model: a Hugging Face folder, a .gguf file or a hub id.
+        use_tqdm_on_load: show a bar while the weights load.
+        options: the other fields of EngineConfig.
+    """
+
+    def __init__(
+        self, model: str = DEFAULT_MODEL, *, use_tqdm_on_load: bool = False, **options: Any
+    ) -> None:
+        config = EngineConfig.from_options({"model": model, **options})
+        self.engine = Engine.from_config(config, progress=use_tqdm_on_load)
+        self._num_requests = 0
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> LLM:
+        """The same door to an engine that exists already."""
+        llm = cls.__new__(cls)
+        llm.engine = engine
+        llm._num_requests = 0
+        return llm
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt.
+
+        Every prompt is checked before any work begins: ValueError names the first that cannot be
+        served, and none is.
+
+        Args:
+            prompts: one or a list; each a string, a list of token ids, {"prompt": str} or
+                {"prompt_token_ids": [int, ...]}. A list of integers is one prompt.
+            sampling_params: for all, or a list with one for each; by default SamplingParams().
+            use_tqdm: show a progress bar.
+
+        Returns:
+            one result per prompt, in their order.
+        """
+        prompt_list = as_prompt_list(prompts)
+        requests = []
+        for index, (prompt, params) in enumerate(
+            zip(prompt_list, _one_each(sampling_params, len(prompt_list)), strict=True)
+        ):
+            try:
+                requests.append(self.make_request(prompt, params))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        return self.run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list, through the model's chat template.
+
+        Args:
+            messages: {"role": ..., "content": ...} each, or lists of them.
+            sampling_params: as in `generate`.
+            use_tqdm: show a progress bar.
+            add_generation_prompt: open the assistant's answer.
+        """
+        one = all(isinstance(message, Mapping) for message in messages)
+        conversations: list[Any] = [messages] if one else list(messages)
+        requests = []
+        for index, (conversation, params) in enumerate(
+            zip(conversations, _one_each(sampling_params, len(conversations)), strict=True)
+        ):
+            try:
+                requests.append(self.make_chat_request(conversation, params, add_generation_prompt))
+            except ValueError as error:
+                raise ValueError(f"conversation {index}: {error}") from None
+        return self.run(requests, use_tqdm)
+
+    def make_request(self, prompt: Prompt, params: SamplingParams, stream: bool = False) -> Request:
+        """A checked request for `run`; ValueError if it cannot be served."""
+        text, token_ids = parse_prompt(prompt, self.engine.tokenizer)
+        return self._request(text, token_ids, params, stream)
+
+    def make_chat_request(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        add_generation_prompt: bool = True,
+        stream: bool = False,
+    ) -> Request:
+        """The same for a conversation."""
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"a conversation must be a list of messages, got {messages!r}")
+        tokenizer = self.get_tokenizer()
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return self._request(text, token_ids, params, stream)
+
+    def run(self, requests: list[Request], use_tqdm: bool = True) -> list[RequestOutput]:
+        """Work on all requests until they are done; results in their order."""
+        from tqdm import tqdm
+
+        results: dict[str, RequestOutput] = {}
+        num_output_tokens = 0
+        with tqdm(
+            total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm
+        ) as bar:
+            for output in self.stream(requests):
+                if output.finished:
+                    results[output.request_id] = output
+                    num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
+                    bar.set_postfix_str(f"{num_output_tokens} tokens", refresh=False)
+                    bar.update()
+        return [results[request.request_id] for request in requests]
+
+    def stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
+        """Work on all requests; what there is to report of them, as it comes.
+
+        If that is broken off, by an error, an interrupt or the caller, none of them stays in the
+        engine.
+        """
+        unfinished = {request.request_id for request in requests}
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while unfinished:
+                for output in self.engine.step():
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    yield output
+        finally:
+            for request_id in unfinished:
+                self.engine.abort(request_id)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ValueError where the engine runs on token ids alone."""
+        if self.engine.tokenizer is None:
+            raise ValueError("there is no tokenizer: the engine runs with skip_tokenizer_init")
+        return self.engine.tokenizer
+
+    def get_metrics(self) -> EngineMetrics:
+        """Counters since the start, and how full the engine is now."""
+        return self.engine.get_metrics()
+
+    def close(self) -> None:
+        """Give all memory back; the model cannot generate any more."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(
+        self, text: str | None, token_ids: list[int], params: SamplingParams, stream: bool
+    ) -> Request:
+        request_id = str(self._num_requests)
+        request = self.engine.make_request(request_id, token_ids, params, text, stream)
+        self._num_requests += 1
+        return request
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if not isinstance(params, Sequence):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params must be one or as many as the {count} prompts, got {len(params)}"
+        )
+    return list(params)

@@ -1,0 +1,51 @@
+"""A prompt on its way through the engine, with all its completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nano_vllm.engine.stop_strings import StopStrings
+from nano_vllm.outputs import Logprob, RequestMetrics
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sequence import Sequence
+from nano_vllm.tokenizer.detokenizer import Detokenizer
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sequence and the text made of it. Advanced by OutputProcessor."""
+
+    sequence: Sequence
+    detokenizer: Detokenizer | None
+    """None where no text is wanted."""
+    text: StopStrings
+    num_seen_tokens: int = 0
+    """Output tokens whose text is in `text`."""
+
+
+@dataclass(slots=True)
+class Request:
+    """What the engine knows of one request."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    completions: list[Completion]
+    stream: bool
+    """Whether every step's progress is reported, not the final result alone."""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [completion.sequence for completion in self.completions]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(completion.sequence.is_finished for completion in self.completions)
+
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        return self.completions[0].sequence.prompt_logprobs

@@ -1,0 +1,55 @@
+"""What the engine counts, and the ranges that a profiler sees."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+_NO_RANGE = nullcontext()
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Counters since the engine started, and how full it is now. Set by Engine."""
+
+    num_steps: int = 0
+    num_finished_requests: int = 0
+    """Aborted ones included."""
+    num_aborted_requests: int = 0
+    """Requests of which a completion was aborted."""
+    num_prompt_tokens: int = 0
+    """Of finished requests, as are the next two."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_running: int = 0
+    """Sequences that hold blocks."""
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Blocks that no sequence holds; some of them may serve as prefix cache."""
+
+
+class _NvtxRange:
+    __slots__ = ("_name", "_nvtx")
+
+    def __init__(self, nvtx: Any, name: str) -> None:
+        self._nvtx = nvtx
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._nvtx.range_push(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        self._nvtx.range_pop()
+
+
+def nvtx_range(name: str) -> AbstractContextManager[None]:
+    """A named range in Nsight's timeline; nothing where the process does not use CUDA."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return _NO_RANGE
+    return _NvtxRange(torch.cuda.nvtx, name)

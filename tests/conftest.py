@@ -1,0 +1,45 @@
+"""Devices and fresh random numbers for all tests.
+
+NANO_VLLM_TEST_SEED in the environment repeats a run; by default each run draws its own seed, and a
+failure prints it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+SEED = int(os.environ.get("NANO_VLLM_TEST_SEED") or random.SystemRandom().getrandbits(31))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_cuda = [item for item in items if item.get_closest_marker("cuda")]
+    reason = _why_no_cuda() if needing_cuda else None
+    if reason is not None:
+        for item in needing_cuda:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_cuda() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU"
+    from nano_vllm import ops
+
+    return None if ops.has_cuda() else "built without CUDA kernels"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors of a test live: each test that asks for it runs on the CPU and on a GPU."""
+    return request.param
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number of this run and this test case alone; a failure prints how to draw it again."""
+    print(f"to repeat: NANO_VLLM_TEST_SEED={SEED} pytest '{request.node.nodeid}'")
+    return random.Random(f"{SEED} {request.node.nodeid}").getrandbits(63)

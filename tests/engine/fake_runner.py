@@ -1,0 +1,170 @@
+"""A runner without a model, whose tokens depend on what it finds through the block tables."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from nano_vllm.batch import Batch, SampledToken, StepResult
+from nano_vllm.config import EngineConfig
+from nano_vllm.engine.engine import Engine
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sequence import Sequence
+from nano_vllm.tokenizer.detokenizer import byte_level_alphabet
+from nano_vllm.tokenizer.tokenizer import Tokenizer
+
+VOCAB_SIZE = 300
+EOS = 299
+
+
+def digest(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def next_token(cached: list[int], params: SamplingParams, index: int, num_output: int) -> int:
+    """A token made of everything the cache holds of a sequence, and of its sampling."""
+    seed = None if params.seed is None else params.seed + index
+    ends = num_output >= params.min_tokens and not params.ignore_eos
+    return digest(cached, seed) % (VOCAB_SIZE if ends else EOS)
+
+
+def cached_values(token_ids: Iterable[int]) -> list[int]:
+    """What the cache must hold: like keys and values, each entry depends on all tokens before."""
+    values: list[int] = []
+    for token_id in token_ids:
+        values.append(digest(values[-1] if values else None, token_id))
+    return values
+
+
+def reference_tokens(
+    prompt: list[int], params: SamplingParams, index: int, max_model_len: int
+) -> list[int]:
+    """The output of a sequence that is alone in the world."""
+    tokens = list(prompt)
+    values = cached_values(prompt)
+    while True:
+        tokens.append(next_token(values, params, index, len(tokens) - len(prompt)))
+        values.append(digest(values[-1], tokens[-1]))
+        num_output = len(tokens) - len(prompt)
+        if tokens[-1] == EOS or num_output == params.max_tokens or len(tokens) == max_model_len:
+            return tokens[len(prompt) :]
+
+
+class FakeRunner:
+    """Keeps one number per cache slot, as a real one keeps keys and values.
+
+    Args:
+        num_blocks, block_size, max_model_len, max_num_batched_tokens: as the real runner's.
+        script: tokens to give out instead, by request and completion; for tests of what follows.
+        failing: requests whose logits are not finite.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 8,
+        max_model_len: int = 128,
+        max_num_batched_tokens: int = 64,
+        script: dict[tuple[str, int], list[int]] | None = None,
+        failing: Iterable[str] = (),
+    ) -> None:
+        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.max_model_len = max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.script = script or {}
+        self.failing = set(failing)
+        self.batches: list[Batch] = []
+        self.is_closed = False
+        self._slots: list[int | None] = [None] * (num_blocks * block_size)
+
+    def execute(self, batch: Batch) -> StepResult:
+        self.batches.append(batch)
+        size = self.block_size
+        sources = {source for source, _ in batch.block_copies}
+        destinations = [destination for _, destination in batch.block_copies]
+        assert len(set(destinations)) == len(destinations)
+        assert not sources & set(destinations)
+        for source, destination in batch.block_copies:
+            self._slots[destination * size : (destination + 1) * size] = self._slots[
+                source * size : (source + 1) * size
+            ]
+        # All rows write before any reads, as in a layer of the model.
+        for scheduled in batch.scheduled:
+            sequence = scheduled.sequence
+            first = sequence.num_computed_tokens
+            for position in range(first, first + scheduled.num_tokens):
+                before = self._read(sequence, position - 1) if position else None
+                slot = self._slot(sequence, position)
+                self._slots[slot] = digest(before, sequence.token_ids[position])
+        result = StepResult([None] * len(batch.scheduled))
+        for row, scheduled in enumerate(batch.scheduled):
+            sequence = scheduled.sequence
+            if not scheduled.samples:
+                continue
+            if sequence.request_id in self.failing:
+                result.failures[row] = "not finite"
+                continue
+            result.sampled[row] = SampledToken(self._sample(sequence))
+        return result
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _sample(self, sequence: Sequence) -> int:
+        script = self.script.get((sequence.request_id, sequence.index))
+        if script is not None:
+            return script[sequence.num_output_tokens]
+        cached = [self._read(sequence, position) for position in range(sequence.num_tokens)]
+        return next_token(cached, sequence.params, sequence.index, sequence.num_output_tokens)
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        block, row = divmod(position, self.block_size)
+        return sequence.block_table[block] * self.block_size + row
+
+    def _read(self, sequence: Sequence, position: int) -> Any:
+        return self._slots[self._slot(sequence, position)]
+
+
+def make_engine(runner: FakeRunner, tokenizer: Tokenizer | None = None, **options: Any) -> Engine:
+    """An engine whose clock counts its own readings."""
+    ticks = iter(range(10**9))
+    return Engine(EngineConfig(**options), runner, tokenizer, clock=lambda: float(next(ticks)))
+
+
+def make_tokenizer(*words: str) -> Tokenizer:
+    """One token per byte, then the words, and an end-of-sequence token."""
+    vocabulary = {piece: i for i, piece in enumerate(byte_level_alphabet())}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(list(words))
+    fill = [f"<unused{i}>" for i in range(EOS - 256 - len(words))]
+    backend.add_special_tokens([*fill, "<eos>"])
+    assert backend.token_to_id("<eos>") == EOS
+    return Tokenizer(backend, eos_token_ids=(EOS,))
+
+
+def check_invariants(engine: Engine) -> None:
+    """What holds between steps, of blocks and of queues."""
+    scheduler = engine.scheduler
+    allocator = scheduler.block_manager.allocator
+    allocator.check_integrity()
+    held: dict[int, int] = {}
+    for sequence in scheduler.running:
+        for block in sequence.block_table:
+            held[block] = held.get(block, 0) + 1
+    assert allocator.num_active == len(held)
+    assert all(allocator.ref_count(block) == count for block, count in held.items())
+    for sequence in scheduler.waiting:
+        assert not sequence.block_table
+        assert not sequence.num_computed_tokens
+    for sequence in scheduler.running[:-1]:
+        assert sequence.num_computed_tokens == sequence.num_tokens - 1
+    assert len(scheduler.running) <= scheduler.max_num_seqs

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import nano_vllm
+from nano_vllm.engine.llm import LLM
+from nano_vllm.sampling_params import SamplingParams
+from tests.engine.fake_runner import FakeRunner, make_engine, make_tokenizer, reference_tokens
+
+PARAMS = SamplingParams(seed=1, max_tokens=6)
+
+
+def make_llm(with_tokenizer: bool = True) -> LLM:
+    runner = FakeRunner(max_model_len=64)
+    return LLM.from_engine(make_engine(runner, make_tokenizer() if with_tokenizer else None))
+
+
+def generate(llm: LLM, prompts: Any, params: Any = PARAMS) -> list[nano_vllm.RequestOutput]:
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "token_ids"),
+    [
+        ("ab", [[97, 98]]),
+        ([97, 98], [[97, 98]]),
+        ((97, 98), [[97, 98]]),
+        ({"prompt": "ab"}, [[97, 98]]),
+        ({"prompt_token_ids": [97, 98]}, [[97, 98]]),
+        (["a", "b"], [[97], [98]]),
+        ([[97], [98, 99]], [[97], [98, 99]]),
+        (["a", [98], {"prompt": "c"}, {"prompt_token_ids": [100]}], [[97], [98], [99], [100]]),
+        ([], []),
+    ],
+)
+def test_forms_of_prompts(prompts: Any, token_ids: list[list[int]]) -> None:
+    outputs = generate(make_llm(), prompts)
+    assert [output.prompt_token_ids for output in outputs] == token_ids
+    for output in outputs:
+        assert output.outputs[0].token_ids == reference_tokens(
+            output.prompt_token_ids, PARAMS, 0, 64
+        )
+
+
+def test_the_text_of_a_prompt_is_kept() -> None:
+    outputs = generate(make_llm(), ["ab", {"prompt": "c"}, [100]])
+    assert [output.prompt for output in outputs] == ["ab", "c", None]
+
+
+def test_results_come_in_the_order_of_the_prompts() -> None:
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (9, 1, 5)]
+    outputs = generate(make_llm(), ["a", "b", "c"], params)
+    assert [output.prompt for output in outputs] == ["a", "b", "c"]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [9, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", ""], "prompt 1: .*must not be empty, got ''"),
+        ([[1], []], "prompt 1: .*at least one token"),
+        (["a", "b", [1, 2, 300]], "prompt 2: .*got 300 at position 2"),
+        (["a" * 64], "prompt 0: .*at most 63 tokens.*got 64"),
+        (["a", 5], "prompt 1: a prompt must be a string, .*got 5"),
+        ([None], "prompt 0: .*got None"),
+        (None, "prompt 0: .*got None"),
+        ([{"text": "a"}], "prompt 0: .*got {'text': 'a'}"),
+        ([{"prompt": "a", "prompt_token_ids": [1]}], "prompt 0: a prompt must be"),
+        ([{"prompt": [1]}], "prompt 0: a prompt must be"),
+        ([[True]], "prompt 0: .*got True"),
+        (["\ud800"], "prompt 0: .*lone surrogate"),
+    ],
+)
+def test_a_bad_prompt_is_named_and_nothing_is_queued(prompts: Any, message: str) -> None:
+    llm = make_llm()
+    with pytest.raises(ValueError, match=message):
+        generate(llm, prompts)
+    assert not llm.engine.has_work
+    assert llm.get_metrics().num_steps == 0
+    assert len(generate(llm, "a")) == 1
+
+
+def test_parameters_for_each_prompt() -> None:
+    with pytest.raises(ValueError, match="as many as the 2 prompts, got 1"):
+        generate(make_llm(), ["a", "b"], [PARAMS])
+    with pytest.raises(ValueError, match="prompt 1: allowed_token_ids"):
+        generate(make_llm(), ["a", "b"], [PARAMS, SamplingParams(allowed_token_ids=[300])])
+
+
+def test_text_needs_a_tokenizer() -> None:
+    llm = make_llm(with_tokenizer=False)
+    with pytest.raises(ValueError, match=r"prompt 0: .*skip_tokenizer_init.*got 'a'"):
+        generate(llm, "a")
+    assert generate(llm, [1, 2])[0].outputs[0].text == ""
+    with pytest.raises(ValueError, match="no tokenizer"):
+        llm.get_tokenizer()
+
+
+def test_draws_do_not_depend_on_requests_that_were_refused() -> None:
+    def seq_ids(llm: LLM) -> list[int]:
+        runner = llm.engine.runner
+        generate(llm, ["a", "b"])
+        return [s.sequence.seq_id for s in runner.batches[-1].scheduled]  # type: ignore[attr-defined]
+
+    refused = make_llm()
+    with pytest.raises(ValueError, match="prompt 1"):
+        generate(refused, ["a", ""])
+    assert seq_ids(refused) == seq_ids(make_llm())
+
+
+def test_what_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    execute = llm.engine.runner.execute
+
+    def interrupted(batch: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine.runner, "execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm, ["a", "b"])
+    assert not llm.engine.has_work
+    assert llm.get_metrics().num_free_blocks == 64
+    monkeypatch.setattr(llm.engine.runner, "execute", execute)
+    assert generate(llm, [97])[0].outputs[0].token_ids == reference_tokens([97], PARAMS, 0, 64)
+
+
+def test_a_stream_that_is_given_up_leaves_nothing_behind() -> None:
+    llm = make_llm()
+    stream = llm.stream([llm.make_request("a", PARAMS, stream=True)])
+    assert len(next(stream).outputs[0].token_ids) == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert not llm.engine.has_work
+
+
+def test_chat_needs_a_template() -> None:
+    with pytest.raises(ValueError, match=r"conversation 0: .*no chat template"):
+        make_llm().chat([{"role": "user", "content": "Hi"}], use_tqdm=False)
+
+
+def test_conversations_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"conversation 1: .*must be a list of messages, got 5"):
+        LLM.chat(_Templated(), [[{"role": "user", "content": "Hi"}], 5])  # type: ignore[arg-type,list-item]
+
+
+class _Templated(LLM):
+    def __init__(self) -> None:
+        self.engine = make_llm().engine
+        self._num_requests = 0
+        self.engine.tokenizer.apply_chat_template = (  # type: ignore[union-attr,method-assign]
+            lambda messages, add_generation_prompt=True: f"<{messages[0]['content']}>"
+        )
+
+
+def test_chat_renders_the_template() -> None:
+    llm = _Templated()
+    messages = [{"role": "user", "content": "Hi"}]
+    one = llm.chat(messages, PARAMS, use_tqdm=False)
+    two = llm.chat([messages, messages], PARAMS, use_tqdm=False)
+    assert [output.prompt for output in one + two] == ["<Hi>"] * 3
+
+
+def test_leaving_the_context_closes_the_engine() -> None:
+    with make_llm() as llm:
+        runner = llm.engine.runner
+    assert runner.is_closed  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="closed"):
+        generate(llm, "a")
+
+
+def test_an_unknown_option_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'max_num_seq'; did you mean 'max_num_seqs'"):
+        LLM("model", max_num_seq=3)

@@ -1,0 +1,268 @@
+"""Who is scheduled when, and who has to go."""
+
+from __future__ import annotations
+
+import pytest
+
+from nano_vllm.batch import Batch, SampledToken, StepResult
+from nano_vllm.cache.block_manager import BlockManager
+from nano_vllm.engine.scheduler import Scheduler
+from nano_vllm.outputs import Logprob
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sequence import Sequence, SequenceStatus
+
+BLOCK_SIZE = 8
+
+
+def make_scheduler(num_blocks: int = 64, **options: int) -> Scheduler:
+    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
+    return Scheduler(BlockManager(num_blocks, BLOCK_SIZE), **(settings | options))
+
+
+def add(scheduler: Scheduler, name: str, num_tokens: int, **params: object) -> Sequence:
+    n = int(params.pop("n", 1))  # type: ignore[call-overload]
+    settings = SamplingParams(**{"max_tokens": 100, **params})
+    prompt = [ord(name)] * num_tokens
+    sequences = [Sequence(index, name, index, prompt, settings) for index in range(n)]
+    scheduler.add(sequences)
+    return sequences[0]
+
+
+def rows(batch: Batch) -> list[tuple[str, int]]:
+    return [(s.sequence.request_id, s.num_tokens) for s in batch.scheduled]
+
+
+def step(scheduler: Scheduler, token_id: int = 1) -> list[tuple[str, int]]:
+    """One step that gives everybody the same token."""
+    batch = scheduler.schedule()
+    assert batch is not None
+    sampled = [SampledToken(token_id) if s.samples else None for s in batch.scheduled]
+    scheduler.update(batch, StepResult(sampled))  # type: ignore[arg-type]
+    scheduler.block_manager.allocator.check_integrity()
+    return rows(batch)
+
+
+def test_life_of_a_sequence() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    sequence = add(scheduler, "a", 15, max_tokens=2)
+    assert sequence.status is SequenceStatus.WAITING
+    assert step(scheduler) == [("a", 10)]
+    assert sequence.status is SequenceStatus.PREFILL
+    assert sequence.num_output_tokens == 0
+    assert step(scheduler) == [("a", 5)]
+    assert sequence.status is SequenceStatus.RUNNING
+    assert step(scheduler) == [("a", 1)]
+    assert sequence.status is SequenceStatus.FINISHED
+    assert (sequence.finish_reason, sequence.output_token_ids) == ("length", [1, 1])
+    assert not scheduler.has_work
+    assert scheduler.schedule() is None
+
+
+def test_decodes_come_first_then_the_chunk_then_waiting_ones_in_order() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=20)
+    add(scheduler, "a", 5)
+    add(scheduler, "b", 30)
+    add(scheduler, "c", 9)
+    add(scheduler, "d", 9)
+    assert step(scheduler) == [("a", 5), ("b", 15)]
+    assert step(scheduler) == [("a", 1), ("b", 15), ("c", 4)]
+    assert step(scheduler) == [("a", 1), ("b", 1), ("c", 5), ("d", 9)]
+    assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1), ("d", 1)]
+
+
+def test_a_finished_sequence_is_replaced_in_the_very_next_step() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    add(scheduler, "a", 4, max_tokens=2)
+    add(scheduler, "b", 4)
+    add(scheduler, "c", 4)
+    assert step(scheduler) == [("a", 4), ("b", 4)]
+    assert step(scheduler) == [("a", 1), ("b", 1)]
+    assert step(scheduler) == [("b", 1), ("c", 4)]
+
+
+def test_prompts_are_scheduled_whole_without_chunked_prefill() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64, enable_chunked_prefill=False)
+    add(scheduler, "a", 40)
+    add(scheduler, "b", 30)
+    add(scheduler, "c", 4)
+    assert step(scheduler) == [("a", 40)]
+    assert step(scheduler) == [("a", 1), ("b", 30), ("c", 4)]
+
+
+def test_too_small_a_budget_without_chunked_prefill_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least max_model_len = 64, got 63"):
+        make_scheduler(max_num_batched_tokens=63, enable_chunked_prefill=False)
+
+
+def test_the_newest_is_preempted_and_comes_back_first() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    a, b, c = (add(scheduler, name, 14) for name in "abc")
+    d = add(scheduler, "d", 1)
+    # Two blocks each; one spare for each that runs is left at admission.
+    assert step(scheduler) == [("a", 14), ("b", 14), ("c", 14)]
+    assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1)]
+    assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1)]
+    # Each needs a third block and two are free.
+    assert step(scheduler) == [("a", 1), ("b", 1)]
+    assert [s.num_preemptions for s in (a, b, c, d)] == [0, 0, 0, 0]
+    assert c.status is SequenceStatus.RUNNING
+    while not c.num_preemptions:
+        step(scheduler)
+    assert (c.block_table, c.num_computed_tokens, c.status) == ([], 0, SequenceStatus.WAITING)
+    assert [s.request_id for s in scheduler.waiting] == ["c", "d"]
+    assert [s.num_preemptions for s in (a, b, d)] == [0, 0, 0]
+    kept = list(c.token_ids)
+    scheduler.abort("a")
+    # What it computed before is found again, as far as it was not overwritten.
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [s.request_id for s in scheduler.running] == ["b", "c"]
+    again = batch.scheduled[1]
+    assert again.sequence is c
+    assert again.samples
+    assert c.num_computed_tokens + again.num_tokens == len(kept)
+    assert c.token_ids == kept
+
+
+def test_preempted_sequences_keep_their_order() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    for name in "abc":
+        add(scheduler, name, 7)
+    step(scheduler)
+    while len(scheduler.running) > 1:
+        step(scheduler)
+    assert [s.request_id for s in scheduler.waiting] == ["b", "c"]
+
+
+def test_a_sequence_without_room_waits_with_its_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    add(scheduler, "a", 38)
+    b = add(scheduler, "b", 16)
+    assert step(scheduler) == [("a", 38), ("b", 16)]
+    scheduler.block_manager.allocator.allocate()
+    # The pool is dry, and nobody is newer than b.
+    assert step(scheduler) == [("a", 1)]
+    assert (b.status, b.num_preemptions) == (SequenceStatus.RUNNING, 0)
+    scheduler.abort("a")
+    assert step(scheduler) == [("b", 1)]
+
+
+def test_nobody_is_admitted_after_a_preemption() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    for name in "abc":
+        add(scheduler, name, 15)
+    add(scheduler, "d", 1)
+    while True:
+        batch = scheduler.schedule()
+        assert batch is not None
+        if batch.preempted:
+            break
+        tokens = [SampledToken(1) for _ in batch.scheduled]
+        scheduler.update(batch, StepResult(tokens))  # type: ignore[arg-type]
+    assert all(s.num_tokens == 1 for s in batch.scheduled)
+    assert "d" not in dict(rows(batch))
+
+
+def test_what_can_never_fit_is_refused_at_the_door() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    with pytest.raises(
+        ValueError, match=r"30 prompt tokens.*room for 33 tokens.*4 blocks of 8 = 32 tokens"
+    ):
+        add(scheduler, "a", 30, max_tokens=3)
+    assert not scheduler.has_work
+    add(scheduler, "b", 30, max_tokens=2)
+    while scheduler.has_work:
+        step(scheduler)
+
+
+def test_stop_tokens_count_from_min_tokens_on() -> None:
+    scheduler = make_scheduler()
+    sequence = Sequence(0, "a", 0, [5], SamplingParams(max_tokens=9, min_tokens=2), frozenset({1}))
+    scheduler.add([sequence])
+    while scheduler.has_work:
+        step(scheduler, token_id=1)
+    assert sequence.output_token_ids == [1, 1, 1]
+    assert (sequence.finish_reason, sequence.stop_reason) == ("stop", None)
+
+
+def test_a_stop_token_is_the_reason() -> None:
+    scheduler = make_scheduler()
+    params = SamplingParams(max_tokens=9, stop_token_ids=[7])
+    sequence = Sequence(0, "a", 0, [5], params, frozenset({1, 7}))
+    scheduler.add([sequence])
+    step(scheduler, token_id=7)
+    assert (sequence.finish_reason, sequence.stop_reason) == ("stop", 7)
+
+
+def test_the_context_ends_a_sequence() -> None:
+    scheduler = make_scheduler(max_model_len=12)
+    sequence = add(scheduler, "a", 10, max_tokens=None)
+    while scheduler.has_work:
+        step(scheduler)
+    assert (sequence.num_tokens, sequence.finish_reason) == (12, "length")
+
+
+def test_completions_fork_from_the_first() -> None:
+    scheduler = make_scheduler(num_blocks=64)
+    add(scheduler, "a", 20, n=3)
+    add(scheduler, "b", 4)
+    assert step(scheduler) == [("a", 20), ("b", 4)]
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert rows(batch) == [("a", 1), ("b", 1), ("a", 1), ("a", 1)]
+    leader, forks = batch.scheduled[0].sequence, [s.sequence for s in batch.scheduled[2:]]
+    for fork in forks:
+        assert fork.num_computed_tokens == 19
+        # Two full blocks shared, the third one copied before it is written into
+        assert fork.block_table[:2] == leader.block_table[:2]
+        assert (leader.block_table[2], fork.block_table[2]) in batch.block_copies
+    assert len({s.block_table[2] for s in [leader, *forks]}) == 3
+
+
+@pytest.mark.parametrize("end", ["abort", "failure"])
+def test_the_others_of_a_request_do_not_wait_for_a_first_one_that_is_gone(end: str) -> None:
+    scheduler = make_scheduler()
+    first = add(scheduler, "a", 20, n=2)
+    if end == "abort":
+        assert len(scheduler.abort("a")) == 2
+    else:
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert scheduler.update(batch, StepResult([None], {0: "broken"})) == [first]
+        assert (first.finish_reason, first.stop_reason) == ("abort", "broken")
+        assert step(scheduler) == [("a", 20)]
+        scheduler.abort("a")
+    assert not scheduler.has_work
+    assert scheduler.num_waiting == 0
+    assert scheduler.block_manager.allocator.num_active == 0
+
+
+def test_blocks_of_a_failed_sequence_are_not_found_again() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    add(scheduler, "a", 20)
+    step(scheduler)
+    assert scheduler.block_manager.allocator.num_active == 3
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.update(batch, StepResult([None], {0: "broken"}))
+    assert scheduler.block_manager.allocator.num_cached == 0
+    add(scheduler, "a", 20)
+    assert step(scheduler) == [("a", 16)]
+
+
+def test_prompt_logprobs_need_the_whole_prompt() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=12)
+    add(scheduler, "a", 20, max_tokens=1)
+    step(scheduler)
+    step(scheduler)
+    sequence = Sequence(1, "b", 0, [ord("a")] * 20, SamplingParams(prompt_logprobs=0))
+    scheduler.add([sequence])
+    entries = [{ord("a"): Logprob(-float(place), 1)} for place in range(1, 20)]
+    # Each token but the last predicts another one of the prompt.
+    for num_tokens, first, last in ((12, 0, 12), (8, 12, 19)):
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert rows(batch) == [("b", num_tokens)]
+        token = SampledToken(1) if batch.scheduled[0].samples else None
+        scheduler.update(batch, StepResult([token], prompt_logprobs={0: entries[first:last]}))
+    assert sequence.prompt_logprobs == [None, *entries]

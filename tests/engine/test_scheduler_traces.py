@@ -1,0 +1,111 @@
+"""Whatever arrives, whatever is aborted and however small the pool, every stream of tokens is that
+of a sequence which runs alone.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from nano_vllm.sampling_params import SamplingParams
+from tests.engine.fake_runner import (
+    VOCAB_SIZE,
+    FakeRunner,
+    check_invariants,
+    make_engine,
+    reference_tokens,
+)
+
+
+def check_batch(engine: Any, runner: FakeRunner) -> None:
+    batch = runner.batches[-1]
+    assert 0 < batch.num_tokens <= runner.max_num_batched_tokens
+    scheduled = [s.sequence.seq_id for s in batch.scheduled]
+    assert len(set(scheduled)) == len(scheduled)
+    assert not {s.seq_id for s in batch.preempted} & set(scheduled)
+
+
+def run_trace(seed: int) -> dict[str, int]:
+    """Run a random trace and compare; what happened in it, so that a test can ask for variety."""
+    draw = random.Random(seed)
+    block_size = draw.choice([8, 16])
+    max_model_len = draw.choice([40, 64, 100])
+    chunked = draw.random() < 0.7
+    # From a pool that one sequence fills to one that never runs dry
+    smallest = -(-max_model_len // block_size)
+    runner = FakeRunner(
+        num_blocks=draw.choice([smallest, smallest + 2, 3 * smallest, 40 * smallest]),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=draw.choice([5, 16, 64]) if chunked else max_model_len,
+    )
+    engine = make_engine(
+        runner,
+        max_num_seqs=draw.choice([1, 3, 16]),
+        enable_chunked_prefill=chunked,
+        enable_prefix_caching=draw.random() < 0.7,
+    )
+    heads = [[draw.randrange(VOCAB_SIZE) for _ in range(max_model_len)] for _ in range(2)]
+    # Blocks of equal tokens, which differ in what comes before them alone
+    heads.append(heads[0][: 2 * block_size] + heads[0][:block_size] * 10)
+    heads.append(heads[1][:block_size] + heads[0][:block_size] * 10)
+    params: dict[str, SamplingParams] = {}
+    prompts: dict[str, list[int]] = {}
+    finished, aborted = {}, set()
+    to_come = draw.randrange(5, 25)
+    while to_come or engine.has_work:
+        while to_come and draw.random() < (0.4 if engine.has_work else 1.0):
+            to_come -= 1
+            request_id = f"r{to_come}"
+            length = draw.randrange(1, max_model_len)
+            shared = draw.randrange(length + 1)
+            head = draw.choice(heads)[:shared]
+            prompts[request_id] = head + [
+                draw.randrange(VOCAB_SIZE) for _ in range(length - len(head))
+            ]
+            params[request_id] = SamplingParams(
+                n=draw.choice([1, 1, 1, 2, 4]),
+                seed=draw.randrange(100),
+                max_tokens=draw.choice([1, 4, 30, None]),
+                ignore_eos=draw.random() < 0.5,
+            )
+            engine.add_request(request_id, prompts[request_id], params[request_id])
+        for output in engine.step():
+            assert output.finished
+            finished[output.request_id] = output
+        check_invariants(engine)
+        check_batch(engine, runner)
+        if draw.random() < 0.05:
+            request_id = draw.choice(list(prompts))
+            if engine.abort(request_id) is not None:
+                aborted.add(request_id)
+                check_invariants(engine)
+
+    assert set(finished) | aborted == set(prompts)
+    for request_id, output in finished.items():
+        for completion in output.outputs:
+            assert completion.token_ids == reference_tokens(
+                prompts[request_id], params[request_id], completion.index, max_model_len
+            )
+    allocator = engine.scheduler.block_manager.allocator
+    assert allocator.num_active == 0
+    assert allocator.num_free == runner.num_blocks
+    metrics = engine.get_metrics()
+    return {
+        "preempted": metrics.num_preemptions,
+        "cached": metrics.num_cached_tokens,
+        "copied": sum(len(batch.block_copies) for batch in runner.batches),
+        "aborted": len(aborted),
+        "chunked": sum(not s.samples for batch in runner.batches for s in batch.scheduled),
+    }
+
+
+@pytest.mark.parametrize("group", range(8))
+def test_every_stream_is_that_of_a_sequence_alone(group: int) -> None:
+    happened: dict[str, int] = {}
+    for seed in range(20 * group, 20 * group + 20):
+        for name, count in run_trace(seed).items():
+            happened[name] = happened.get(name, 0) + count
+    assert all(happened.values()), f"the traces lack variety: {happened}"

@@ -1,0 +1,181 @@
+"""Batches of sequences over a poisoned paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nano_vllm import ops
+from tests import reference
+from tests.kernels.compare import assert_equal_bits, assert_gaps_untouched
+from tests.kernels.draw import SENTINEL, Draw
+
+CACHE_LAYOUTS = ("tokens first", "heads first", "keys beside values", "odd")
+
+
+@dataclass
+class HeadShape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass
+class CachedSequence:
+    """What a sequence's tokens are, wherever they lie: the last query belongs to the last token."""
+
+    query: torch.Tensor  # [query_len, num_heads, head_dim]
+    keys: torch.Tensor  # [seq_len, num_kv_heads, head_dim]
+    values: torch.Tensor  # [seq_len, num_kv_heads, head_dim]
+
+
+def draw_sequence(
+    draw: Draw, query_len: int, seq_len: int, heads: HeadShape, dtype: torch.dtype
+) -> CachedSequence:
+    shape = (seq_len, heads.num_kv_heads, heads.head_dim)
+    return CachedSequence(
+        draw.normal(query_len, heads.num_heads, heads.head_dim, dtype=dtype),
+        draw.normal(*shape, dtype=dtype),
+        draw.normal(*shape, dtype=dtype),
+    )
+
+
+@dataclass
+class AttentionBatch:
+    """The arguments of `paged_attention`; query rows past query_start_loc[-1] are padding."""
+
+    draw: Draw
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_tables: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    options: dict[str, Any]
+
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        return (
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.block_tables,
+            self.query_start_loc,
+            self.seq_lens,
+        )
+
+    def run(self, out_layout: str | None = None) -> torch.Tensor:
+        """Runs the op into poisoned memory; checks that it wrote its rows and nothing else."""
+        num_tokens = int(self.query_start_loc[-1])
+        out = self.draw.output(*self.query.shape, dtype=self.query.dtype, layout=out_layout)
+        out[num_tokens:] = SENTINEL
+        workspace = self.workspace() if self.draw.device == "cuda" else None
+        inputs = [tensor.clone() for tensor in self.arguments()]
+        ops.paged_attention(out, *self.arguments(), **self.options, workspace=workspace)
+        assert_gaps_untouched(out)
+        assert_equal_bits(out[num_tokens:], torch.full_like(out[num_tokens:], SENTINEL))
+        if workspace is not None:
+            assert_gaps_untouched(workspace)
+        for before, after in zip(inputs[:3], self.arguments()[:3], strict=True):
+            assert_equal_bits(after, before)
+        return out[:num_tokens]
+
+    def workspace(self) -> torch.Tensor:
+        """Exactly as long as asked for, NaN, with the sentinel around it."""
+        needed = ops.paged_attention_workspace_numel(
+            self.seq_lens.shape[0], self.query.shape[1], self.query.shape[2]
+        )
+        return self.draw.output(needed, dtype=torch.float32, layout="aligned")
+
+    def expected(self) -> torch.Tensor:
+        """In float64."""
+        out = torch.empty_like(self.query, dtype=torch.float64)
+        reference.paged_attention(out, *self.arguments(), **self.options)
+        return out[: int(self.query_start_loc[-1])]
+
+
+def page(
+    draw: Draw,
+    sequences: list[CachedSequence],
+    block_size: int,
+    *,
+    cache_layout: str | None = None,
+    query_layout: str | None = None,
+    **options: Any,
+) -> AttentionBatch:
+    """Lays the sequences out on randomly chosen blocks.
+
+    All that no query may see is NaN: rows past a sequence's end, blocks of nobody, padding queries,
+    gaps between the strides. Block table entries past a sequence's last block name a block of
+    nobody or no block at all. The bounds max_query_len and max_seq_len are often loose.
+    """
+    query = torch.cat([sequence.query for sequence in sequences])
+    _, num_kv_heads, head_dim = sequences[0].keys.shape
+    query_lens = [len(sequence.query) for sequence in sequences]
+    seq_lens = [len(sequence.keys) for sequence in sequences]
+    needed = [-(-seq_len // block_size) for seq_len in seq_lens]
+    num_blocks = sum(needed) + draw.between(1, 4)
+    width = max(needed) + draw.between(0, 2)
+
+    keys = torch.full((num_blocks, block_size, num_kv_heads, head_dim), torch.nan)
+    keys = keys.to(draw.device, query.dtype)
+    values = keys.clone()
+    blocks = draw.sample(num_blocks, num_blocks)
+    unused = [blocks[-1], 2**31 - 1, -1, -(2**31)]
+    tables = [[draw.choice(unused) for _ in range(width)] for _ in sequences]
+    for s, sequence in enumerate(sequences):
+        tables[s][: needed[s]] = [blocks.pop(0) for _ in range(needed[s])]
+        _write_tokens(keys, sequence.keys, tables[s][: needed[s]])
+        _write_tokens(values, sequence.values, tables[s][: needed[s]])
+    key_cache, value_cache = _lay_out(
+        draw, keys, values, cache_layout or draw.choice(CACHE_LAYOUTS)
+    )
+
+    padding = torch.full((draw.choice((0, 0, 1, 5)), *query.shape[1:]), torch.nan)
+    max_query_len, max_seq_len = max(query_lens), max(seq_lens)
+    if draw.choice((True, False)):
+        max_query_len += draw.choice((0, 1, 17)) if max_query_len > 1 else 0
+        max_seq_len = draw.between(max_seq_len, width * block_size)
+    starts = [sum(query_lens[:s]) for s in range(len(sequences) + 1)]
+    return AttentionBatch(
+        draw,
+        draw.strided(torch.cat((query, padding.to(query))), layout=query_layout),
+        key_cache,
+        value_cache,
+        draw.strided(_int32(draw, tables), fill=-1),
+        _int32(draw, starts),
+        _int32(draw, seq_lens),
+        {
+            "max_query_len": max_query_len,
+            "max_seq_len": max_seq_len,
+            "scale": head_dim**-0.5,
+        }
+        | options,
+    )
+
+
+def _int32(draw: Draw, values: list[Any]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=draw.device)
+
+
+def _write_tokens(cache: torch.Tensor, tokens: torch.Tensor, blocks: list[int]) -> None:
+    block_size = cache.shape[1]
+    for i, block in enumerate(blocks):
+        rows = tokens[i * block_size : (i + 1) * block_size]
+        cache[block, : len(rows)] = rows
+
+
+def _lay_out(
+    draw: Draw, keys: torch.Tensor, values: torch.Tensor, layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same values, otherwise arranged in memory."""
+    if layout == "tokens first":
+        return keys, values
+    if layout == "heads first":
+        keys, values = (cache.transpose(1, 2).contiguous() for cache in (keys, values))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+    if layout == "keys beside values":
+        pool = torch.stack((keys, values), dim=1)
+        return pool[:, 0], pool[:, 1]
+    return draw.strided(keys, layout="odd"), draw.strided(values, layout="odd")

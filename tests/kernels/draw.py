@@ -1,0 +1,94 @@
+"""Random shapes, layouts and values of one test case, all from one seed."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+import pytest
+import torch
+
+Item = TypeVar("Item")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("dense", "aligned", "odd")
+
+SENTINEL = -1024.0
+"""Fills what an op must leave alone; exact in every dtype."""
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def random_cases(count: int) -> pytest.MarkDecorator:
+    """Runs a test on `count` fresh seeds, times NANO_VLLM_TEST_CASES from the environment."""
+    factor = int(os.environ.get("NANO_VLLM_TEST_CASES") or 1)
+    return pytest.mark.parametrize("case", range(count * factor))
+
+
+class Draw:
+    """Random choices, and random tensors on `device` that are the same for every device."""
+
+    def __init__(self, seed: int, device: str) -> None:
+        self.device = device
+        self._random = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def choice(self, items: Sequence[Item]) -> Item:
+        return self._random.choice(items)
+
+    def between(self, low: int, high: int) -> int:
+        """Both included."""
+        return self._random.randint(low, high)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._random.uniform(low, high)
+
+    def sample(self, population: int, count: int) -> list[int]:
+        """`count` different numbers below `population`, in random order."""
+        return self._random.sample(range(population), count)
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator).to(self.device, dtype)
+
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Both included."""
+        values = torch.randint(low, high + 1, shape, generator=self._generator)
+        return values.to(self.device, dtype)
+
+    def strided(
+        self, tensor: torch.Tensor, fill: float = torch.nan, layout: str | None = None
+    ) -> torch.Tensor:
+        """The same values as a view into a larger storage, the rest of which holds `fill`.
+
+        Args:
+            tensor: values; the last dimension stays contiguous.
+            fill: what the gaps hold.
+            layout: "dense" has no gaps; "aligned" and "odd" have some in front, between and behind,
+                with the outer dimensions in random order, all strides and the offset multiples of 8
+                elements or anything. By default one of the three.
+        """
+        layout = layout or self.choice(LAYOUTS)
+        if layout == "dense":
+            return tensor.clone(memory_format=torch.contiguous_format)
+        unit = 8 if layout == "aligned" else 1
+        order = self.sample(tensor.dim() - 1, tensor.dim() - 1)
+        sizes = [tensor.shape[dim] + self.between(0, 2) for dim in order]
+        sizes.append(-(-tensor.shape[-1] // unit) * unit + unit * self.between(0, 3))
+        storage = torch.full(
+            (unit * self.between(0, 3) + torch.Size(sizes).numel(),),
+            fill,
+            dtype=tensor.dtype,
+            device=self.device,
+        )
+        gapped = storage[storage.numel() - torch.Size(sizes).numel() :].view(sizes)
+        view = gapped.permute([order.index(dim) for dim in range(len(order))] + [len(order)])
+        for dim, size in enumerate(tensor.shape):
+            view = view.narrow(dim, 0, size)
+        return view.copy_(tensor)
+
+    def output(self, *shape: int, dtype: torch.dtype, layout: str | None = None) -> torch.Tensor:
+        """To be overwritten: NaN, with the sentinel in the gaps."""
+        poison = torch.full(shape, torch.nan, dtype=dtype, device=self.device)
+        return self.strided(poison, SENTINEL, layout)

@@ -1,0 +1,121 @@
+"""Every CUDA op on small shapes, for NVIDIA's sanitizer:
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/kernels/sanitize.py
+
+Without torch's caching, each tensor is an allocation of its own, and memcheck sees an access past
+its end. What the ops compute is the other tests' matter.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nano_vllm import ops
+
+BLOCK_SIZE = 8
+
+
+def normal(*shape: int, dtype: torch.dtype, offset: int) -> torch.Tensor:
+    """At the end of its memory, `offset` elements from its start."""
+    numel = torch.Size(shape).numel()
+    return torch.randn(offset + numel).to("cuda", dtype)[offset:].view(shape)
+
+
+def int32(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def attend(
+    lengths: list[tuple[int, int]],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    offset: int,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> None:
+    """Sequences of (query_len, seq_len), their blocks one after the other in the pool."""
+    query_lens = [query_len for query_len, _ in lengths]
+    seq_lens = [seq_len for _, seq_len in lengths]
+    width = -(-max(seq_lens) // BLOCK_SIZE)
+    shape = (len(lengths) * width, BLOCK_SIZE, num_kv_heads, head_dim)
+    query = normal(sum(query_lens), num_heads, head_dim, dtype=dtype, offset=offset)
+    ops.paged_attention(
+        torch.empty_like(query),
+        query,
+        normal(*shape, dtype=dtype, offset=offset),
+        normal(*shape, dtype=dtype, offset=offset),
+        int32(list(range(shape[0]))).view(len(lengths), width),
+        int32([sum(query_lens[:s]) for s in range(len(lengths) + 1)]),
+        int32(seq_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        scale=head_dim**-0.5,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        workspace=torch.empty(
+            ops.paged_attention_workspace_numel(len(lengths), num_heads, head_dim), device="cuda"
+        ),
+    )
+
+
+def run_attention(dtype: torch.dtype, offset: int) -> None:
+    decodes, prefills = [(1, 1), (1, 9), (1, 600)], [(1, 17), (9, 9), (3, 70), (0, 0), (40, 40)]
+    for head_dim in (64, 80, 96, 128, 192, 256):
+        attend(decodes, 3, 1, head_dim, dtype, offset)
+        attend(prefills, 3, 1, head_dim, dtype, offset)
+    for heads in ((1, 1), (14, 2), (32, 1)):
+        attend(decodes, *heads, 64, dtype, offset, sliding_window=20)
+        attend(prefills, *heads, 64, dtype, offset, sliding_window=20, softcap=5.0)
+
+
+def run_cache_ops(dtype: torch.dtype, offset: int) -> None:
+    key, value = (
+        normal(5, 2, 80, dtype=dtype, offset=offset),
+        normal(5, 2, 80, dtype=dtype, offset=offset),
+    )
+    pool = normal(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype, offset=offset)
+    slot_mapping = torch.tensor([31, -1, 0, 8, 7], device="cuda")
+    ops.reshape_and_cache(key, value, *pool[1], slot_mapping)
+    mapping = torch.tensor([[0, 3], [1, 2]], device="cuda")
+    ops.copy_blocks(pool, mapping)
+    host = torch.zeros(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype).pin_memory()
+    ops.swap_blocks(pool, host, mapping)
+    ops.swap_blocks(host, pool, mapping)
+
+
+def run_layer_ops(dtype: torch.dtype, offset: int) -> None:
+    for size in (1, 64, 129, 2048):
+        input, weight = (
+            normal(3, size, dtype=dtype, offset=offset),
+            normal(size, dtype=dtype, offset=offset),
+        )
+        out = torch.empty_like(input)
+        ops.rms_norm(out, input, weight, 1e-6)
+        ops.fused_add_rms_norm(input, input, torch.zeros_like(input), weight, 1e-6)
+        gate_up = normal(3, 2 * size, dtype=dtype, offset=offset)
+        ops.silu_and_mul(out, gate_up)
+        ops.gelu_and_mul(out, gate_up)
+        ops.gelu_and_mul(out, gate_up, "tanh")
+    positions = torch.tensor([9, 0, 4], device="cuda")
+    for rotary_dim in (80, 36):
+        cos_sin_cache = normal(10, rotary_dim, dtype=torch.float32, offset=0)
+        query, key = (
+            normal(3, 6, 80, dtype=dtype, offset=offset),
+            normal(3, 2, 80, dtype=dtype, offset=offset),
+        )
+        for is_neox in (True, False):
+            ops.rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
+
+
+if __name__ == "__main__":
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for offset in (0, 1):  # aligned to 16 bytes, and not
+            run_attention(dtype, offset)
+            run_cache_ops(dtype, offset)
+            run_layer_ops(dtype, offset)
+    torch.cuda.synchronize()
+    print("ran every op")
