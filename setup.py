@@ -65,12 +65,26 @@ def check_compiler() -> None:
 def cuda_home() -> Path | None:
     """The toolkit's folder, by CUDA_HOME, else by the nvcc on the PATH, else the usual place."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc")
-    found = Path(nvcc).resolve().parent.parent if nvcc else None
-    for home in (Path(named) if named else None, found, Path("/usr/local/cuda")):
-        if home is not None and (home / "bin" / "nvcc").exists() and (home / "include").exists():
+    on_path = shutil.which("nvcc")
+    homes = [Path(named)] if named else []
+    if on_path is not None:
+        homes.append(toolkit_of(on_path))
+    homes.append(Path("/usr/local/cuda"))
+    for home in homes:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
             return home
     return None
+
+
+def toolkit_of(nvcc: str) -> Path:
+    """Where this nvcc has its toolkit: it says so itself, as it may be a link or a script."""
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    return Path(top[1] if top else Path(nvcc).parent.parent).resolve()
 
 
 def run_nvcc(home: Path, option: str) -> str:

@@ -126,7 +126,7 @@ class RopeScaling:
     truncate: bool = True
     """yarn: round the correction range to whole dimensions."""
     frequency_factors: tuple[float, ...] | None = None
-    """frequency_factors: divisor of each rotary frequency, [rotary_dim / 2], as GGUF stores them."""
+    """frequency_factors: divisor of each frequency, [rotary_dim / 2], as GGUF stores them."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@
 
 namespace nano_vllm::cuda {
 
-// Sequences with one query token. Those with more than one split leave partial rows in the workspace.
-void launch_decode(const PagedAttentionParams& p, cudaStream_t stream);       // 16-bit dtypes
+// Sequences with one query token. Those with more than one split leave partial rows in the
+// workspace.
+void launch_decode(const PagedAttentionParams& p, cudaStream_t stream);  // 16-bit dtypes
 void launch_decode_fp32(const PagedAttentionParams& p, cudaStream_t stream);
 
 // Merges the partial rows of the launch before, if there can be any.
@@ -51,14 +52,14 @@ void dispatch_16_bit(const PagedAttentionParams& p, const Run& run) {
 
 // Launches with dynamic shared memory beyond the 48 KiB that need no permission.
 template <class Kernel, class... Args>
-void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads, size_t shared_bytes,
-                   cudaStream_t stream, const Args&... args) {
-  check(grid.y <= 65535 && grid.z <= 65535, name, ": a grid has at most 65535 blocks in y and z, got ",
-        grid.y, " and ", grid.z);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared_bytes));
-  check(error == cudaSuccess, name, ": ", shared_bytes, " bytes of shared memory refused: ",
-        cudaGetErrorString(error));
+void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
+                   size_t shared_bytes, cudaStream_t stream, const Args&... args) {
+  check(grid.y <= 65535 && grid.z <= 65535, name,
+        ": a grid has at most 65535 blocks in y and z, got ", grid.y, " and ", grid.z);
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  check(error == cudaSuccess, name, ": ", shared_bytes,
+        " bytes of shared memory refused: ", cudaGetErrorString(error));
   kernel<<<grid, num_threads, shared_bytes, stream>>>(args...);
   check_launch(name);
 }

@@ -13,12 +13,12 @@ struct Alignment {
 
 template <class T>
 Alignment alignment_of(const PagedAttentionParams& p) {
-  return {is_vec_aligned<T>(p.query, p.query_stride_token, p.query_stride_head),
-          is_vec_aligned<T>(p.key_cache, p.key_stride_block, p.key_stride_token,
-                            p.key_stride_head) &&
-              is_vec_aligned<T>(p.value_cache, p.value_stride_block, p.value_stride_token,
-                                p.value_stride_head),
-          is_vec_aligned<T>(p.out, p.out_stride_token, p.out_stride_head)};
+  return {
+      is_vec_aligned<T>(p.query, p.query_stride_token, p.query_stride_head),
+      is_vec_aligned<T>(p.key_cache, p.key_stride_block, p.key_stride_token, p.key_stride_head) &&
+          is_vec_aligned<T>(p.value_cache, p.value_stride_block, p.value_stride_token,
+                            p.value_stride_head),
+      is_vec_aligned<T>(p.out, p.out_stride_token, p.out_stride_head)};
 }
 
 // Rows of kHeadDim elements end to end, in chunks of 16 bytes.
@@ -31,9 +31,9 @@ struct RowMajor {
   __device__ static int offset(int row, int chunk) { return row * kHeadDim + chunk * kChunkSize; }
 };
 
-// The same with the chunks of a row exchanged so that a chunk of eight rows, what a phase of ldmatrix
-// or of a 16-byte load reads, touches all 32 banks once. Where a row is not a multiple of 128 bytes,
-// 8 / kKeys rows fall on different banks by themselves and share a key.
+// The same with the chunks of a row exchanged so that a chunk of eight rows, what a phase of
+// ldmatrix or of a 16-byte load reads, touches all 32 banks once. Where a row is not a multiple of
+// 128 bytes, 8 / kKeys rows fall on different banks by themselves and share a key.
 template <class T, int kHeadDim>
 struct Swizzled : RowMajor<T, kHeadDim> {
   using Base = RowMajor<T, kHeadDim>;
@@ -65,9 +65,9 @@ __device__ inline void load_query(T* tile, const PagedAttentionParams& p, const 
     const bool valid = first_row + row < rows.num_rows();
     const int64_t offset = rows.offset(valid ? first_row + row : 0, kv_head, p.query_stride_token,
                                        p.query_stride_head);
-    copy_chunk<kIsAligned>(
-        tile + Layout::offset(row, chunk),
-        static_cast<const T*>(p.query) + offset + chunk * Layout::kChunkSize, valid);
+    copy_chunk<kIsAligned>(tile + Layout::offset(row, chunk),
+                           static_cast<const T*>(p.query) + offset + chunk * Layout::kChunkSize,
+                           valid);
   }
 }
 
@@ -143,8 +143,8 @@ __device__ inline void load_tokens(T* tile, const PagedRows<T>& rows, int first_
 }
 
 // Tokens first_token .. first_token + kTokens - 1 (first_token a multiple of kRunTokens), copied by
-// kNumThreads threads in whole warps. Those that are not valid become zeros, read from nowhere: what
-// lies there may be NaN, and a weight of zero would not stop it.
+// kNumThreads threads in whole warps. Those that are not valid become zeros, read from nowhere:
+// what lies there may be NaN, and a weight of zero would not stop it.
 template <class Layout, int kTokens, int kNumThreads, class T>
 __device__ inline void load_tokens(T* tile, const PagedRows<T>& rows, int first_token,
                                    TokenRange valid, int thread) {

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kNumThreads = 128;
 
-// Grid: query heads of all sequences. A block merges one row, a thread a column at a time, always in
-// the order of the splits; sequences with a single split have their result already.
+// Grid: query heads of all sequences. A block merges one row, a thread a column at a time, always
+// in the order of the splits; sequences with a single split have their result already.
 template <class T>
 __global__ void __launch_bounds__(kNumThreads)
     merge_splits_kernel(const __grid_constant__ PagedAttentionParams p) {
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kNumThreads)
   __syncthreads();
 
   const float* partial = PartialRow(p, seq, head, 0).out;
-  T* out = static_cast<T*>(p.out) + rows.query_start * p.out_stride_token + head * p.out_stride_head;
+  T* out =
+      static_cast<T*>(p.out) + rows.query_start * p.out_stride_token + head * p.out_stride_head;
   for (int column = threadIdx.x; column < p.head_dim; column += kNumThreads) {
     float value = 0;
 #pragma unroll

@@ -77,7 +77,8 @@ struct RowStates {
   }
 };
 
-// Multiplies accumulators by their rows' factors; the usual factor, once the maximum is found, is 1.
+// Multiplies accumulators by their rows' factors; the usual factor, once the maximum is found,
+// is 1.
 template <int kColumnTiles>
 __device__ inline void rescale_rows(float (&out)[kColumnTiles][4], const float (&rescale)[2]) {
   if (__all_sync(~0u, rescale[0] == 1 && rescale[1] == 1)) return;

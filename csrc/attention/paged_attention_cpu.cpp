@@ -4,9 +4,10 @@
 // (arXiv 2205.14135).
 //
 // A row's result is a function of the row and its keys alone. Keys are tiled from position 0 of the
-// sequence; every kSpanKeys of them give one partial result (Flash-Decoding's split, at fixed places),
-// and a row's partial results are merged in order. Spans may therefore run on different threads, and
-// neither the number of threads nor the chunking of a prompt nor the rest of the batch changes a bit.
+// sequence; every kSpanKeys of them give one partial result (Flash-Decoding's split, at fixed
+// places), and a row's partial results are merged in order. Spans may therefore run on different
+// threads, and neither the number of threads nor the chunking of a prompt nor the rest of the batch
+// changes a bit.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -37,8 +38,8 @@ struct Task {
   int64_t num_spans() const { return (key_end + kSpanKeys - 1) / kSpanKeys - first_span(); }
 };
 
-// Result of a row over some of its keys: the values weighted by exp(score - max), not yet divided by
-// the sum of the weights.
+// Result of a row over some of its keys: the values weighted by exp(score - max), not yet divided
+// by the sum of the weights.
 struct Partial {
   float* out;  // [rows, head_dim]
   float* max;  // [rows]
@@ -98,7 +99,8 @@ class Attention {
 
   // The partial result of one span: keys span * kSpanKeys and on.
   template <int kLanes>
-  NANO_VLLM_INLINE void attend_span(int64_t span, const TaskScratch& scratch, const Partial& result) const {
+  NANO_VLLM_INLINE void attend_span(int64_t span, const TaskScratch& scratch,
+                                    const Partial& result) const {
     clear<kLanes>(result);
     const int64_t span_end = std::min(task_.key_end, (span + 1) * kSpanKeys);
     for (int64_t tile = span * kSpanKeys; tile < span_end; tile += kTileKeys) {
@@ -121,7 +123,8 @@ class Attention {
       float* to = total.out + row * p_.head_dim;
       const float* from = part.out + row * p_.head_dim;
       for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
-        simd::store(to + d, simd::load<kLanes>(to + d) * total_scale + simd::load<kLanes>(from + d) * part_scale);
+        simd::store(to + d, simd::load<kLanes>(to + d) * total_scale +
+                                simd::load<kLanes>(from + d) * part_scale);
       }
     }
   }
@@ -129,7 +132,8 @@ class Attention {
   template <int kLanes>
   NANO_VLLM_INLINE void write(const Partial& total) const {
     for (int row = 0; row < task_.num_rows; ++row) {
-      T* out = static_cast<T*>(p_.out) + token(row) * p_.out_stride_token + head(row) * p_.out_stride_head;
+      T* out = static_cast<T*>(p_.out) + token(row) * p_.out_stride_token +
+               head(row) * p_.out_stride_head;
       const float* from = total.out + row * int64_t{p_.head_dim};
       const float inverse = total.sum[row] == 0 ? 0 : 1 / total.sum[row];
       for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
@@ -140,7 +144,9 @@ class Attention {
 
  private:
   int64_t token(int64_t row) const { return query_start_ + (task_.first_row + row) / group_; }
-  int64_t head(int64_t row) const { return int64_t{task_.kv_head} * group_ + (task_.first_row + row) % group_; }
+  int64_t head(int64_t row) const {
+    return int64_t{task_.kv_head} * group_ + (task_.first_row + row) % group_;
+  }
 
   // Keys [begin, end) that the row sees, as lanes of the tile at position `tile`.
   struct Range {
@@ -154,7 +160,8 @@ class Attention {
 
   template <int kLanes>
   NANO_VLLM_INLINE void copy_row(const T* from, float* to) const {
-    for (int64_t d = 0; d < p_.head_dim; d += kLanes) simd::store(to + d, simd::load<kLanes>(from + d));
+    for (int64_t d = 0; d < p_.head_dim; d += kLanes)
+      simd::store(to + d, simd::load<kLanes>(from + d));
   }
 
   template <int kLanes>
@@ -170,12 +177,14 @@ class Attention {
            at % block_size * stride_token + task_.kv_head * stride_head;
   }
 
-  // Key and value of a position to come: a sequence's blocks lie anywhere, the hardware finds no pattern.
+  // Key and value of a position to come: a sequence's blocks lie anywhere, the hardware finds no
+  // pattern.
   NANO_VLLM_INLINE void prefetch(int64_t position) const {
     if (position >= task_.key_end) return;
-    const T* key = cache_row(p_.key_cache, p_.key_stride_block, p_.key_stride_token, p_.key_stride_head, position);
-    const T* value =
-        cache_row(p_.value_cache, p_.value_stride_block, p_.value_stride_token, p_.value_stride_head, position);
+    const T* key = cache_row(p_.key_cache, p_.key_stride_block, p_.key_stride_token,
+                             p_.key_stride_head, position);
+    const T* value = cache_row(p_.value_cache, p_.value_stride_block, p_.value_stride_token,
+                               p_.value_stride_head, position);
     constexpr int kLineElements = 64 / sizeof(T);
     for (int64_t d = 0; d < p_.head_dim; d += kLineElements) {
       __builtin_prefetch(key + d);
@@ -204,14 +213,14 @@ class Attention {
 
   // Keys `begin` to `end` of the tile at position `tile`, for all rows.
   template <int kLanes>
-  NANO_VLLM_INLINE void attend_tile(int64_t tile, int64_t begin, int64_t end, const TaskScratch& scratch,
-                                    const Partial& result) const {
+  NANO_VLLM_INLINE void attend_tile(int64_t tile, int64_t begin, int64_t end,
+                                    const TaskScratch& scratch, const Partial& result) const {
     const float* keys[kTileKeys];
     const float* values[kTileKeys];
-    find_rows<kLanes>(p_.key_cache, p_.key_stride_block, p_.key_stride_token, p_.key_stride_head, tile, begin, end,
-                      scratch.keys, keys);
-    find_rows<kLanes>(p_.value_cache, p_.value_stride_block, p_.value_stride_token, p_.value_stride_head, tile, begin,
-                      end, scratch.values, values);
+    find_rows<kLanes>(p_.key_cache, p_.key_stride_block, p_.key_stride_token, p_.key_stride_head,
+                      tile, begin, end, scratch.keys, keys);
+    find_rows<kLanes>(p_.value_cache, p_.value_stride_block, p_.value_stride_token,
+                      p_.value_stride_head, tile, begin, end, scratch.values, values);
     for (int first = 0; first < task_.num_rows; first += kDotRows) {
       const int rows = std::min(kDotRows, task_.num_rows - first);
       const Range seen{visible(first, tile).begin, visible(first + rows - 1, tile).end};
@@ -225,24 +234,28 @@ class Attention {
 
   // Products of query and key, of the lanes that any of the rows sees and some beside them.
   template <int kLanes>
-  NANO_VLLM_INLINE void score(int first, int rows, const float* const* keys, Range seen, int64_t tile,
-                              const TaskScratch& scratch) const {
+  NANO_VLLM_INLINE void score(int first, int rows, const float* const* keys, Range seen,
+                              int64_t tile, const TaskScratch& scratch) const {
     const float* query[kDotRows];
-    for (int i = 0; i < kDotRows; ++i) query[i] = scratch.query + (first + std::min(i, rows - 1)) * int64_t{p_.head_dim};
-    for (int64_t lane = seen.begin / kDotColumns * kDotColumns; lane < seen.end; lane += kDotColumns) {
+    for (int i = 0; i < kDotRows; ++i)
+      query[i] = scratch.query + (first + std::min(i, rows - 1)) * int64_t{p_.head_dim};
+    for (int64_t lane = seen.begin / kDotColumns * kDotColumns; lane < seen.end;
+         lane += kDotColumns) {
       if (first == 0) {
         for (int64_t i = 0; i < kDotColumns; ++i) prefetch(tile + kTileKeys + lane + i);
       }
       simd::Float<4> products[kDotRows];
       dot_tile<kLanes>(rows, query, keys + lane, p_.head_dim, products);
-      for (int i = 0; i < rows; ++i) simd::store(scratch.scores + (first + i) * kTileKeys + lane, products[i]);
+      for (int i = 0; i < rows; ++i)
+        simd::store(scratch.scores + (first + i) * kTileKeys + lane, products[i]);
     }
   }
 
-  // Makes weights exp(score - max) of the row's products, 0 where it sees no key, and returns what the
-  // row's earlier sums are to be multiplied with, its maximum having risen.
+  // Makes weights exp(score - max) of the row's products, 0 where it sees no key, and returns what
+  // the row's earlier sums are to be multiplied with, its maximum having risen.
   template <int kLanes>
-  NANO_VLLM_INLINE float softmax(int row, int64_t tile, const TaskScratch& scratch, const Partial& result) const {
+  NANO_VLLM_INLINE float softmax(int row, int64_t tile, const TaskScratch& scratch,
+                                 const Partial& result) const {
     using Float = simd::Float<kLanes>;
     const Range seen = visible(row, tile);
     if (seen.begin >= seen.end) {
@@ -255,7 +268,8 @@ class Attention {
       Float x = simd::load<kLanes>(scratch.scores + row * kTileKeys + i * kLanes) * p_.scale;
       if (p_.softcap != 0) x = simd::tanh(x * (1 / p_.softcap)) * p_.softcap;
       const auto lane = simd::iota<kLanes>() + i * kLanes;
-      const auto is_seen = (lane >= static_cast<int32_t>(seen.begin)) & (lane < static_cast<int32_t>(seen.end));
+      const auto is_seen =
+          (lane >= static_cast<int32_t>(seen.begin)) & (lane < static_cast<int32_t>(seen.end));
       scores[i] = is_seen ? x : Float{} - kInfinity;
       max_lanes = simd::max(scores[i], max_lanes);  // drops NaN, which the weights will show
     }
@@ -276,16 +290,18 @@ class Attention {
 
   // out = out * rescale + weights * values, for the lanes that any of the rows sees.
   template <int kLanes>
-  NANO_VLLM_INLINE void add_values(int first, int rows, const float* const* values, Range seen, const float* rescale,
-                                   const TaskScratch& scratch, const Partial& result) const {
+  NANO_VLLM_INLINE void add_values(int first, int rows, const float* const* values, Range seen,
+                                   const float* rescale, const TaskScratch& scratch,
+                                   const Partial& result) const {
     if (rows == 3) return add_values<kLanes, 3>(first, values, seen, rescale, scratch, result);
     if (rows == 2) return add_values<kLanes, 2>(first, values, seen, rescale, scratch, result);
     return add_values<kLanes, 1>(first, values, seen, rescale, scratch, result);
   }
 
   template <int kLanes, int kRows>
-  NANO_VLLM_INLINE void add_values(int first, const float* const* values, Range seen, const float* rescale,
-                                   const TaskScratch& scratch, const Partial& result) const {
+  NANO_VLLM_INLINE void add_values(int first, const float* const* values, Range seen,
+                                   const float* rescale, const TaskScratch& scratch,
+                                   const Partial& result) const {
     int64_t d = 0;
     for (; d + 4 * kLanes <= p_.head_dim; d += 4 * kLanes) {
       add_columns<kLanes, kRows, 4>(first, d, values, seen, rescale, scratch, result);
@@ -297,8 +313,9 @@ class Attention {
 
   // The same for kColumns vectors from dimension d on.
   template <int kLanes, int kRows, int kColumns>
-  NANO_VLLM_INLINE void add_columns(int first, int64_t d, const float* const* values, Range seen, const float* rescale,
-                                    const TaskScratch& scratch, const Partial& result) const {
+  NANO_VLLM_INLINE void add_columns(int first, int64_t d, const float* const* values, Range seen,
+                                    const float* rescale, const TaskScratch& scratch,
+                                    const Partial& result) const {
     const float* weights = scratch.scores + first * kTileKeys;
     float* out = result.out + first * int64_t{p_.head_dim} + d;
     simd::Float<kLanes> sums[kRows][kColumns];
@@ -315,7 +332,8 @@ class Attention {
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kColumns; ++j) simd::store(out + i * p_.head_dim + j * kLanes, sums[i][j]);
+      for (int j = 0; j < kColumns; ++j)
+        simd::store(out + i * p_.head_dim + j * kLanes, sums[i][j]);
     }
   }
 
@@ -330,7 +348,8 @@ class Attention {
 template <class T>
 struct AttendTask {
   template <int kLanes>
-  static NANO_VLLM_INLINE void run(const PagedAttentionParams& p, const Task& task, const TaskScratch& scratch) {
+  static NANO_VLLM_INLINE void run(const PagedAttentionParams& p, const Task& task,
+                                   const TaskScratch& scratch) {
     const Attention<T> attention(p, task);
     attention.template load_query<kLanes>(scratch);
     attention.template clear<kLanes>(scratch.total);
@@ -364,7 +383,8 @@ struct MergeSpans {
     attention.template clear<kLanes>(scratch.total);
     for (int64_t span = 0; span < task.num_spans(); ++span) {
       float* memory = partials + (task.partial + span * task.num_rows) * (p.head_dim + 2);
-      attention.template merge<kLanes>(partial_at(memory, task.num_rows, p.head_dim), scratch.total);
+      attention.template merge<kLanes>(partial_at(memory, task.num_rows, p.head_dim),
+                                       scratch.total);
     }
     attention.template write<kLanes>(scratch.total);
   }
@@ -412,7 +432,8 @@ void attend_in_spans(const PagedAttentionParams& p, std::vector<Task>& tasks) {
   for (size_t i = 0; i < tasks.size(); ++i) {
     tasks[i].partial = partial_rows;
     partial_rows += tasks[i].num_spans() * tasks[i].num_rows;
-    for (int64_t span = 0; span < tasks[i].num_spans(); ++span) spans.push_back({static_cast<int64_t>(i), span});
+    for (int64_t span = 0; span < tasks[i].num_spans(); ++span)
+      spans.push_back({static_cast<int64_t>(i), span});
   }
   thread_local ThreadScratch partial_scratch;
   float* partials = partial_scratch.reserve(partial_rows * (p.head_dim + 2));
@@ -435,7 +456,9 @@ void attend(const PagedAttentionParams& p) {
   if (threads > 1 && num_tasks < kTasksPerThread * threads && p.max_seq_len > kSpanKeys) {
     return attend_in_spans<T>(p, tasks);
   }
-  parallel_tasks(num_tasks, [&](int64_t i) { simd::run<AttendTask<T>>(p, tasks[i], task_scratch(p.head_dim)); });
+  parallel_tasks(num_tasks, [&](int64_t i) {
+    simd::run<AttendTask<T>>(p, tasks[i], task_scratch(p.head_dim));
+  });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Decode attention on tensor cores: the query heads that share a KV head are the rows of one product,
-// so the cache is read once for all of them.
+// Decode attention on tensor cores: the query heads that share a KV head are the rows of one
+// product, so the cache is read once for all of them.
 #include <algorithm>
 
 #include "attention/attention_kernels.cuh"
@@ -30,9 +30,8 @@ struct DecodeShape {
   // of accumulators over the banks.
   static constexpr int kRowStride = kHeadDim + 8;
   static constexpr int kResultFloats = kNumWarps * kTileRows * (kRowStride + 2);
-  static constexpr size_t kSharedBytes =
-      std::max(sizeof(T) * (kQuerySize + kNumWarps * kSlots * kTileSize),
-               sizeof(float) * kResultFloats);
+  static constexpr size_t kSharedBytes = std::max(
+      sizeof(T) * (kQuerySize + kNumWarps * kSlots * kTileSize), sizeof(float) * kResultFloats);
   static_assert(kSlots >= 2);
 };
 
@@ -89,8 +88,8 @@ struct WarpResults {
 
 // Grid: sequences x (KV heads, times the tiles of 16 of a larger group) x splits. A block attends a
 // split of one KV head's tokens. Its warps take 16 tokens each in turn, through rings of their own
-// and without a barrier, and merge at the end. The result goes to out if the sequence has one split,
-// else to the workspace.
+// and without a barrier, and merge at the end. The result goes to out if the sequence has one
+// split, else to the workspace.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
     decode_kernel(const __grid_constant__ PagedAttentionParams p, Alignment alignment) {
@@ -220,8 +219,8 @@ __global__ void __launch_bounds__(kNumThreads)
     const int row = i / kHeadDim, column = i % kHeadDim;
     const auto merged = results.merge(row, column);
     if (splits.count == 1) {
-      T* const to = static_cast<T*>(p.out) + rows.offset(first_row + row, kv_head,
-                                                         p.out_stride_token, p.out_stride_head);
+      T* const to = static_cast<T*>(p.out) +
+                    rows.offset(first_row + row, kv_head, p.out_stride_token, p.out_stride_head);
       to[column] = from_float<T>(merged.sum == 0 ? 0 : merged.out / merged.sum);
     } else {
       const PartialRow partial(p, seq, kv_head * rows.group + first_row + row, split);

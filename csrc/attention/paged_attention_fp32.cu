@@ -83,8 +83,8 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
       const Vec<float> key = load_vec(key_tile + Shape::KeyLayout::offset(lane, chunk));
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
-        const Vec<float> query = load_vec(
-            query_tile + Shape::QueryLayout::offset(r * kNumWarps + warp, chunk));
+        const Vec<float> query =
+            load_vec(query_tile + Shape::QueryLayout::offset(r * kNumWarps + warp, chunk));
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[r] += query.value[i] * key.value[i];
       }
@@ -129,10 +129,10 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
     const int row = row_of(r);
     if (row >= rows.num_rows()) continue;
     const PartialRow partial(p, seq, kv_head * rows.group + row % rows.group, split);
-    float* const to = num_splits > 1 ? partial.out
-                                     : static_cast<float*>(p.out) +
-                                           rows.offset(row, kv_head, p.out_stride_token,
-                                                       p.out_stride_head);
+    float* const to = num_splits > 1
+                          ? partial.out
+                          : static_cast<float*>(p.out) +
+                                rows.offset(row, kv_head, p.out_stride_token, p.out_stride_head);
     const float factor = num_splits > 1 ? 1 : row_sum == 0 ? 0 : 1 / row_sum;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -190,7 +190,8 @@ void launch_decode_fp32(const PagedAttentionParams& p, cudaStream_t stream) {
     const int row_tiles = ceil_div(p.num_heads / p.num_kv_heads, kDecodeRows);
     const dim3 grid(p.num_seqs, p.num_kv_heads * row_tiles, max_kv_splits(p));
     launch_kernel("paged_attention fp32 decode", decode_kernel<kHeadDim>, grid, kNumThreads,
-                  Fp32Shape<kHeadDim, kDecodeRows>::kSharedBytes, stream, p, alignment_of<float>(p));
+                  Fp32Shape<kHeadDim, kDecodeRows>::kSharedBytes, stream, p,
+                  alignment_of<float>(p));
   });
 }
 

@@ -21,11 +21,11 @@ struct PrefillShape {
   static constexpr size_t kSharedBytes = sizeof(T) * (kQuerySize + 2 * kTileSize);
 };
 
-// Grid: row tiles (see PrefillTile) x KV heads. The rows of a block are query tokens times the query
-// heads of the group, so all of a group share each tile of keys and values. Tiles of tokens start at
-// multiples of kTileTokens from the sequence's beginning and are taken in order: a row's bits do not
-// depend on the chunk it came in. While a block multiplies keys, its values are on the way, and the
-// next keys while it multiplies values. The result goes to out.
+// Grid: row tiles (see PrefillTile) x KV heads. The rows of a block are query tokens times the
+// query heads of the group, so all of a group share each tile of keys and values. Tiles of tokens
+// start at multiples of kTileTokens from the sequence's beginning and are taken in order: a row's
+// bits do not depend on the chunk it came in. While a block multiplies keys, its values are on the
+// way, and the next keys while it multiplies values. The result goes to out.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
     prefill_kernel(const __grid_constant__ PagedAttentionParams p, Alignment alignment) {
@@ -54,9 +54,8 @@ __global__ void __launch_bounds__(kNumThreads)
   const int warp_row = first_row + warp * Shape::kWarpRows;
   const bool warp_has_rows = warp_row < num_rows;
   const int warp_last_row = min(warp_row + Shape::kWarpRows, num_rows) - 1;
-  const TokenRange warp_visible = warp_has_rows
-                                      ? rows.visible(warp_row, warp_last_row, p.sliding_window)
-                                      : TokenRange{0, 0};
+  const TokenRange warp_visible =
+      warp_has_rows ? rows.visible(warp_row, warp_last_row, p.sliding_window) : TokenRange{0, 0};
   const TokenRange warp_seen_by_all =
       warp_has_rows ? TokenRange{rows.visible(warp_last_row, warp_last_row, p.sliding_window).begin,
                                  rows.position(warp_row) + 1}
@@ -102,14 +101,14 @@ __global__ void __launch_bounds__(kNumThreads)
         uint32_t query[kWarpTiles][4];
 #pragma unroll
         for (int m = 0; m < kWarpTiles; ++m) {
-          load_matrices(query[m], warp_query + Layout::offset(16 * m + row_below,
-                                                              2 * depth + chunk_below));
+          load_matrices(query[m],
+                        warp_query + Layout::offset(16 * m + row_below, 2 * depth + chunk_below));
         }
 #pragma unroll
         for (int column = 0; column < kColumnTiles; column += 2) {
           uint32_t key[4];
-          load_matrices(key, key_tile + Layout::offset(8 * column + row_beside,
-                                                       2 * depth + chunk_beside));
+          load_matrices(
+              key, key_tile + Layout::offset(8 * column + row_beside, 2 * depth + chunk_beside));
 #pragma unroll
           for (int m = 0; m < kWarpTiles; ++m) {
             multiply_add<T>(scores[m][column], query[m], key[0], key[1]);
@@ -159,8 +158,8 @@ __global__ void __launch_bounds__(kNumThreads)
 #pragma unroll
         for (int depth = 0; depth < kDepthTiles; ++depth) {
           uint32_t value[4];
-          load_matrices_transposed(value, value_tile + Layout::offset(16 * i + row_below,
-                                                                      2 * depth + chunk_below));
+          load_matrices_transposed(
+              value, value_tile + Layout::offset(16 * i + row_below, 2 * depth + chunk_below));
 #pragma unroll
           for (int m = 0; m < kWarpTiles; ++m) {
             multiply_add<T>(out[m][2 * depth], weights[m][i], value[0], value[1]);

@@ -1,4 +1,5 @@
-// What the attention kernels ask about a sequence: its query rows, what they see, how that is split.
+// What the attention kernels ask about a sequence: its query rows, what they see, how that is
+// split.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +13,8 @@ struct TokenRange {
   int begin, end;  // positions in the sequence
 };
 
-// A sequence as one KV head sees it. Its query_len * group rows: row r is query token r / group with
-// query head r % group of the group that shares the KV head.
+// A sequence as one KV head sees it. Its query_len * group rows: row r is query token r / group
+// with query head r % group of the group that shares the KV head.
 struct SequenceRows {
   int64_t query_start;
   int query_len, seq_len, group;
@@ -73,8 +74,8 @@ inline int max_kv_splits(const PagedAttentionParams& p) {
   return static_cast<int>(std::clamp<int64_t>(splits, 1, kMaxKvSplits));
 }
 
-// A split's share of a row, in the workspace: the values weighted by 2^(score - max), not divided by
-// the sum of the weights. All outputs come first, [num_seqs, num_heads, kMaxKvSplits, head_dim].
+// A split's share of a row, in the workspace: the values weighted by 2^(score - max), not divided
+// by the sum of the weights. All outputs come first, [num_seqs, num_heads, kMaxKvSplits, head_dim].
 struct PartialRow {
   float* out;      // [head_dim]
   float* max_sum;  // [2]
@@ -88,8 +89,8 @@ struct PartialRow {
 };
 
 // Row tiles of the sequences with more than one query token. They are numbered so that those of
-// sequence s start at (rows of the sequences before) / tile_rows + s, which leaves gaps but needs no
-// table: a block finds its tile from query_start_loc alone.
+// sequence s start at (rows of the sequences before) / tile_rows + s, which leaves gaps but needs
+// no table: a block finds its tile from query_start_loc alone.
 struct PrefillTile {
   int seq, first_row;  // first_row may lie outside the sequence: an empty tile
 

@@ -1,8 +1,7 @@
 // CPU copy_blocks: one memcpy for each block and plane, shared among the threads.
-#include "cache/copy_blocks.h"
-
 #include <cstring>
 
+#include "cache/copy_blocks.h"
 #include "common/parallel.h"
 
 namespace nano_vllm::cpu {
@@ -17,10 +16,13 @@ void copy_blocks(const CopyBlocksParams& p) {
   parallel_for(copies, kGrainBytes / (p.block_bytes + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t plane = i / p.num_pairs, pair = i % p.num_pairs;
-      const int64_t src_block = p.block_mapping[2 * pair], dst_block = p.block_mapping[2 * pair + 1];
-      std::memcpy(static_cast<char*>(p.dst) + plane * p.dst_stride_plane + dst_block * p.dst_stride_block,
-                  static_cast<const char*>(p.src) + plane * p.src_stride_plane + src_block * p.src_stride_block,
-                  static_cast<size_t>(p.block_bytes));
+      const int64_t src_block = p.block_mapping[2 * pair],
+                    dst_block = p.block_mapping[2 * pair + 1];
+      std::memcpy(
+          static_cast<char*>(p.dst) + plane * p.dst_stride_plane + dst_block * p.dst_stride_block,
+          static_cast<const char*>(p.src) + plane * p.src_stride_plane +
+              src_block * p.src_stride_block,
+          static_cast<size_t>(p.block_bytes));
     }
   });
 }

@@ -1,9 +1,8 @@
 // CPU reshape_and_cache: threads share the tokens; a head is one memcpy, and so is a token whose
 // heads lie side by side in source and cache.
-#include "cache/reshape_and_cache.h"
-
 #include <cstring>
 
+#include "cache/reshape_and_cache.h"
 #include "common/parallel.h"
 
 namespace nano_vllm::cpu {
@@ -36,10 +35,20 @@ struct HeadCopy {
 
 void reshape_and_cache(const ReshapeAndCacheParams& p) {
   const int64_t element_bytes = static_cast<int64_t>(size_of(p.dtype));
-  const HeadCopy copy_key{static_cast<const char*>(p.key), static_cast<char*>(p.key_cache), element_bytes,
-                          p.key_stride_head, p.key_cache_stride_head, p.num_kv_heads, p.head_dim};
-  const HeadCopy copy_value{static_cast<const char*>(p.value), static_cast<char*>(p.value_cache), element_bytes,
-                            p.value_stride_head, p.value_cache_stride_head, p.num_kv_heads, p.head_dim};
+  const HeadCopy copy_key{static_cast<const char*>(p.key),
+                          static_cast<char*>(p.key_cache),
+                          element_bytes,
+                          p.key_stride_head,
+                          p.key_cache_stride_head,
+                          p.num_kv_heads,
+                          p.head_dim};
+  const HeadCopy copy_value{static_cast<const char*>(p.value),
+                            static_cast<char*>(p.value_cache),
+                            element_bytes,
+                            p.value_stride_head,
+                            p.value_cache_stride_head,
+                            p.num_kv_heads,
+                            p.head_dim};
   const int64_t token_bytes = 2 * element_bytes * p.num_kv_heads * p.head_dim;
   parallel_for(p.num_tokens, kGrainBytes / (token_bytes + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {

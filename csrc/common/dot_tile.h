@@ -9,7 +9,8 @@
 namespace nano_vllm::cpu {
 
 // Rows of x that one tile takes. Three by four accumulators leave AVX2's 16 registers one for each
-// row of x and one for w, and two multiply-adds a cycle need eight accumulators to hide their latency.
+// row of x and one for w, and two multiply-adds a cycle need eight accumulators to hide their
+// latency.
 constexpr int kDotRows = 3;
 constexpr int kDotColumns = 4;
 
@@ -25,8 +26,9 @@ NANO_VLLM_INLINE void dot_step(const float* const* x, const T* const* w, int64_t
   }
 }
 
-// out[i] = (x[i] . w[0], ..., x[i] . w[3]) for i < kRows. Lane l of an accumulator adds the products
-// k = l, l + kLanes, ... in order, then the lanes are summed: a result depends on its two rows alone.
+// out[i] = (x[i] . w[0], ..., x[i] . w[3]) for i < kRows. Lane l of an accumulator adds the
+// products k = l, l + kLanes, ... in order, then the lanes are summed: a result depends on its two
+// rows alone.
 template <int kLanes, int kRows, class T>
 NANO_VLLM_INLINE void dot_tile(const float* const* x, const T* const* w, int64_t size,
                                simd::Float<4>* out) {

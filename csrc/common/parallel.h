@@ -1,5 +1,5 @@
-// Threads of the CPU kernels: OpenMP loops, serial where the compiler has none. torch links the same libgomp, so both
-// share one pool and torch.set_num_threads is obeyed.
+// Threads of the CPU kernels: OpenMP loops, serial where the compiler has none. torch links the
+// same libgomp, so both share one pool and torch.set_num_threads is obeyed.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +23,8 @@ inline int num_threads() {
 #endif
 }
 
-// Runs body(thread) on `threads` threads. An exception must not leave an OpenMP region: the first one is carried out
-// of it and thrown again here.
+// Runs body(thread) on `threads` threads. An exception must not leave an OpenMP region: the first
+// one is carried out of it and thrown again here.
 template <class Body>
 void run_on_threads(int threads, const Body& body) {
   if (threads <= 1) return body(0);
@@ -44,8 +44,9 @@ void run_on_threads(int threads, const Body& body) {
 #endif
 }
 
-// Runs body(first, last) over equal contiguous shares of [0, count), one a thread; each share starts at a multiple of
-// `grain`, and work of no more than one grain stays on the calling thread. For even work.
+// Runs body(first, last) over equal contiguous shares of [0, count), one a thread; each share
+// starts at a multiple of `grain`, and work of no more than one grain stays on the calling thread.
+// For even work.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
   const int64_t grains = (count + grain - 1) / grain;
@@ -61,7 +62,8 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
   });
 }
 
-// Runs body(task) for each task in [0, count), handed out in order to whichever thread is free. For uneven work.
+// Runs body(task) for each task in [0, count), handed out in order to whichever thread is free. For
+// uneven work.
 template <class Body>
 void parallel_tasks(int64_t count, const Body& body) {
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
@@ -79,8 +81,8 @@ void parallel_tasks(int64_t count, const Body& body) {
   });
 }
 
-// Working memory of one thread, aligned to a cache line, uninitialised. Declare it thread_local: it grows to the
-// largest size asked for and is then kept.
+// Working memory of one thread, aligned to a cache line, uninitialised. Declare it thread_local: it
+// grows to the largest size asked for and is then kept.
 class ThreadScratch {
  public:
   ThreadScratch() = default;

@@ -1,9 +1,10 @@
-// SIMD of the CPU kernels in the compiler's vector types, with the instruction set chosen at run time.
+// SIMD of the CPU kernels in the compiler's vector types, with the instruction set chosen at run
+// time.
 //
-// A kernel is a struct with a static function template run<kLanes>(args...), marked NANO_VLLM_INLINE
-// like all it calls. simd::run<Kernel>(args...) runs it compiled for the widest vectors of this
-// machine: 16 lanes with AVX-512, 8 with AVX2, else 4. So no file needs -march, and one binary
-// serves every machine.
+// A kernel is a struct with a static function template run<kLanes>(args...), marked
+// NANO_VLLM_INLINE like all it calls. simd::run<Kernel>(args...) runs it compiled for the widest
+// vectors of this machine: 16 lanes with AVX-512, 8 with AVX2, else 4. So no file needs -march, and
+// one binary serves every machine.
 #pragma once
 
 #include <cstdint>
@@ -96,7 +97,8 @@ NANO_VLLM_INLINE Float<4> fold_to_4(const Vector& v) {
 
 // (sum of a, sum of b, sum of c, sum of d), each in the order that sum(v) has.
 template <class Vector>
-NANO_VLLM_INLINE Float<4> sum_4(const Vector& a, const Vector& b, const Vector& c, const Vector& d) {
+NANO_VLLM_INLINE Float<4> sum_4(const Vector& a, const Vector& b, const Vector& c,
+                                const Vector& d) {
   const Float<4> a4 = fold_to_4(a), b4 = fold_to_4(b), c4 = fold_to_4(c), d4 = fold_to_4(d);
   const Float<4> ab = NANO_VLLM_SHUFFLE(a4, b4, 0, 1, 4, 5) + NANO_VLLM_SHUFFLE(a4, b4, 2, 3, 6, 7);
   const Float<4> cd = NANO_VLLM_SHUFFLE(c4, d4, 0, 1, 4, 5) + NANO_VLLM_SHUFFLE(c4, d4, 2, 3, 6, 7);
@@ -119,8 +121,8 @@ NANO_VLLM_INLINE float max_lane(const Vector& v) {
 #ifdef NANO_VLLM_X86_DISPATCH
 
 template <class Kernel, class... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"), flatten)) void run_avx512(
-    const Args&... args) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
+               flatten)) void run_avx512(const Args&... args) {
   Kernel::template run<16>(args...);
 }
 

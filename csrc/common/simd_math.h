@@ -1,21 +1,21 @@
-// exp, tanh and the normal distribution's tail of float vectors, within a few units of the last place.
-// The polynomials are minimax fits of relative error below 5e-8.
+// exp, tanh and the normal distribution's tail of float vectors, within a few units of the last
+// place. The polynomials are minimax fits of relative error below 5e-8.
 #pragma once
 
 #include "common/simd.h"
 
 namespace nano_vllm::cpu::simd {
 
-// exp(x + rest) for |rest| < 0.1, more exact than a sum rounded first. NaN stays NaN, overflow is inf,
-// and what lies below the smallest normal float is 0.
+// exp(x + rest) for |rest| < 0.1, more exact than a sum rounded first. NaN stays NaN, overflow is
+// inf, and what lies below the smallest normal float is 0.
 template <class Vector>
 NANO_VLLM_INLINE Vector exp(const Vector& x, const Vector& rest = Vector{}) {
   using Int = decltype(x < x);
-  constexpr float kLowest = -87.33654f;   // log of the smallest normal float
-  constexpr float kHighest = 89.0f;       // past the log of the largest float
+  constexpr float kLowest = -87.33654f;  // log of the smallest normal float
+  constexpr float kHighest = 89.0f;      // past the log of the largest float
   constexpr float kLog2e = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // kLn2High has 9 bits
-  constexpr float kRound = 0x1.8p23f;     // added and taken away, it rounds to an integer
+  constexpr float kRound = 0x1.8p23f;  // added and taken away, it rounds to an integer
 
   const Vector clamped = x > kHighest ? Vector{} + kHighest : x < kLowest ? Vector{} + kLowest : x;
   const Vector shifted = clamped * kLog2e + kRound;

@@ -1,11 +1,10 @@
 // CPU gated activations: threads share pieces of rows, so that one long row keeps them all busy.
-#include "layers/activation.h"
-
 #include <algorithm>
 
 #include "common/parallel.h"
 #include "common/simd_convert.h"
 #include "common/simd_math.h"
+#include "layers/activation.h"
 
 namespace nano_vllm::cpu {
 namespace {

@@ -1,10 +1,9 @@
 // CPU rms_norm: threads share the vectors; each is read twice, the second time from cache.
-#include "layers/rms_norm.h"
-
 #include <cmath>
 
 #include "common/parallel.h"
 #include "common/simd_convert.h"
+#include "layers/rms_norm.h"
 
 namespace nano_vllm::cpu {
 namespace {
@@ -40,11 +39,13 @@ struct RmsNorm {
     const T* weight = static_cast<const T*>(p.weight);
     for (int64_t vector = begin; vector < end; ++vector) {
       const int64_t row = vector / p.num_heads, head = vector % p.num_heads;
-      const T* input = static_cast<const T*>(p.input) + row * p.input_stride_row + head * p.input_stride_head;
+      const T* input =
+          static_cast<const T*>(p.input) + row * p.input_stride_row + head * p.input_stride_head;
       T* out = static_cast<T*>(p.out) + row * p.out_stride_row + head * p.out_stride_head;
       T* residual = nullptr;
       if (p.residual != nullptr) {
-        residual = static_cast<T*>(p.residual) + row * p.residual_stride_row + head * p.residual_stride_head;
+        residual = static_cast<T*>(p.residual) + row * p.residual_stride_row +
+                   head * p.residual_stride_head;
       }
       const float mean = sum_of_squares<kLanes>(input, residual, size) / static_cast<float>(size);
       const float inverse = 1.0f / std::sqrt(mean + p.eps);

@@ -1,10 +1,9 @@
 // CPU rotary embedding: threads share the tokens; each turns all its query and key heads.
-#include "layers/rotary_embedding.h"
-
 #include <algorithm>
 
 #include "common/parallel.h"
 #include "common/simd_convert.h"
+#include "layers/rotary_embedding.h"
 
 namespace nano_vllm::cpu {
 namespace {
@@ -45,7 +44,8 @@ NANO_VLLM_INLINE void interleave(Vector& x, Vector& y) {
 template <class T, bool kIsNeox>
 struct RotaryEmbedding {
   template <int kLanes>
-  static NANO_VLLM_INLINE void rotate_head(T* head, const float* cos, const float* sin, int64_t half) {
+  static NANO_VLLM_INLINE void rotate_head(T* head, const float* cos, const float* sin,
+                                           int64_t half) {
     for (int64_t i = 0; i < half; i += kLanes) {
       const int64_t pairs = std::min<int64_t>(kLanes, half - i);
       const simd::Float<kLanes> c = simd::load_partial<kLanes>(cos + i, pairs);
@@ -85,7 +85,8 @@ struct RotaryEmbedding {
 }  // namespace
 
 void rotary_embedding(const RotaryEmbeddingParams& params) {
-  const int64_t token_elements = int64_t{params.num_heads + params.num_kv_heads} * params.rotary_dim;
+  const int64_t token_elements =
+      int64_t{params.num_heads + params.num_kv_heads} * params.rotary_dim;
   const int64_t grain = kGrainElements / std::max<int64_t>(1, token_elements) + 1;
   dispatch_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 DECODE_GRID = [(1, 1024), (8, 1024), (64, 1024), (1, 8192), (8, 8192), (64, 8192), (1, 32768)]
@@ -126,32 +127,33 @@ def _attention(
         keys, values = pool[0].transpose(1, 2), pool[1].transpose(1, 2)
         tables = torch.randperm(num_blocks, device=device).int().view(batch, blocks_per_seq)
         out = torch.empty_like(query)
-
-        def paged(out=out, query=query, keys=keys, values=values, tables=tables):  # type: ignore[no-untyped-def]
-            ops.paged_attention(
-                out,
-                query,
-                keys,
-                values,
-                tables,
-                query_start_loc,
-                seq_lens,
-                max_query_len=query_len,
-                max_seq_len=context,
-                scale=scale,
-                workspace=workspace,
-            )
-
+        paged = partial(
+            ops.paged_attention,
+            out,
+            query,
+            keys,
+            values,
+            tables,
+            query_start_loc,
+            seq_lens,
+            max_query_len=query_len,
+            max_seq_len=context,
+            scale=scale,
+            workspace=workspace,
+        )
         q = query.view(batch, query_len, heads, head_dim).transpose(1, 2)
         dense = (batch, kv_heads, context, head_dim)
         k = torch.randn(dense, device=device, dtype=dtype)
         v = torch.randn(dense, device=device, dtype=dtype)
-
-        def sdpa(q=q, k=k, v=v):  # type: ignore[no-untyped-def]
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=query_len > 1, scale=scale, enable_gqa=True
-            )
-
+        sdpa = partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            q,
+            k,
+            v,
+            is_causal=query_len > 1,
+            scale=scale,
+            enable_gqa=True,
+        )
         ours.append(paged)
         torchs.append(sdpa)
     seconds, peer = median_seconds(ours, device), median_seconds(torchs, device)
@@ -185,23 +187,18 @@ def _cache_ops(
             2, tokens // BLOCK_SIZE, kv_heads, BLOCK_SIZE, head_dim, device=device, dtype=dtype
         )
         slots = torch.randperm(tokens, device=device)
-
-        def write(key=key, value=value, pool=pool, slots=slots):  # type: ignore[no-untyped-def]
-            ops.reshape_and_cache(
-                key, value, pool[0].transpose(1, 2), pool[1].transpose(1, 2), slots
-            )
-
-        calls.append(write)
+        keys, values = pool[0].transpose(1, 2), pool[1].transpose(1, 2)
+        calls.append(partial(ops.reshape_and_cache, key, value, keys, values, slots))
     seconds = median_seconds(calls, device)
     rows.append(_row("reshape_and_cache", f"{tokens} tokens", seconds, moved, "GB/s", copy, None))
 
     layers, pairs = 32, 256 if device.type == "cuda" else 16
-    pool = torch.zeros(
+    pool = torch.randn(
         layers, 2, 2 * pairs, kv_heads, BLOCK_SIZE, head_dim, device=device, dtype=dtype
     )
     mapping = torch.randperm(2 * pairs, device=device).view(pairs, 2)
     moved = pool.numel() * dtype.itemsize
-    seconds = median_seconds([lambda: ops.copy_blocks(pool, mapping)], device)
+    seconds = median_seconds([partial(ops.copy_blocks, pool, mapping)], device)
     rows.append(
         _row("copy_blocks", f"{pairs} blocks x {layers} layers", seconds, moved, "GB/s", copy, None)
     )
@@ -214,32 +211,28 @@ def _layer_ops(device: Any, dtype: Any, hidden: int, copy: float) -> list[dict[s
     from nano_vllm import ops
     from nano_vllm.bench.timing import input_sets, median_seconds
 
-    rows = []
     tokens = 8192 if device.type == "cuda" else 1024
+    shape = f"{tokens} x {hidden}"
     weight = torch.randn(hidden, device=device, dtype=dtype)
     moved = 4 * tokens * hidden * dtype.itemsize
-    sets = input_sets(moved, device)
     pairs = [
         [torch.randn(tokens, hidden, device=device, dtype=dtype) for _ in range(2)]
-        for _ in range(sets)
+        for _ in range(input_sets(moved, device))
     ]
-
-    def norm(x, residual):  # type: ignore[no-untyped-def]
-        return lambda: ops.fused_add_rms_norm(x, x, residual, weight, 1e-5)
-
-    seconds = median_seconds([norm(x, residual) for x, residual in pairs], device)
-    shape = f"{tokens} x {hidden}"
-    rows.append(_row("fused_add_rms_norm", shape, seconds, moved, "GB/s", copy, None))
-
-    def gate(x, out):  # type: ignore[no-untyped-def]
-        return lambda: ops.silu_and_mul(out, x)
-
-    def torch_gate(x):  # type: ignore[no-untyped-def]
-        return lambda: torch.nn.functional.silu(x[:, : hidden // 2]) * x[:, hidden // 2 :]
+    norms = [partial(ops.fused_add_rms_norm, x, x, r, weight, 1e-5) for x, r in pairs]
+    seconds = median_seconds(norms, device)
+    rows = [_row("fused_add_rms_norm", shape, seconds, moved, "GB/s", copy, None)]
 
     moved = 3 * tokens * (hidden // 2) * dtype.itemsize
-    outs = [x.new_empty(tokens, hidden // 2) for x, _ in pairs]
-    seconds = median_seconds([gate(x, o) for (x, _), o in zip(pairs, outs, strict=True)], device)
-    peer = median_seconds([torch_gate(x) for x, _ in pairs], device)
+    gates = [partial(ops.silu_and_mul, r.new_empty(tokens, hidden // 2), r) for _, r in pairs]
+    seconds = median_seconds(gates, device)
+    peer = median_seconds([partial(_torch_silu_and_mul, r) for _, r in pairs], device)
     rows.append(_row("silu_and_mul", shape, seconds, moved, "GB/s", copy, peer))
     return rows
+
+
+def _torch_silu_and_mul(gate_up: Any) -> Any:
+    import torch
+
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up

@@ -35,7 +35,7 @@ def _transformers(path: Path, device: str, dtype: str, workload: Workload) -> di
 
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if where else path
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **where)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **where)
     model = model.to(device).eval()
     inputs = torch.tensor(workload.prompts, device=device)
     seconds = []

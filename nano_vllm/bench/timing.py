@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ REPEATS = 15
 CALLS_PER_GRAPH = 20
 
 
-def median_seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
+def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Seconds of one call: the median over repeats.
 
     Args:
@@ -34,7 +34,7 @@ def median_seconds(calls: list[Callable[[], object]], device: torch.device) -> f
     return statistics.median(seconds)
 
 
-def _cuda_graph_seconds(calls: list[Callable[[], object]]) -> float:
+def _cuda_graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
     rounds = -(-CALLS_PER_GRAPH // len(calls))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -67,7 +67,7 @@ def input_sets(bytes_per_set: int, device: torch.device) -> int:
 def copy_ceiling(device: torch.device) -> float:
     """Bytes per second, read and written, of the device's own large copy."""
     numel = 2**30 if device.type == "cuda" else 2**27
-    source = torch.ones(numel, dtype=torch.uint8, device=device)
+    source = torch.randint(0, 256, (numel,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * numel / median_seconds([lambda: target.copy_(source)], device)
 

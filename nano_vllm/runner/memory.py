@@ -38,8 +38,9 @@ def num_kv_blocks(
         if memory < block_bytes:
             raise ValueError(
                 f"no memory is left for the KV cache: {free / 2**30:.2f} GiB of "
-                f"{total / 2**30:.2f} GiB are free behind the weights, activations need {reserve / 2**30:.2f} GiB, and "
-                f"gpu_memory_utilization is {config.gpu_memory_utilization}"
+                f"{total / 2**30:.2f} GiB are free behind the weights, activations need "
+                f"{reserve / 2**30:.2f} GiB, and gpu_memory_utilization is "
+                f"{config.gpu_memory_utilization}"
             )
     else:
         context = -(-max_model_len // config.block_size) * block_bytes

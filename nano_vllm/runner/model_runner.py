@@ -11,6 +11,7 @@ from nano_vllm.batch import Batch, SampledToken, StepResult
 from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
 from nano_vllm.metrics import nvtx_range
+from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
 from nano_vllm.runner.input_batch import InputBatch
@@ -192,8 +193,12 @@ def _check_head_dim(model: ModelConfig, device: torch.device) -> None:
 
 
 def _build(
-    cls: type, model: ModelConfig, max_position: int, device: torch.device, dtype: torch.dtype
-) -> torch.nn.Module:
+    cls: type[CausalLM],
+    model: ModelConfig,
+    max_position: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> CausalLM:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,5 +1,5 @@
-// The whole test framework of the torch-free tests: CHECK counts and reports failures, report_checks() is what main
-// returns.
+// The whole test framework of the torch-free tests: CHECK counts and reports failures,
+// report_checks() is what main returns.
 #pragma once
 
 #include <cstdio>
@@ -15,7 +15,8 @@ inline CheckCount& check_count() {
   return count;
 }
 
-// Says at most so many failures: a kernel that is wrong everywhere needs one screen, not a million lines.
+// Says at most so many failures: a kernel that is wrong everywhere needs one screen, not a million
+// lines.
 constexpr long kMaxReportedFailures = 20;
 
 inline bool record_check(bool ok, const char* expression, const char* file, int line) {
@@ -38,14 +39,13 @@ inline int report_checks() {
   ::nano_vllm::test::record_check(static_cast<bool>(expression), #expression, __FILE__, __LINE__)
 
 // The statement must throw the exception type.
-#define CHECK_THROWS(statement, Exception)                                             \
-  do {                                                                                 \
-    bool thrown = false;                                                               \
-    try {                                                                              \
-      statement;                                                                       \
-    } catch (const Exception&) {                                                       \
-      thrown = true;                                                                   \
-    }                                                                                  \
-    ::nano_vllm::test::record_check(thrown, #statement " throws " #Exception, __FILE__, \
-                                    __LINE__);                                         \
+#define CHECK_THROWS(statement, Exception)                                                         \
+  do {                                                                                             \
+    bool thrown = false;                                                                           \
+    try {                                                                                          \
+      statement;                                                                                   \
+    } catch (const Exception&) {                                                                   \
+      thrown = true;                                                                               \
+    }                                                                                              \
+    ::nano_vllm::test::record_check(thrown, #statement " throws " #Exception, __FILE__, __LINE__); \
   } while (false)

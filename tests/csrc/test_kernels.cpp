@@ -93,9 +93,12 @@ class Buffer {
   std::vector<unsigned char> bytes_;
 };
 
-// `error` is for float32, relative to the larger of the value and `scale`; rounding to 16 bits comes on top.
+// `error` is for float32, relative to the larger of the value and `scale`; rounding to 16 bits
+// comes on top.
 bool is_close(DType dtype, double got, double expected, double error, double scale) {
-  const double rounding = dtype == DType::kFloat32 ? 0 : dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+  const double rounding = dtype == DType::kFloat32   ? 0
+                          : dtype == DType::kFloat16 ? 0x1p-11
+                                                     : 0x1p-8;
   const double smallest = dtype == DType::kFloat16 ? 0x1p-25 : 0;
   return std::abs(got - expected) <= error * std::max(std::abs(expected), scale) +
                                          rounding * 1.01 * std::abs(expected) + smallest;
@@ -155,7 +158,8 @@ struct AttentionInputs {
     num_tokens = start.back() + 2;  // two rows of padding
     const int64_t heads = c.strided ? c.num_heads + 2 * c.num_kv_heads : c.num_heads;
     p.query_stride_head = c.head_dim, p.query_stride_token = heads * c.head_dim;
-    p.out_stride_head = c.head_dim + (c.strided ? 3 : 0), p.out_stride_token = p.out_stride_head * c.num_heads;
+    p.out_stride_head = c.head_dim + (c.strided ? 3 : 0),
+    p.out_stride_token = p.out_stride_head * c.num_heads;
     query = Buffer(c.dtype, num_tokens * p.query_stride_token);
     for (int64_t i = 0; i < start.back() * p.query_stride_token; ++i) query.set(i, uniform(-2, 2));
 
@@ -207,7 +211,8 @@ struct AttentionInputs {
 std::vector<double> attention_row(const AttentionInputs& in, size_t seq, int64_t token, int head) {
   const PagedAttentionParams& p = in.params;
   const int64_t position = in.lens[seq] - (in.start[seq + 1] - token);
-  const int64_t first = p.sliding_window > 0 ? std::max<int64_t>(0, position - p.sliding_window + 1) : 0;
+  const int64_t first =
+      p.sliding_window > 0 ? std::max<int64_t>(0, position - p.sliding_window + 1) : 0;
   const int kv_head = head / (p.num_heads / p.num_kv_heads);
   std::vector<double> scores;
   for (int64_t t = first; t <= position; ++t) {
@@ -225,7 +230,8 @@ std::vector<double> attention_row(const AttentionInputs& in, size_t seq, int64_t
   for (int64_t t = first; t <= position; ++t) {
     const double weight = std::exp(scores[t - first] - max);
     sum += weight;
-    for (int d = 0; d < p.head_dim; ++d) out[d] += weight * in.values[in.key_offset(seq, t, kv_head) + d];
+    for (int d = 0; d < p.head_dim; ++d)
+      out[d] += weight * in.values[in.key_offset(seq, t, kv_head) + d];
   }
   for (double& x : out) x /= sum;
   return out;
@@ -255,7 +261,8 @@ void test_attention_case(const AttentionCase& c) {
 }
 
 void test_attention() {
-  const std::vector<Sequence> mixed = {{1, 1}, {1, 7}, {1, 8}, {1, 9}, {5, 5}, {17, 40}, {0, 0}, {1, 64}, {1, 65}};
+  const std::vector<Sequence> mixed = {{1, 1},   {1, 7}, {1, 8},  {1, 9}, {5, 5},
+                                       {17, 40}, {0, 0}, {1, 64}, {1, 65}};
   for (DType dtype : kDTypes) {
     test_attention_case({dtype, 9, 3, 64, 8, mixed});
     test_attention_case({dtype, 4, 4, 80, 16, mixed, 0, 0, true});
@@ -287,11 +294,14 @@ void test_attention_bits() {
           AttentionInputs one = in;
           one.start = {0, 1};
           one.lens = {static_cast<int32_t>(lens[s] - (start[s + 1] - token) + 1)};
-          one.tables.erase(one.tables.begin(), one.tables.begin() + s * in.params.block_tables_stride);
+          one.tables.erase(one.tables.begin(),
+                           one.tables.begin() + s * in.params.block_tables_stride);
           one.query = Buffer(dtype, in.params.query_stride_token * 3);
-          std::memcpy(one.query.data(), static_cast<char*>(in.query.data()) + token * row_numel * size_of(dtype),
+          std::memcpy(one.query.data(),
+                      static_cast<char*>(in.query.data()) + token * row_numel * size_of(dtype),
                       row_numel * size_of(dtype));
-          one.params.num_seqs = 1, one.params.max_query_len = 1, one.params.max_seq_len = one.lens[0];
+          one.params.num_seqs = 1, one.params.max_query_len = 1,
+          one.params.max_seq_len = one.lens[0];
           one.num_tokens = 3;
           same = same && one.run().same_bits(0, whole, token * row_numel, row_numel);
         }
@@ -309,15 +319,17 @@ void test_linear() {
     for (int k : {0, 1, 3, 8, 15, 64, 131, 576}) {
       for (int n : {1, 4, 7, 66}) {
         Buffer weight(dtype, n * (k + 5)), bias(dtype, n), input(dtype, 9 * (k + 2));
-        for (int i = 0; i < n * k; ++i) weight.set(i / std::max(k, 1) * (k + 5) + i % std::max(k, 1), uniform(-1, 1));
-        for (int i = 0; i < 9 * k; ++i) input.set(i / std::max(k, 1) * (k + 2) + i % std::max(k, 1), uniform(-1, 1));
+        for (int i = 0; i < n * k; ++i)
+          weight.set(i / std::max(k, 1) * (k + 5) + i % std::max(k, 1), uniform(-1, 1));
+        for (int i = 0; i < 9 * k; ++i)
+          input.set(i / std::max(k, 1) * (k + 2) + i % std::max(k, 1), uniform(-1, 1));
         bias.fill(-1, 1);
         Buffer whole(dtype, 9 * (n + 3));
         for (int rows : {9, 1, 2, 3, 4, 5}) {
           Buffer out(dtype, 9 * (n + 3));
           const bool with_bias = rows != 5;
-          cpu::linear({dtype, out.data(), input.data(), weight.data(), with_bias ? bias.data() : nullptr, n + 3, k + 2,
-                       k + 5, rows, k, n});
+          cpu::linear({dtype, out.data(), input.data(), weight.data(),
+                       with_bias ? bias.data() : nullptr, n + 3, k + 2, k + 5, rows, k, n});
           bool close = true, same = true;
           for (int row = 0; row < 9; ++row) {
             for (int column = 0; column < n + 3; ++column) {
@@ -327,10 +339,12 @@ void test_linear() {
                 continue;
               }
               double expected = with_bias ? bias[column] : 0;
-              for (int i = 0; i < k; ++i) expected += input[row * (k + 2) + i] * weight[column * (k + 5) + i];
+              for (int i = 0; i < k; ++i)
+                expected += input[row * (k + 2) + i] * weight[column * (k + 5) + i];
               close = close && is_close(dtype, got, expected, 1e-6, std::sqrt(k + 1.0));
             }
-            same = same && (!with_bias || row >= rows || rows == 9 || out.same_bits(row * (n + 3), whole, row * (n + 3), n));
+            same = same && (!with_bias || row >= rows || rows == 9 ||
+                            out.same_bits(row * (n + 3), whole, row * (n + 3), n));
           }
           CHECK(close);
           CHECK(same);
@@ -349,12 +363,14 @@ void test_rms_norm() {
       for (bool fused : {false, true}) {
         constexpr int kRows = 3, kHeads = 2;
         const int64_t stride_head = size + 1, stride_row = kHeads * stride_head + 2;
-        Buffer input(dtype, kRows * stride_row), residual(dtype, kRows * stride_row), weight(dtype, size);
+        Buffer input(dtype, kRows * stride_row), residual(dtype, kRows * stride_row),
+            weight(dtype, size);
         input.fill(-3, 3), residual.fill(-3, 3), weight.fill(0, 2);
         const Buffer before = residual;
         Buffer out(dtype, kRows * stride_row);
-        cpu::rms_norm({dtype, out.data(), input.data(), fused ? residual.data() : nullptr, weight.data(), stride_row,
-                       stride_head, stride_row, stride_head, stride_row, stride_head, kRows, kHeads, size, 1e-5f});
+        cpu::rms_norm({dtype, out.data(), input.data(), fused ? residual.data() : nullptr,
+                       weight.data(), stride_row, stride_head, stride_row, stride_head, stride_row,
+                       stride_head, kRows, kHeads, size, 1e-5f});
         bool close = true;
         for (int64_t i = 0; i < out.numel(); ++i) {
           const int64_t head = i % stride_row / stride_head, column = i % stride_row % stride_head;
@@ -364,17 +380,20 @@ void test_rms_norm() {
           }
           const int64_t start = i - column;
           double square = 0;
-          for (int j = 0; j < size; ++j) square += std::pow(fused ? residual[start + j] : input[start + j], 2);
+          for (int j = 0; j < size; ++j)
+            square += std::pow(fused ? residual[start + j] : input[start + j], 2);
           const double x = fused ? residual[i] : input[i];
           const double expected = x / std::sqrt(square / size + 1e-5) * weight[column];
           close = close && is_close(dtype, out[i], expected, 1e-6, 1e-3);
-          if (fused) close = close && is_close(dtype, residual[i], before[i] + input[i], 1e-7, 1e-3);
+          if (fused)
+            close = close && is_close(dtype, residual[i], before[i] + input[i], 1e-7, 1e-3);
         }
         CHECK(close);
         Buffer in_place = input;
         if (!fused) {
-          cpu::rms_norm({dtype, in_place.data(), in_place.data(), nullptr, weight.data(), stride_row, stride_head,
-                         stride_row, stride_head, 0, 0, kRows, kHeads, size, 1e-5f});
+          cpu::rms_norm({dtype, in_place.data(), in_place.data(), nullptr, weight.data(),
+                         stride_row, stride_head, stride_row, stride_head, 0, 0, kRows, kHeads,
+                         size, 1e-5f});
           CHECK(in_place.same_bits(0, out, 0, size));
         }
       }
@@ -391,12 +410,13 @@ void test_rotary_embedding() {
         std::vector<float> cache(kMaxPosition * rotary_dim);
         for (float& x : cache) x = static_cast<float>(uniform(-1, 1));
         const std::vector<int64_t> positions = {0, 49, 7, 7, 21};
-        Buffer query(dtype, kTokens * (kHeads * head_dim + 1)), key(dtype, kTokens * kKvHeads * head_dim);
+        Buffer query(dtype, kTokens * (kHeads * head_dim + 1)),
+            key(dtype, kTokens * kKvHeads * head_dim);
         query.fill(-2, 2), key.fill(-2, 2);
         const Buffer old_query = query, old_key = key;
-        cpu::rotary_embedding({dtype, positions.data(), query.data(), key.data(), cache.data(), kHeads * head_dim + 1,
-                               head_dim, kKvHeads * head_dim, head_dim, kTokens, kHeads, kKvHeads, rotary_dim,
-                               is_neox});
+        cpu::rotary_embedding({dtype, positions.data(), query.data(), key.data(), cache.data(),
+                               kHeads * head_dim + 1, head_dim, kKvHeads * head_dim, head_dim,
+                               kTokens, kHeads, kKvHeads, rotary_dim, is_neox});
         const auto is_right = [&](const Buffer& now, const Buffer& old, int64_t stride, int heads) {
           bool right = true;
           for (int64_t i = 0; i < now.numel(); ++i) {
@@ -429,7 +449,8 @@ double activation_of(Activation activation, double x) {
     case Activation::kGelu:
       return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
     case Activation::kGeluTanh:
-      return x / (1 + std::exp(-2 * std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+      return x / (1 + std::exp(-2 * std::sqrt(2 / 3.14159265358979323846) *
+                               (x + 0.044715 * x * x * x)));
   }
   return kNan;
 }
@@ -440,7 +461,8 @@ void test_activation() {
       for (int size : {1, 5, 16, 1030, 5000}) {
         Buffer input(dtype, 2 * (2 * size + 1)), out(dtype, 2 * (size + 2));
         input.fill(-10, 10);
-        cpu::activation_and_mul({dtype, activation, out.data(), input.data(), size + 2, 2 * size + 1, 2, size});
+        cpu::activation_and_mul(
+            {dtype, activation, out.data(), input.data(), size + 2, 2 * size + 1, 2, size});
         bool close = true;
         for (int64_t i = 0; i < out.numel(); ++i) {
           const int64_t row = i / (size + 2), column = i % (size + 2);
@@ -467,7 +489,8 @@ void test_reshape_and_cache() {
     for (bool strided : {false, true}) {
       constexpr int kTokens = 6, kHeads = 2, kHeadDim = 20, kBlockSize = 8, kBlocks = 3;
       const std::vector<int64_t> slots = {23, -1, 0, 7, 8, -5};
-      const int64_t head = strided ? kHeadDim + 2 : kHeadDim, token = kHeads * head + (strided ? 1 : 0);
+      const int64_t head = strided ? kHeadDim + 2 : kHeadDim,
+                    token = kHeads * head + (strided ? 1 : 0);
       Buffer key(dtype, kTokens * token), value(dtype, kTokens * token);
       key.fill(-1, 1), value.fill(-1, 1);
       // Strided: [num_blocks, num_kv_heads, block_size, head_dim]
@@ -475,9 +498,10 @@ void test_reshape_and_cache() {
       const int64_t cache_token = strided ? kHeadDim : kHeads * kHeadDim;
       const int64_t cache_head = strided ? kBlockSize * kHeadDim : kHeadDim;
       Buffer keys(dtype, kBlocks * block), values(dtype, kBlocks * block);
-      cpu::reshape_and_cache({dtype, key.data(), value.data(), keys.data(), values.data(), slots.data(), token, head,
-                              token, head, block, cache_token, cache_head, block, cache_token, cache_head, kTokens,
-                              kHeads, kHeadDim, kBlockSize});
+      cpu::reshape_and_cache({dtype,        key.data(),  value.data(), keys.data(), values.data(),
+                              slots.data(), token,       head,         token,       head,
+                              block,        cache_token, cache_head,   block,       cache_token,
+                              cache_head,   kTokens,     kHeads,       kHeadDim,    kBlockSize});
       Buffer expected_keys(dtype, kBlocks * block), expected_values(dtype, kBlocks * block);
       for (int64_t i = 0; i < kTokens; ++i) {
         for (int64_t j = 0; slots[i] >= 0 && j < kHeads * kHeadDim; ++j) {
@@ -507,8 +531,8 @@ void test_copy_blocks() {
                   expected.begin() + plane * kPlaneStride + mapping[2 * pair + 1] * 64);
     }
   }
-  cpu::copy_blocks({pool.data(), pool.data(), mapping.data(), kPlaneStride, 64, kPlaneStride, 64, kBlockBytes, kPlanes,
-                    3});
+  cpu::copy_blocks({pool.data(), pool.data(), mapping.data(), kPlaneStride, 64, kPlaneStride, 64,
+                    kBlockBytes, kPlanes, 3});
   CHECK(pool == expected);
 }
 

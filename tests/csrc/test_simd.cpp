@@ -84,8 +84,9 @@ template <class T>
 double value_of(T x) {
   constexpr int kBits = mantissa_bits(T{}), kBias = (1 << (14 - kBits)) - 1;
   const int exponent = (x.bits & 0x7fff) >> kBits, mantissa = x.bits & ((1 << kBits) - 1);
-  const double magnitude = exponent == 0 ? std::ldexp(mantissa, 1 - kBias - kBits)
-                                         : std::ldexp(mantissa + (1 << kBits), exponent - kBias - kBits);
+  const double magnitude = exponent == 0
+                               ? std::ldexp(mantissa, 1 - kBias - kBits)
+                               : std::ldexp(mantissa + (1 << kBits), exponent - kBias - kBits);
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
@@ -168,7 +169,8 @@ struct NormalTail {
 template <class Width, class Function>
 double largest_error(double low, double high, double (*reference)(double)) {
   std::vector<float> in;
-  for (int i = 0; i <= 200001; ++i) in.push_back(static_cast<float>(low + (high - low) * i / 200001));
+  for (int i = 0; i <= 200001; ++i)
+    in.push_back(static_cast<float>(low + (high - low) * i / 200001));
   const std::vector<float> out = map<Width, Function>(in);
   double largest = 0;
   for (size_t i = 0; i < in.size(); ++i) {
