@@ -17,9 +17,6 @@ if not _LIBRARY.exists():
 torch.ops.load_library(str(_LIBRARY))
 _ops = torch.ops.nano_vllm
 
-MAX_KV_SPLITS = 16
-"""Parts that one sequence's KV range is cut into at the most, in `paged_attention` on CUDA."""
-
 
 def has_cuda() -> bool:
     """Whether the CUDA kernels were built."""
@@ -28,7 +25,45 @@ def has_cuda() -> bool:
 
 def paged_attention_workspace_numel(num_seqs: int, num_heads: int, head_dim: int) -> int:
     """Floats of workspace that `paged_attention` may need for `num_seqs` sequences on CUDA."""
-    return num_seqs * num_heads * MAX_KV_SPLITS * (head_dim + 2)
+    return int(_ops.paged_attention_workspace_numel(num_seqs, num_heads, head_dim))
+
+
+def plan_attention(
+    workspace: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_query_len: int,
+    sliding_window: int = 0,
+) -> None:
+    """Share out a batch's attention among the GPU's thread blocks, once for all layers alike.
+
+    `paged_attention` finds the plan in the workspace where `is_planned` says so, for the same
+    numbers and the same content of `query_start_loc` and `seq_lens`. Does nothing on a CPU.
+
+    Args:
+        workspace: float32, at least `paged_attention_workspace_numel` long.
+        query_start_loc: [num_seqs + 1], int32, ascending from 0.
+        seq_lens: [num_seqs], int32.
+        num_heads: of the queries.
+        num_kv_heads: of keys and values.
+        head_dim: elements per head.
+        max_query_len: upper bound of the query lengths.
+        sliding_window: tokens a query sees, itself included; 0 for all.
+    """
+    _ops.plan_attention(
+        workspace,
+        query_start_loc,
+        seq_lens,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        max_query_len,
+        sliding_window,
+    )
 
 
 def paged_attention(
@@ -46,6 +81,7 @@ def paged_attention(
     sliding_window: int = 0,
     softcap: float = 0.0,
     workspace: torch.Tensor | None = None,
+    is_planned: bool = False,
 ) -> None:
     """Causal attention of variable-length queries over a paged KV cache (vLLM, arXiv 2309.06180).
 
@@ -71,6 +107,7 @@ def paged_attention(
         sliding_window: tokens a query sees, itself included; 0 for all.
         softcap: scores become softcap * tanh(score / softcap); 0 for off.
         workspace: float32, at least `paged_attention_workspace_numel` long; CUDA only.
+        is_planned: whether `plan_attention` has filled the workspace; else that is done here.
     """
     _ops.paged_attention(
         out,
@@ -86,6 +123,7 @@ def paged_attention(
         sliding_window,
         softcap,
         workspace,
+        is_planned,
     )
 
 

@@ -25,6 +25,7 @@ def paged_attention(
     sliding_window: int = 0,
     softcap: float = 0.0,
     workspace: torch.Tensor | None = None,
+    is_planned: bool = False,
 ) -> None:
     """Softmax over the whole score matrix of one sequence after the other."""
     starts = query_start_loc.tolist()

@@ -6,17 +6,28 @@
 
 namespace nano_vllm::cuda {
 
-// Sequences with one query token. Those with more than one split leave partial rows in the
-// workspace.
-void launch_decode(const PagedAttentionParams& p, cudaStream_t stream);  // 16-bit dtypes
-void launch_decode_fp32(const PagedAttentionParams& p, cudaStream_t stream);
+// Params, and what paged_attention.cu decides for the batch.
+struct AttentionLaunch : PagedAttentionParams {
+  int32_t max_decode_queries;  // sequences with more query tokens are prefills, the others decodes
+  int32_t* plan;               // head of the workspace
+  float* partial_results;      // the rest of it
+};
+
+// Decodes. Those with more than one split leave partial rows in the workspace.
+void launch_decode(const AttentionLaunch& p, cudaStream_t stream);  // 16-bit dtypes
+void launch_decode_fp32(const AttentionLaunch& p, cudaStream_t stream);
 
 // Merges the partial rows of the launch before, if there can be any.
-void launch_merge_splits(const PagedAttentionParams& p, cudaStream_t stream);
+void launch_merge_splits(const AttentionLaunch& p, cudaStream_t stream);
 
-// Sequences with more than one query token.
-void launch_prefill(const PagedAttentionParams& p, cudaStream_t stream);  // 16-bit dtypes
-void launch_prefill_fp32(const PagedAttentionParams& p, cudaStream_t stream);
+// Decodes on sm_90, 16-bit dtypes: blocks share the work by a plan and merge what they split.
+bool can_decode_sm90(const AttentionLaunch& p);
+void launch_plan_decode(const AttentionLaunch& p, cudaStream_t stream);
+void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream);
+
+// Prefills.
+void launch_prefill(const AttentionLaunch& p, cudaStream_t stream);  // 16-bit dtypes
+void launch_prefill_fp32(const AttentionLaunch& p, cudaStream_t stream);
 
 // Calls run(std::integral_constant<int, head_dim>{}).
 template <class Run>
@@ -40,7 +51,7 @@ void dispatch_head_dim(int head_dim, const Run& run) {
 
 // dispatch_head_dim with the 16-bit element type of dtype: run(T{}, integral_constant).
 template <class Run>
-void dispatch_16_bit(const PagedAttentionParams& p, const Run& run) {
+void dispatch_16_bit(const AttentionLaunch& p, const Run& run) {
   dispatch_head_dim(p.head_dim, [&](auto head_dim) {
     if (p.dtype == DType::kFloat16) {
       run(__half{}, head_dim);
@@ -56,8 +67,13 @@ void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
                    size_t shared_bytes, cudaStream_t stream, const Args&... args) {
   check(grid.y <= 65535 && grid.z <= 65535, name,
         ": a grid has at most 65535 blocks in y and z, got ", grid.y, " and ", grid.z);
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes));
+  if (error == cudaSuccess && shared_bytes > 0) {
+    // As many blocks of an SM as its shared memory holds: the first-level cache has no other use.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
   check(error == cudaSuccess, name, ": ", shared_bytes,
         " bytes of shared memory refused: ", cudaGetErrorString(error));
   kernel<<<grid, num_threads, shared_bytes, stream>>>(args...);

@@ -11,10 +11,10 @@ constexpr int kNumThreads = 128;
 // in the order of the splits; sequences with a single split have their result already.
 template <class T>
 __global__ void __launch_bounds__(kNumThreads)
-    merge_splits_kernel(const __grid_constant__ PagedAttentionParams p) {
+    merge_splits_kernel(const __grid_constant__ AttentionLaunch p) {
   const int seq = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const SequenceRows rows(p, seq);
-  if (!rows.is_decode()) return;
+  if (!rows.is_decode(p.max_decode_queries)) return;
   const int count = KvSplits(rows.visible(0, 0, p.sliding_window)).count;
   if (count <= 1) return;
 
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
 }  // namespace
 
-void launch_merge_splits(const PagedAttentionParams& p, cudaStream_t stream) {
+void launch_merge_splits(const AttentionLaunch& p, cudaStream_t stream) {
   if (max_kv_splits(p) <= 1) return;
   const unsigned grid = grid_x("paged_attention merge", int64_t{p.num_seqs} * p.num_heads);
   dispatch_dtype(p.dtype, [&](auto element) {

@@ -5,27 +5,55 @@
 namespace nano_vllm::cuda {
 namespace {
 
+// Up to which number of query tokens the planned kernel is the faster one; more are a prefill.
+constexpr int kMaxPlannedQueries = 8;
+
 void check_params(const PagedAttentionParams& p) {
   check(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0,
         "paged_attention: num_heads must be a multiple of num_kv_heads, got ", p.num_heads, " and ",
         p.num_kv_heads);
-  check(p.block_size > 0 && p.block_size % kRunTokens == 0,
-        "paged_attention: block_size must be a multiple of ", kRunTokens, ", got ", p.block_size);
   const int64_t needed = paged_attention_workspace_numel(p.num_seqs, p.num_heads, p.head_dim);
   check(p.workspace_numel >= needed, "paged_attention: workspace must hold at least ", needed,
         " floats, got ", p.workspace_numel);
 }
 
+AttentionLaunch launch_of(const PagedAttentionParams& params, int max_decode_queries) {
+  AttentionLaunch launch{};
+  static_cast<PagedAttentionParams&>(launch) = params;
+  launch.max_decode_queries = max_decode_queries;
+  launch.plan = reinterpret_cast<int32_t*>(params.workspace);
+  launch.partial_results = params.workspace + kPlanNumel;
+  return launch;
+}
+
 }  // namespace
+
+void plan_attention(const PagedAttentionParams& params, cudaStream_t stream) {
+  if (params.num_seqs == 0 || params.num_heads == 0) return;
+  check_params(params);
+  if (compute_capability() == 90) {
+    launch_plan_decode(launch_of(params, kMaxPlannedQueries), stream);
+  }
+}
 
 void paged_attention(const PagedAttentionParams& params, cudaStream_t stream) {
   if (params.num_seqs == 0 || params.num_tokens == 0 || params.num_heads == 0) return;
   check_params(params);
+  check(params.block_size > 0 && params.block_size % kRunTokens == 0,
+        "paged_attention: block_size must be a multiple of ", kRunTokens, ", got ",
+        params.block_size);
+  AttentionLaunch launch = launch_of(params, kMaxPlannedQueries);
   const bool is_fp32 = params.dtype == DType::kFloat32;
-  (is_fp32 ? launch_decode_fp32 : launch_decode)(params, stream);
-  launch_merge_splits(params, stream);
-  if (params.max_query_len > 1) {
-    (is_fp32 ? launch_prefill_fp32 : launch_prefill)(params, stream);
+  if (can_decode_sm90(launch)) {
+    if (!params.is_planned) launch_plan_decode(launch, stream);
+    launch_decode_sm90(launch, stream);
+  } else {
+    launch.max_decode_queries = 1;
+    (is_fp32 ? launch_decode_fp32 : launch_decode)(launch, stream);
+    launch_merge_splits(launch, stream);
+  }
+  if (params.max_query_len > launch.max_decode_queries) {
+    (is_fp32 ? launch_prefill_fp32 : launch_prefill)(launch, stream);
   }
 }
 

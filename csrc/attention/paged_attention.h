@@ -24,8 +24,9 @@ struct PagedAttentionParams {
   const int32_t* block_tables;     // [num_seqs, max_blocks_per_seq]
   const int32_t* query_start_loc;  // [num_seqs + 1]
   const int32_t* seq_lens;         // [num_seqs]
-  float* workspace;  // [workspace_numel]; partial results of split sequences (CUDA only)
+  float* workspace;  // [workspace_numel]; a plan and partial results of split sequences (CUDA only)
   int64_t workspace_numel;
+  bool is_planned;  // whether plan_attention has filled the workspace for this batch
 
   // Strides in elements; head_dim is contiguous everywhere.
   int64_t out_stride_token, out_stride_head;
@@ -43,22 +44,35 @@ struct PagedAttentionParams {
   float softcap;           // scores become softcap * tanh(score / softcap); 0 = off
 };
 
-// A sequence's KV range is cut into at most this many splits, at places that depend on its own
-// length alone: the result does not change with the rest of the batch.
+// A decode's KV range is cut into at most this many splits, at places that depend on its own length
+// alone: the result does not change with the rest of the batch.
 constexpr int32_t kMaxKvSplits = 16;
+constexpr int32_t kMaxPlannedSplits = 32;  // where persistent blocks share a plan (sm_90)
 
-// Floats of workspace that a batch of num_seqs sequences may need: per split, head and sequence one
-// output row and its (max, sum).
+// Persistent blocks at the most, and the query rows of each: for sm_90, with 144 SMs on a whole
+// die.
+constexpr int32_t kMaxPlannedBlocks = 288;
+constexpr int32_t kMaxPlannedRows = 16;
+constexpr int64_t kPlanNumel = 8192;
+
+// Floats of workspace that a batch of num_seqs sequences may need: a plan and, per split and row,
+// one output row and its (max, sum).
 constexpr int64_t paged_attention_workspace_numel(int64_t num_seqs, int64_t num_heads,
                                                   int64_t head_dim) {
-  return num_seqs * num_heads * kMaxKvSplits * (head_dim + 2);
+  const int64_t rows = num_seqs * num_heads * kMaxKvSplits;
+  const int64_t planned_rows = int64_t{kMaxPlannedBlocks} * kMaxPlannedSplits * kMaxPlannedRows;
+  return kPlanNumel + (rows > planned_rows ? rows : planned_rows) * (head_dim + 2);
 }
 
 namespace cpu {
+inline void plan_attention(const PagedAttentionParams&) {}  // threads take tasks as they come
 void paged_attention(const PagedAttentionParams& params);
 }
 namespace cuda {
+// Shares out the batch's work among thread blocks, into the workspace: once a step, for all layers
+// alike. Reads query_start_loc, seq_lens and the plain numbers, not the tensors of a layer.
+void plan_attention(const PagedAttentionParams& params, cudaStream_t stream);
 void paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
-}
+}  // namespace cuda
 
 }  // namespace nano_vllm

@@ -92,7 +92,7 @@ struct WarpResults {
 // split, else to the workspace.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
-    decode_kernel(const __grid_constant__ PagedAttentionParams p, Alignment alignment) {
+    decode_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   using Shape = DecodeShape<T, kHeadDim>;
   using Layout = typename Shape::Layout;
   constexpr int kSlots = Shape::kSlots, kDepthTiles = kHeadDim / 16;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
   const int seq = blockIdx.x, split = blockIdx.z;
   const SequenceRows rows(p, seq);
-  if (!rows.is_decode()) return;
+  if (!rows.is_decode(p.max_decode_queries)) return;
   const int row_tiles = ceil_div(rows.group, kTileRows);
   const int kv_head = blockIdx.y / row_tiles, first_row = blockIdx.y % row_tiles * kTileRows;
   const TokenRange visible = rows.visible(0, 0, p.sliding_window);
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
 }  // namespace
 
-void launch_decode(const PagedAttentionParams& p, cudaStream_t stream) {
+void launch_decode(const AttentionLaunch& p, cudaStream_t stream) {
   dispatch_16_bit(p, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kHeadDim = head_dim;

@@ -151,9 +151,9 @@ constexpr int kDecodeRows = 8;
 // paged_attention_decode.cu.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
-    decode_kernel(const __grid_constant__ PagedAttentionParams p, Alignment alignment) {
+    decode_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   const SequenceRows rows(p, blockIdx.x);
-  if (!rows.is_decode()) return;
+  if (!rows.is_decode(p.max_decode_queries)) return;
   const TokenRange visible = rows.visible(0, 0, p.sliding_window);
   const KvSplits splits(visible);
   const int split = blockIdx.z, row_tiles = ceil_div(rows.group, kDecodeRows);
@@ -170,11 +170,13 @@ constexpr int kPrefillRows = kHeadDim <= 192 ? 32 : 16;
 // Grid: row tiles (see PrefillTile) x KV heads, as in paged_attention_prefill.cu.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
-    prefill_kernel(const __grid_constant__ PagedAttentionParams p, Alignment alignment) {
+    prefill_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   constexpr int kTileRows = kPrefillRows<kHeadDim>;
   const PrefillTile tile(p, int64_t{gridDim.x} - 1 - blockIdx.x, kTileRows);
   const SequenceRows rows(p, tile.seq);
-  if (rows.query_len <= 1 || tile.first_row < 0 || tile.first_row >= rows.num_rows()) return;
+  if (rows.query_len <= p.max_decode_queries || tile.first_row < 0 ||
+      tile.first_row >= rows.num_rows())
+    return;
   const int last_row = min(tile.first_row + kTileRows, rows.num_rows()) - 1;
   const TokenRange visible = rows.visible(tile.first_row, last_row, p.sliding_window);
   const TokenRange tokens{visible.begin / kTileTokens * kTileTokens, visible.end};
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
 }  // namespace
 
-void launch_decode_fp32(const PagedAttentionParams& p, cudaStream_t stream) {
+void launch_decode_fp32(const AttentionLaunch& p, cudaStream_t stream) {
   dispatch_head_dim(p.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = head_dim;
     const int row_tiles = ceil_div(p.num_heads / p.num_kv_heads, kDecodeRows);
@@ -195,7 +197,7 @@ void launch_decode_fp32(const PagedAttentionParams& p, cudaStream_t stream) {
   });
 }
 
-void launch_prefill_fp32(const PagedAttentionParams& p, cudaStream_t stream) {
+void launch_prefill_fp32(const AttentionLaunch& p, cudaStream_t stream) {
   dispatch_head_dim(p.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = head_dim;
     constexpr int kTileRows = kPrefillRows<kHeadDim>;

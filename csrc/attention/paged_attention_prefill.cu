@@ -28,7 +28,7 @@ struct PrefillShape {
 // way, and the next keys while it multiplies values. The result goes to out.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
-    prefill_kernel(const __grid_constant__ PagedAttentionParams p, Alignment alignment) {
+    prefill_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   using Shape = PrefillShape<T, kHeadDim>;
   using Layout = typename Shape::Layout;
   constexpr int kWarpTiles = Shape::kWarpTiles, kDepthTiles = kHeadDim / 16;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kNumThreads)
   const PrefillTile row_tile(p, int64_t{gridDim.x} - 1 - blockIdx.x, Shape::kTileRows);
   const SequenceRows rows(p, row_tile.seq);
   const int first_row = row_tile.first_row, num_rows = rows.num_rows(), kv_head = blockIdx.y;
-  if (rows.query_len <= 1 || first_row < 0 || first_row >= num_rows) return;
+  if (rows.query_len <= p.max_decode_queries || first_row < 0 || first_row >= num_rows) return;
 
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   T* const query_tile = reinterpret_cast<T*>(shared);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
 }  // namespace
 
-void launch_prefill(const PagedAttentionParams& p, cudaStream_t stream) {
+void launch_prefill(const AttentionLaunch& p, cudaStream_t stream) {
   dispatch_16_bit(p, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kHeadDim = head_dim;

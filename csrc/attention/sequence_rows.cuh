@@ -25,7 +25,12 @@ struct SequenceRows {
         seq_len(p.seq_lens[seq]),
         group(p.num_heads / p.num_kv_heads) {}
 
-  __device__ bool is_decode() const { return query_len == 1; }
+  __device__ SequenceRows(int64_t query_start, int query_len, int seq_len, int group)
+      : query_start(query_start), query_len(query_len), seq_len(seq_len), group(group) {}
+
+  __device__ bool is_decode(int max_queries) const {
+    return query_len >= 1 && query_len <= max_queries;
+  }
   __device__ int num_rows() const { return query_len * group; }
   __device__ int position(int row) const { return seq_len - query_len + row / group; }
 
@@ -83,8 +88,9 @@ struct PartialRow {
   __device__ PartialRow(const PagedAttentionParams& p, int seq, int head, int split) {
     const int64_t rows = int64_t{p.num_seqs} * p.num_heads * kMaxKvSplits;
     const int64_t row = (int64_t{seq} * p.num_heads + head) * kMaxKvSplits + split;
-    out = p.workspace + row * p.head_dim;
-    max_sum = p.workspace + rows * p.head_dim + row * 2;
+    float* const memory = p.workspace + kPlanNumel;
+    out = memory + row * p.head_dim;
+    max_sum = memory + rows * p.head_dim + row * 2;
   }
 };
 

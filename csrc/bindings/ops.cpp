@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "attention/paged_attention.h"
+
 namespace nano_vllm {
 namespace {
 
@@ -15,17 +17,26 @@ bool has_cuda() {
 #endif
 }
 
+int64_t workspace_numel(int64_t num_seqs, int64_t num_heads, int64_t head_dim) {
+  return paged_attention_workspace_numel(num_seqs, num_heads, head_dim);
+}
+
 }  // namespace
 }  // namespace nano_vllm
 
 STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def("has_cuda() -> bool");
+  library.def("paged_attention_workspace_numel(int num_seqs, int num_heads, int head_dim) -> int");
+  library.def(
+      "plan_attention(Tensor(a!) workspace, Tensor query_start_loc, Tensor seq_lens, int "
+      "num_heads, "
+      "int num_kv_heads, int head_dim, int max_query_len, int sliding_window) -> ()");
   library.def(
       "paged_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor "
       "block_tables, "
       "Tensor query_start_loc, Tensor seq_lens, int max_query_len, int max_seq_len, float scale, "
       "int sliding_window, "
-      "float softcap, Tensor(b!)? workspace) -> ()");
+      "float softcap, Tensor(b!)? workspace, bool is_planned) -> ()");
   library.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slot_mapping) -> ()");
@@ -48,6 +59,8 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
 // against each other.
 STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("has_cuda", TORCH_BOX(&nano_vllm::has_cuda));
+  library.impl("paged_attention_workspace_numel", TORCH_BOX(&nano_vllm::workspace_numel));
+  library.impl("plan_attention", TORCH_BOX(&nano_vllm::plan_attention));
   library.impl("paged_attention", TORCH_BOX(&nano_vllm::paged_attention));
   library.impl("reshape_and_cache", TORCH_BOX(&nano_vllm::reshape_and_cache));
   library.impl("copy_blocks", TORCH_BOX(&nano_vllm::copy_blocks));

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -133,6 +134,28 @@ void dispatch_dtype(DType dtype, Run&& run) {
     case DType::kBFloat16:
       return run(__nv_bfloat16{});
   }
+}
+
+// An attribute of the current device, asked for once.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices];  // the value plus one
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device) == cudaSuccess, "CUDA: no current device");
+  if (device < kMaxDevices && known[device] != 0) return known[device] - 1;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, kAttribute, device);
+  check(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+  if (device < kMaxDevices) known[device] = value + 1;
+  return value;
+}
+
+inline int num_multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
+
+// 90 for sm_90.
+inline int compute_capability() {
+  return 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>() +
+         device_attribute<cudaDevAttrComputeCapabilityMinor>();
 }
 
 // A launch that the driver refused must not pass for one that ran.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-DECODE_GRID = [(1, 1024), (8, 1024), (64, 1024), (1, 8192), (8, 8192), (64, 8192), (1, 32768)]
-PREFILL_GRID = [(16, 1024), (4, 4096), (1, 8192)]
+DECODE_GRID = [(batch, context) for context in (1024, 8192, 32768) for batch in (1, 8, 64, 256)]
+DECODE_GRID.remove((256, 32768))  # 34 GB of KV cache, and as much again for the peer
+PREFILL_GRID = [(16, 1024), (4, 4096), (1, 8192), (1, 32768)]
 CPU_DECODE_GRID = [(1, 512), (16, 512), (1, 4096)]
 CPU_PREFILL_GRID = [(1, 512), (4, 256)]
-BLOCK_SIZE = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, default=None, help="query heads")
     parser.add_argument("--num-kv-heads", type=int, default=None)
     parser.add_argument("--head-dim", type=int, default=None)
+    parser.add_argument("--block-size", type=int, default=16, help="tokens per KV block")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,19 +52,26 @@ def run(args: argparse.Namespace) -> None:
         "copy GB/s": round(copy / 1e9),
         "matmul TFLOP/s": round(matmul / 1e12, 2),
     }
-    rows: list[dict[str, Any]] = []
-    for batch, context in DECODE_GRID if on_gpu else CPU_DECODE_GRID:
-        rows.append(
-            _attention(device, dtype, heads, kv_heads, head_dim, batch, 1, context, copy, matmul)
-        )
-    for batch, length in PREFILL_GRID if on_gpu else CPU_PREFILL_GRID:
-        rows.append(
-            _attention(
-                device, dtype, heads, kv_heads, head_dim, batch, length, length, copy, matmul
-            )
-        )
-    rows += _cache_ops(device, dtype, kv_heads, head_dim, copy)
-    rows += _layer_ops(device, dtype, heads * head_dim, copy)
+    decode_grid = DECODE_GRID if on_gpu else CPU_DECODE_GRID
+    prefill_grid = PREFILL_GRID if on_gpu else CPU_PREFILL_GRID
+    attention = partial(_attention, device, dtype, heads, kv_heads, head_dim, args.block_size)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "paged_attention decode": lambda: [
+            attention(batch, 1, context, copy, matmul) for batch, context in decode_grid
+        ],
+        "paged_attention prefill": lambda: [
+            attention(batch, length, length, copy, matmul) for batch, length in prefill_grid
+        ],
+        "reshape_and_cache copy_blocks": lambda: _cache_ops(
+            device, dtype, kv_heads, head_dim, args.block_size, copy
+        ),
+        "fused_add_rms_norm silu_and_mul": lambda: _layer_ops(
+            device, dtype, heads * head_dim, copy
+        ),
+    }
+    rows = [row for names, measure in parts.items() if args.only in names for row in measure()]
+    if not rows:
+        raise ValueError(f"--only {args.only!r} is in none of the names: {', '.join(parts)}")
     report("kernels", machine, rows)
 
 
@@ -93,6 +103,7 @@ def _attention(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    block_size: int,
     batch: int,
     query_len: int,
     context: int,
@@ -107,7 +118,7 @@ def _attention(
     from nano_vllm import ops
     from nano_vllm.bench.timing import input_sets, median_seconds
 
-    blocks_per_seq = -(-context // BLOCK_SIZE)
+    blocks_per_seq = -(-context // block_size)
     num_blocks = batch * blocks_per_seq
     kv_bytes = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
     sets = input_sets(kv_bytes, device)
@@ -118,11 +129,20 @@ def _attention(
     if device.type == "cuda":
         numel = ops.paged_attention_workspace_numel(batch, heads, head_dim)
         workspace = torch.empty(numel, dtype=torch.float32, device=device)
+        ops.plan_attention(
+            workspace,
+            query_start_loc,
+            seq_lens,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_query_len=query_len,
+        )
     ours, torchs = [], []
     for _ in range(sets):
         query = torch.randn(batch * query_len, heads, head_dim, device=device, dtype=dtype)
         pool = torch.randn(
-            2, num_blocks, kv_heads, BLOCK_SIZE, head_dim, device=device, dtype=dtype
+            2, num_blocks, kv_heads, block_size, head_dim, device=device, dtype=dtype
         )
         keys, values = pool[0].transpose(1, 2), pool[1].transpose(1, 2)
         tables = torch.randperm(num_blocks, device=device).int().view(batch, blocks_per_seq)
@@ -140,6 +160,7 @@ def _attention(
             max_seq_len=context,
             scale=scale,
             workspace=workspace,
+            is_planned=workspace is not None,
         )
         q = query.view(batch, query_len, heads, head_dim).transpose(1, 2)
         dense = (batch, kv_heads, context, head_dim)
@@ -168,7 +189,7 @@ def _attention(
 
 
 def _cache_ops(
-    device: Any, dtype: Any, kv_heads: int, head_dim: int, copy: float
+    device: Any, dtype: Any, kv_heads: int, head_dim: int, block_size: int, copy: float
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -184,7 +205,7 @@ def _cache_ops(
             torch.randn(tokens, kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2)
         )
         pool = torch.empty(
-            2, tokens // BLOCK_SIZE, kv_heads, BLOCK_SIZE, head_dim, device=device, dtype=dtype
+            2, tokens // block_size, kv_heads, block_size, head_dim, device=device, dtype=dtype
         )
         slots = torch.randperm(tokens, device=device)
         keys, values = pool[0].transpose(1, 2), pool[1].transpose(1, 2)
@@ -194,7 +215,7 @@ def _cache_ops(
 
     layers, pairs = 32, 256 if device.type == "cuda" else 16
     pool = torch.randn(
-        layers, 2, 2 * pairs, kv_heads, BLOCK_SIZE, head_dim, device=device, dtype=dtype
+        layers, 2, 2 * pairs, kv_heads, block_size, head_dim, device=device, dtype=dtype
     )
     mapping = torch.randperm(2 * pairs, device=device).view(pairs, 2)
     moved = pool.numel() * dtype.itemsize

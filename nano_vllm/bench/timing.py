@@ -66,7 +66,7 @@ def input_sets(bytes_per_set: int, device: torch.device) -> int:
 
 def copy_ceiling(device: torch.device) -> float:
     """Bytes per second, read and written, of the device's own large copy."""
-    numel = 2**30 if device.type == "cuda" else 2**27
+    numel = 2**32 if device.type == "cuda" else 2**27
     source = torch.randint(0, 256, (numel,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * numel / median_seconds([lambda: target.copy_(source)], device)

@@ -27,7 +27,7 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     workspace: torch.Tensor | None = None
-    """float32, for split sequences on CUDA."""
+    """float32, on CUDA; holds the plan for this step."""
 
 
 class Attention:
@@ -77,5 +77,6 @@ class Attention:
             sliding_window=self.sliding_window,
             softcap=self.softcap,
             workspace=metadata.workspace,
+            is_planned=metadata.workspace is not None,
         )
         return out

@@ -46,6 +46,7 @@ class InputBatch:
         block_size: int,
         device: torch.device,
     ) -> None:
+        self._config = config
         self.block_size = block_size
         self.device = device
         self.max_blocks_per_seq = max_blocks_per_seq
@@ -103,6 +104,17 @@ class InputBatch:
             self._buffer[:offset].copy_(self._staging[:offset], non_blocking=True)
             self._copied.record()
         input_ids, positions, slot_mapping, query_start_loc, seq_lens, block_tables = device
+        if self._workspace is not None:
+            ops.plan_attention(
+                self._workspace,
+                query_start_loc,
+                seq_lens,
+                num_heads=self._config.num_heads,
+                num_kv_heads=self._config.num_kv_heads,
+                head_dim=self._config.head_dim,
+                max_query_len=max_query_len,
+                sliding_window=self._config.sliding_window or 0,
+            )
         return ModelInput(
             input_ids,
             positions,

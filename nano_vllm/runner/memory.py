@@ -69,6 +69,5 @@ def _activation_bytes(
         4 * model.hidden_size + max(attention, 3 * model.intermediate_size)
     ) * dtype.itemsize
     per_row = model.vocab_size * (dtype.itemsize + 6 * 4)
-    workspace = 16 * config.max_num_seqs * model.num_heads * (model.head_dim + 2) * 4
     bound = max_num_batched_tokens * per_token + config.max_num_seqs * per_row
-    return int(1.5 * bound) + workspace + 256 * 2**20
+    return int(1.5 * bound) + 256 * 2**20

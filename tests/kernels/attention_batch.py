@@ -72,7 +72,12 @@ class AttentionBatch:
         out[num_tokens:] = SENTINEL
         workspace = self.workspace() if self.draw.device == "cuda" else None
         inputs = [tensor.clone() for tensor in self.arguments()]
-        ops.paged_attention(out, *self.arguments(), **self.options, workspace=workspace)
+        is_planned = self.draw.choice((False, True))
+        if is_planned and workspace is not None:
+            self.plan(workspace)
+        ops.paged_attention(
+            out, *self.arguments(), **self.options, workspace=workspace, is_planned=is_planned
+        )
         assert_gaps_untouched(out)
         assert_equal_bits(out[num_tokens:], torch.full_like(out[num_tokens:], SENTINEL))
         if workspace is not None:
@@ -80,6 +85,19 @@ class AttentionBatch:
         for before, after in zip(inputs[:3], self.arguments()[:3], strict=True):
             assert_equal_bits(after, before)
         return out[:num_tokens]
+
+    def plan(self, workspace: torch.Tensor) -> None:
+        _, num_heads, head_dim = self.query.shape
+        ops.plan_attention(
+            workspace,
+            self.query_start_loc,
+            self.seq_lens,
+            num_heads=num_heads,
+            num_kv_heads=self.key_cache.shape[2],
+            head_dim=head_dim,
+            max_query_len=self.options["max_query_len"],
+            sliding_window=self.options.get("sliding_window", 0),
+        )
 
     def workspace(self) -> torch.Tensor:
         """Exactly as long as asked for, NaN, with the sentinel around it."""

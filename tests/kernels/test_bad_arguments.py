@@ -30,7 +30,20 @@ def paged_attention_arguments() -> Arguments:
         "scale": 0.125,
         "sliding_window": 0,
         "softcap": 0.0,
-        "workspace": torch.zeros(20000),
+        "workspace": torch.zeros(ops.paged_attention_workspace_numel(2, 6, 64)),
+    }
+
+
+def plan_attention_arguments() -> Arguments:
+    return {
+        "workspace": torch.zeros(ops.paged_attention_workspace_numel(2, 6, 64)),
+        "query_start_loc": torch.tensor([0, 3, 7], dtype=torch.int32),
+        "seq_lens": torch.tensor([3, 20], dtype=torch.int32),
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "max_query_len": 4,
+        "sliding_window": 0,
     }
 
 
@@ -101,6 +114,7 @@ def linear_arguments() -> Arguments:
 
 VALID: dict[str, Callable[[], Arguments]] = {
     "paged_attention": paged_attention_arguments,
+    "plan_attention": plan_attention_arguments,
     "reshape_and_cache": reshape_and_cache_arguments,
     "copy_blocks": copy_blocks_arguments,
     "swap_blocks": swap_blocks_arguments,
@@ -164,6 +178,20 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("softcap", lambda _: float("inf"), "softcap must be finite and at least 0, got inf"),
         ("workspace", torch.Tensor.half, "workspace must be float32, got float16"),
         ("workspace", zeros(2, 8), "workspace must have shape [any], got [2, 8]"),
+    ],
+    "plan_attention": [
+        ("workspace", torch.Tensor.half, "workspace must be float32, got float16"),
+        ("workspace", gapped, f"workspace {GAPPED}"),
+        ("query_start_loc", torch.Tensor.long, "query_start_loc must be int32, got int64"),
+        ("query_start_loc", zeros(2, dtype=torch.int32),
+         "query_start_loc must have shape [3], got [2]"),
+        ("seq_lens", torch.Tensor.long, "seq_lens must be int32, got int64"),
+        ("seq_lens", gapped, f"seq_lens {GAPPED}"),
+        ("num_kv_heads", lambda _: 4, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
+        ("num_kv_heads", lambda _: 0, "num_heads must be a multiple of num_kv_heads, got 6 and 0"),
+        ("head_dim", lambda _: 72, "head_dim must be 64, 80, 96, 128, 192 or 256, got 72"),
+        ("max_query_len", lambda _: -1, "max_query_len must be in [0, 2^31), got -1"),
+        ("sliding_window", lambda _: 2**31, "sliding_window must be in [0, 2^31), got 2147483648"),
     ],
     "reshape_and_cache": [
         ("key", torch.Tensor.int, f"key {FLOATS}, got int32"),
@@ -362,11 +390,13 @@ def test_unsupported_device(op: str) -> None:
 
 
 @pytest.mark.cuda
-def test_workspace_too_small() -> None:
-    arguments = to("cuda", paged_attention_arguments())
+@pytest.mark.parametrize("op", ["paged_attention", "plan_attention"])
+def test_workspace_too_small(op: str) -> None:
+    arguments = to("cuda", VALID[op]())
     needed = ops.paged_attention_workspace_numel(2, 6, 64)
-    arguments["workspace"] = arguments["workspace"][: needed - 1]
+    arguments["workspace"] = torch.zeros(needed - 1, device="cuda")
     message = f"workspace must hold at least {needed} elements, got {needed - 1}"
-    assert_refused("paged_attention", arguments, message)
-    del arguments["workspace"]
-    assert_refused("paged_attention", arguments, f"at least {needed} elements, got 0")
+    assert_refused(op, arguments, message)
+    if op == "paged_attention":
+        del arguments["workspace"]
+        assert_refused(op, arguments, f"at least {needed} elements, got 0")

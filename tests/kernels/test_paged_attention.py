@@ -124,6 +124,26 @@ def test_long_contexts(
 
 
 @each_dtype
+@pytest.mark.parametrize(("num_seqs", "longest"), [(40, 900), (400, 90)])
+def test_many_decodes(
+    device: str, dtype: torch.dtype, seed: int, num_seqs: int, longest: int
+) -> None:
+    """One to eight query tokens each, among some prefills and sequences with nothing to do: fewer
+    sequences than a GPU has thread blocks, and more; one is much longer than the others.
+    """
+    draw = Draw(seed, device)
+    heads = HeadShape(*draw.choice(((4, 2), (6, 1))), 64)
+    lengths = [(1, 5 * longest)]
+    for _ in range(num_seqs):
+        seq_len = draw.between(1, longest)
+        query_len = draw.choice((1, 1, 1, draw.between(0, 8), draw.between(0, 20)))
+        lengths.append((min(query_len, seq_len), seq_len))
+    sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
+    batch = page(draw, sequences, 16, sliding_window=draw.choice((0, 300)))
+    assert_close(batch.run(), batch.expected())
+
+
+@each_dtype
 @pytest.mark.parametrize("query_len", [1, 30])
 def test_extreme_scores(device: str, dtype: torch.dtype, seed: int, query_len: int) -> None:
     """Scores in the thousands of either sign: the softmax neither overflows nor loses its maximum,
@@ -203,6 +223,5 @@ def test_reference_is_sdpa(dtype: torch.dtype, seed: int) -> None:
     torch.testing.assert_close(batch.expected(), expected[0].transpose(0, 1))
 
 
-def test_workspace_numel() -> None:
-    assert ops.paged_attention_workspace_numel(3, 5, 64) == 3 * 5 * 16 * 66
+def test_options_are_those_of_the_reference() -> None:
     assert reference.paged_attention.__kwdefaults__ == ops.paged_attention.__kwdefaults__

@@ -1,0 +1,74 @@
+// Bulk copies to shared memory by the copy engine of sm_90, and the barriers that tell when they
+// have arrived (PTX ISA, "cp.async.bulk" and "mbarrier").
+#pragma once
+
+#include "attention/ptx.cuh"
+
+namespace nano_vllm::cuda {
+
+// A barrier in shared memory. It completes a phase when all expected arrivals and all expected
+// bytes have come; phases alternate between parity 0 and 1, the first being 0.
+struct Barrier {
+  uint64_t state;
+
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
+                 "r"(arrivals)
+                 : "memory");
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
+                 : "memory");
+  }
+  // Arrives, and the phase waits for that many bytes of copies besides.
+  __device__ void arrive_and_expect(uint32_t bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
+        "r"(bytes)
+        : "memory");
+  }
+  // Returns once the phase of this parity is complete; on a fresh barrier at once for parity 1.
+  __device__ void wait(uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(&state)),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+// Makes initialised barriers visible to the copy engine; a block barrier has to follow.
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// `bytes` and both addresses are multiples of 16.
+__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier.state))
+      : "memory");
+}
+
+// Adds to a counter in global memory; what this thread, and those it has met at a barrier, wrote
+// before is seen by whoever finds the new count. Returns the old one.
+__device__ inline int add_arrivals(int* counter, int count) {
+  int old;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(counter), "r"(count)
+               : "memory");
+  return old;
+}
+
+// A barrier among num_threads threads of the block, by number 1 to 15; 0 is __syncthreads.
+__device__ inline void sync_threads(int barrier, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+}  // namespace nano_vllm::cuda

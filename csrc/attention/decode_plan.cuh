@@ -1,0 +1,94 @@
+// How the decodes of a batch are shared out among persistent thread blocks.
+//
+// A decode is a sequence with 1 to max_decode_queries query tokens. For each KV head, its query
+// rows are cut into tiles of tile_rows; a (sequence, head, tile) is a *unit*: rows that attend over
+// the sequence's tokens in their KV head. The tokens are cut into splits, at places that depend on
+// the sequence alone, and the unit's result is the fold of its splits' results in their order. So
+// it is the same bits however the splits are shared out.
+//
+// All splits of all units stand in one line, and each block takes a part of it of equal cost. A
+// unit that lies in one block's part is folded there. The splits of one that is cut go to the
+// workspace, and the last of its blocks to finish folds them.
+#pragma once
+
+#include "attention/attention_kernels.cuh"
+
+namespace nano_vllm::cuda {
+
+constexpr int kStageTokens = 64;  // what a block takes at a time; splits are whole stages
+
+// Query rows of a tile: all blocks have the same.
+inline int plan_tile_rows(const AttentionLaunch& p) {
+  const int64_t rows =
+      int64_t{p.num_heads / p.num_kv_heads} * std::min(p.max_query_len, p.max_decode_queries);
+  return rows <= 8 ? 8 : kMaxPlannedRows;
+}
+
+constexpr int plan_blocks_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1; }
+
+inline int num_plan_blocks(const AttentionLaunch& p) {
+  return std::min(plan_blocks_per_sm(p.head_dim) * num_multiprocessors(), kMaxPlannedBlocks);
+}
+
+// The splits of a sequence's tokens.
+struct DecodeSplits {
+  TokenRange visible;  // to any of the sequence's query tokens
+  int begin;           // the first stage's, at or before the first visible token
+  int num_stages, stages_per_split, count;
+
+  __device__ DecodeSplits(const SequenceRows& rows, int sliding_window)
+      : visible(rows.visible(0, max(rows.num_rows() - 1, 0), sliding_window)),
+        begin(visible.begin / kStageTokens * kStageTokens) {
+    num_stages = ceil_div(max(visible.end - begin, 0), kStageTokens);
+    stages_per_split = max(1, ceil_div(num_stages, kMaxPlannedSplits));
+    count = ceil_div(num_stages, stages_per_split);
+  }
+};
+
+// Where a block's part of the line begins. It ends where the next block's begins.
+struct alignas(16) DecodeCut {
+  int seq;    // num_seqs: nothing is left
+  int unit;   // of the sequence; head * number of tiles + tile
+  int split;  // of the unit
+  int owner;  // the block in whose part the unit's first split lies: names the unit's slots
+  // The sequence, so that a block need not look it up before it can begin.
+  int query_start, query_len, seq_len, unused;
+
+  __device__ SequenceRows rows(const AttentionLaunch& p) const {
+    return {query_start, query_len, seq_len, p.num_heads / p.num_kv_heads};
+  }
+};
+
+// The plan in memory: cuts [num_blocks + 1], then an arrival counter [num_blocks] for the cut
+// units.
+struct DecodePlan {
+  DecodeCut* cuts;
+  int* arrivals;
+
+  __host__ __device__ DecodePlan(int32_t* memory, int num_blocks)
+      : cuts(reinterpret_cast<DecodeCut*>(memory)),
+        arrivals(memory + (num_blocks + 1) * (sizeof(DecodeCut) / sizeof(int32_t))) {}
+
+  static constexpr int64_t numel(int num_blocks) {
+    return (num_blocks + 1) * int64_t{sizeof(DecodeCut) / sizeof(int32_t)} + num_blocks;
+  }
+};
+
+static_assert(DecodePlan::numel(kMaxPlannedBlocks) <= kPlanNumel);
+
+// A split's result in the workspace: the values weighted by 2^(score - max), not divided by the sum
+// of the weights. All values come first, [num_blocks, kMaxPlannedSplits, tile_rows, head_dim].
+struct SplitSlot {
+  float* out;      // [tile_rows, head_dim]
+  float* max_sum;  // [tile_rows, 2]
+
+  __device__ SplitSlot(float* workspace, int num_blocks, int owner, int split, int tile_rows,
+                       int head_dim) {
+    const int64_t slot = int64_t{owner} * kMaxPlannedSplits + split;
+    out = workspace + slot * tile_rows * head_dim;
+    max_sum = workspace + int64_t{num_blocks} * kMaxPlannedSplits * tile_rows * head_dim +
+              slot * tile_rows * 2;
+  }
+};
+
+}  // namespace nano_vllm::cuda
