@@ -218,10 +218,21 @@ class BuildExtension(cpp_extension.BuildExtension):
         return super().get_ext_filename(ext_name)
 
     def build_extensions(self) -> None:
+        self._remove_stale_cuda_objects()
         try:
             super().build_extensions()
         except subprocess.CalledProcessError as error:
             stop(f"the compiler failed (exit code {error.returncode}); its messages are above")
+
+
+    def _remove_stale_cuda_objects(self) -> None:
+        # torch has ninja look at the headers of a .cu file only where torch is built for CUDA.
+        headers = [path for kind in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{kind}")]
+        newest = max(path.stat().st_mtime for path in headers)
+        for source in sources("*/*.cu"):
+            compiled = (Path(self.build_temp) / source).with_suffix(".o")
+            if compiled.exists() and compiled.stat().st_mtime < newest:
+                compiled.unlink()
 
 
 check_torch()

@@ -6,9 +6,10 @@
 // the sequence alone, and the unit's result is the fold of its splits' results in their order. So
 // it is the same bits however the splits are shared out.
 //
-// All splits of all units stand in one line, and each block takes a part of it of equal cost. A
-// unit that lies in one block's part is folded there. The splits of one that is cut go to the
-// workspace, and the last of its blocks to finish folds them.
+// All splits of all units stand in one line, which is cut into parts: first one for each block,
+// alike in cost, then smaller and smaller ones for whoever is done first. A unit that lies in one
+// part is folded by its block. The splits of one that is cut go to the workspace, and the last of
+// its blocks to finish folds them.
 #pragma once
 
 #include "attention/attention_kernels.cuh"
@@ -17,11 +18,14 @@ namespace nano_vllm::cuda {
 
 constexpr int kStageTokens = 64;  // what a block takes at a time; splits are whole stages
 
-// Query rows of a tile: all blocks have the same.
+// Rows of query and head that a decode can have in the batch.
+inline int max_decode_rows(const AttentionLaunch& p) {
+  return p.num_heads / p.num_kv_heads * std::min(p.max_query_len, p.max_decode_queries);
+}
+
+// Query rows of a tile: 8, or 16 if some sequence may have more.
 inline int plan_tile_rows(const AttentionLaunch& p) {
-  const int64_t rows =
-      int64_t{p.num_heads / p.num_kv_heads} * std::min(p.max_query_len, p.max_decode_queries);
-  return rows <= 8 ? 8 : kMaxPlannedRows;
+  return max_decode_rows(p) <= 8 ? 8 : kMaxPlannedRows;
 }
 
 constexpr int plan_blocks_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1; }
@@ -29,6 +33,17 @@ constexpr int plan_blocks_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1;
 inline int num_plan_blocks(const AttentionLaunch& p) {
   return std::min(plan_blocks_per_sm(p.head_dim) * num_multiprocessors(), kMaxPlannedBlocks);
 }
+
+// What the kernels have to agree on.
+struct DecodeGeometry {
+  int num_blocks, tile_rows;
+  int slot_rows;  // rows of a unit that is cut, at the most
+
+  explicit DecodeGeometry(const AttentionLaunch& p)
+      : num_blocks(num_plan_blocks(p)),
+        tile_rows(plan_tile_rows(p)),
+        slot_rows(std::clamp(max_decode_rows(p), 1, tile_rows)) {}
+};
 
 // The splits of a sequence's tokens.
 struct DecodeSplits {
@@ -59,11 +74,10 @@ struct alignas(16) DecodeCut {
   }
 };
 
-// The plan in memory: cuts [num_blocks + 1], then an arrival counter [num_blocks] for the cut
-// units.
+// The plan in memory.
 struct DecodePlan {
-  DecodeCut* cuts;
-  int* arrivals;
+  DecodeCut* cuts;  // [num_blocks + 1]
+  int* arrivals;    // [num_blocks]; splits brought of the cut unit that begins in a block's part
 
   __host__ __device__ DecodePlan(int32_t* memory, int num_blocks)
       : cuts(reinterpret_cast<DecodeCut*>(memory)),
@@ -73,21 +87,20 @@ struct DecodePlan {
     return (num_blocks + 1) * int64_t{sizeof(DecodeCut) / sizeof(int32_t)} + num_blocks;
   }
 };
-
 static_assert(DecodePlan::numel(kMaxPlannedBlocks) <= kPlanNumel);
 
 // A split's result in the workspace: the values weighted by 2^(score - max), not divided by the sum
-// of the weights. All values come first, [num_blocks, kMaxPlannedSplits, tile_rows, head_dim].
+// of the weights. All values come first, [num_blocks, kMaxPlannedSplits, slot_rows, head_dim].
 struct SplitSlot {
-  float* out;      // [tile_rows, head_dim]
-  float* max_sum;  // [tile_rows, 2]
+  float* out;      // [slot_rows, head_dim]
+  float* max_sum;  // [slot_rows, 2]
 
-  __device__ SplitSlot(float* workspace, int num_blocks, int owner, int split, int tile_rows,
+  __device__ SplitSlot(float* memory, const DecodeGeometry& geometry, int owner, int split,
                        int head_dim) {
-    const int64_t slot = int64_t{owner} * kMaxPlannedSplits + split;
-    out = workspace + slot * tile_rows * head_dim;
-    max_sum = workspace + int64_t{num_blocks} * kMaxPlannedSplits * tile_rows * head_dim +
-              slot * tile_rows * 2;
+    const int64_t slot_size = geometry.slot_rows, slot = int64_t{owner} * kMaxPlannedSplits + split;
+    out = memory + slot * slot_size * head_dim;
+    max_sum = memory + int64_t{geometry.num_blocks} * kMaxPlannedSplits * slot_size * head_dim +
+              slot * slot_size * 2;
   }
 };
 

@@ -21,7 +21,6 @@ struct SequenceCost {
     unit = 2 * int64_t{splits.num_stages} + 1;
   }
   __device__ int64_t all() const { return num_units * unit; }
-  __device__ int64_t splits() const { return int64_t{num_units} * num_splits; }
 };
 
 __device__ inline int64_t warp_inclusive_sum(int64_t x) {
@@ -47,23 +46,53 @@ __device__ int64_t block_inclusive_sum(int64_t x, int64_t* total) {
   return x + (warp == 0 ? 0 : __shfl_sync(~0u, sums, max(warp - 1, 0)));
 }
 
+// The place of a part's beginning in the sequence where it falls.
+__device__ DecodeCut cut_sequence(const AttentionLaunch& p, int seq, const SequenceCost& cost,
+                                  int64_t at, int64_t part_size) {
+  int unit = static_cast<int>(at / cost.unit), split = 0;
+  const int64_t inside = at % cost.unit;
+  // A unit is cut only where that evens out the parts by much: its splits' results have to be
+  // written and read again.
+  if (min(inside, cost.unit - inside) * 8 <= part_size) {
+    unit += 2 * inside >= cost.unit;
+  } else {
+    split = static_cast<int>((inside * cost.num_splits + cost.unit / 2) / cost.unit);
+    if (split == cost.num_splits) {
+      split = 0;
+      ++unit;
+    }
+  }
+  DecodeCut cut{};
+  cut.seq = unit == cost.num_units ? seq + 1 : seq;
+  cut.unit = unit == cost.num_units ? 0 : unit;
+  cut.split = split;
+  if (cut.seq < p.num_seqs) {
+    const SequenceRows rows(p, cut.seq);
+    cut.query_start = static_cast<int>(rows.query_start);
+    cut.query_len = rows.query_len;
+    cut.seq_len = rows.seq_len;
+  }
+  return cut;
+}
+
 __device__ inline bool is_not_past(const DecodeCut& a, int seq, int unit) {
   return a.seq < seq || (a.seq == seq && (a.unit < unit || (a.unit == unit && a.split == 0)));
 }
 
-// One block. Thread i prices sequences i, i + kNumThreads, ... and, in a second pass over them,
-// sets the cuts that fall into each.
+// One block. It takes kNumThreads sequences at a time: their costs are summed up, then a thread
+// looks for each part's beginning among them.
 __global__ void __launch_bounds__(kNumThreads)
-    plan_kernel(const __grid_constant__ AttentionLaunch p, int num_blocks, int tile_rows) {
-  const DecodePlan plan(p.plan, num_blocks);
+    plan_kernel(const __grid_constant__ AttentionLaunch p, const DecodeGeometry geometry) {
+  __shared__ int64_t ends[kNumThreads];  // of the sequences of a round, along the line
+  const DecodePlan plan(p.plan, geometry.num_blocks);
   const int rounds = ceil_div(p.num_seqs, kNumThreads);
   int64_t total = 0, num_splits = 0;
   for (int round = 0; round < rounds; ++round) {
     const int seq = round * kNumThreads + threadIdx.x;
     int64_t cost = 0, splits = 0, round_total;
     if (seq < p.num_seqs) {
-      const SequenceCost sequence(p, seq, tile_rows);
-      cost = sequence.all(), splits = sequence.splits();
+      const SequenceCost sequence(p, seq, geometry.tile_rows);
+      cost = sequence.all(), splits = int64_t{sequence.num_units} * sequence.num_splits;
     }
     block_inclusive_sum(cost, &round_total);
     total += round_total;
@@ -71,61 +100,45 @@ __global__ void __launch_bounds__(kNumThreads)
     num_splits += round_total;
   }
   // Where there are few splits, the first blocks have one each: they run on different SMs.
-  const int num_parts = static_cast<int>(min(num_splits, int64_t{num_blocks}));
-  for (int i = threadIdx.x; i < num_blocks; i += kNumThreads) plan.arrivals[i] = 0;
-  for (int i = num_parts + threadIdx.x; i <= num_blocks; i += kNumThreads) {
+  const int num_parts = static_cast<int>(min(num_splits, int64_t{geometry.num_blocks}));
+  const auto begin_of = [&](int part) { return total * part / num_parts; };
+  for (int i = threadIdx.x; i < geometry.num_blocks; i += kNumThreads) plan.arrivals[i] = 0;
+  for (int i = num_parts + threadIdx.x; i <= geometry.num_blocks; i += kNumThreads) {
     plan.cuts[i] = {p.num_seqs, 0, 0, i, 0, 0, 0, 0};
   }
-  if (num_parts == 0) return;
 
-  const int64_t share = total / num_parts;
   int64_t before = 0;
-  for (int round = 0; round < rounds; ++round) {
-    const int seq = round * kNumThreads + threadIdx.x;
+  for (int round = 0; round < rounds && num_parts > 0; ++round) {
+    const int first_seq = round * kNumThreads, seq = first_seq + threadIdx.x;
     int64_t round_total;
-    const bool is_there = seq < p.num_seqs;
-    const SequenceCost cost(p, is_there ? seq : 0, tile_rows);
-    const int64_t all = is_there ? cost.all() : 0;
-    const int64_t end = before + block_inclusive_sum(all, &round_total), begin = end - all;
-    before += round_total;
-    if (all == 0) continue;
-    // Block i's part begins at total * i / num_blocks.
-    for (int64_t i = ceil_div<int64_t>(begin * num_parts, total);
-         i < num_parts && total * i / num_parts < end; ++i) {
-      const int64_t at = total * i / num_parts - begin;
-      int unit = static_cast<int>(at / cost.unit);
-      const int64_t inside = at % cost.unit;
-      int split = 0;
-      // A unit is cut only where that evens out the parts by much: its splits' results have to be
-      // written and read again.
-      if (min(inside, cost.unit - inside) * 8 <= share) {
-        unit += 2 * inside >= cost.unit;
-      } else {
-        split = static_cast<int>((inside * cost.num_splits + cost.unit / 2) / cost.unit);
-        if (split == cost.num_splits) {
-          split = 0;
-          ++unit;
+    const int64_t cost = seq < p.num_seqs ? SequenceCost(p, seq, geometry.tile_rows).all() : 0;
+    ends[threadIdx.x] = before + block_inclusive_sum(cost, &round_total);
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_parts; i += kNumThreads) {
+      const int64_t at = begin_of(i);
+      if (at < before || at >= before + round_total) continue;
+      int low = 0, high = kNumThreads - 1;  // the first sequence that ends past it
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (ends[middle] > at) {
+          high = middle;
+        } else {
+          low = middle + 1;
         }
       }
-      const bool is_next = unit == cost.num_units;
-      plan.cuts[i].seq = is_next ? seq + 1 : seq;
-      plan.cuts[i].unit = is_next ? 0 : unit;
-      plan.cuts[i].split = split;
+      const SequenceCost found(p, first_seq + low, geometry.tile_rows);
+      plan.cuts[i] = cut_sequence(p, first_seq + low, found, at - (ends[low] - found.all()),
+                                  begin_of(i + 1) - at);
     }
+    before += round_total;
+    __syncthreads();
   }
-  __syncthreads();
-  // A unit that is cut belongs to the last block whose part begins no later than the unit.
+  // A unit that is cut belongs to the last part that begins no later than the unit.
   for (int i = threadIdx.x; i < num_parts; i += kNumThreads) {
-    const DecodeCut cut = plan.cuts[i];
+    const int seq = plan.cuts[i].seq, unit = plan.cuts[i].unit;
     int owner = i;
-    while (owner > 0 && !is_not_past(plan.cuts[owner], cut.seq, cut.unit)) --owner;
+    while (owner > 0 && !is_not_past(plan.cuts[owner], seq, unit)) --owner;
     plan.cuts[i].owner = owner;
-    if (cut.seq < p.num_seqs) {
-      const SequenceRows rows(p, cut.seq);
-      plan.cuts[i].query_start = static_cast<int>(rows.query_start);
-      plan.cuts[i].query_len = rows.query_len;
-      plan.cuts[i].seq_len = rows.seq_len;
-    }
   }
 }
 
@@ -133,7 +146,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
 void launch_plan_decode(const AttentionLaunch& p, cudaStream_t stream) {
   launch_kernel("paged_attention plan", plan_kernel, dim3(1), kNumThreads, 0, stream, p,
-                num_plan_blocks(p), plan_tile_rows(p));
+                DecodeGeometry(p));
 }
 
 }  // namespace nano_vllm::cuda
