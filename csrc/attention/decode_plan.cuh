@@ -1,4 +1,4 @@
-// How the decodes of a batch are shared out among persistent thread blocks.
+// How the decodes of a batch are shared out among thread blocks.
 //
 // A decode is a sequence with 1 to max_decode_queries query tokens. For each KV head, its query
 // rows are cut into tiles of tile_rows; a (sequence, head, tile) is a *unit*: rows that attend over
@@ -30,19 +30,23 @@ inline int plan_tile_rows(const AttentionLaunch& p) {
 
 constexpr int plan_blocks_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1; }
 
-inline int num_plan_blocks(const AttentionLaunch& p) {
-  return std::min(plan_blocks_per_sm(p.head_dim) * num_multiprocessors(), kMaxPlannedBlocks);
-}
-
 // What the kernels have to agree on.
 struct DecodeGeometry {
-  int num_blocks, tile_rows;
-  int slot_rows;  // rows of a unit that is cut, at the most
+  int tile_rows;
+  int slot_rows;     // rows of a unit that is cut, at the most
+  int num_resident;  // blocks that run at the same time
+  int max_parts;     // the grid: no more parts than splits, nor than slots for units that are cut
 
   explicit DecodeGeometry(const AttentionLaunch& p)
-      : num_blocks(num_plan_blocks(p)),
-        tile_rows(plan_tile_rows(p)),
-        slot_rows(std::clamp(max_decode_rows(p), 1, tile_rows)) {}
+      : tile_rows(plan_tile_rows(p)),
+        slot_rows(std::clamp(max_decode_rows(p), 1, tile_rows)),
+        num_resident(
+            std::min(plan_blocks_per_sm(p.head_dim) * num_multiprocessors(), kMaxPlannedBlocks)) {
+    const int64_t tiles = ceil_div(std::max(max_decode_rows(p), 1), tile_rows);
+    const int64_t splits = int64_t{p.num_seqs} * p.num_kv_heads * tiles * kMaxPlannedSplits;
+    const int64_t slots = int64_t{kMaxPlannedBlocks} * kMaxPlannedRows / slot_rows;
+    max_parts = static_cast<int>(std::min({splits, slots, int64_t{5} * num_resident / 2}));
+  }
 };
 
 // The splits of a sequence's tokens.
@@ -60,12 +64,12 @@ struct DecodeSplits {
   }
 };
 
-// Where a block's part of the line begins. It ends where the next block's begins.
+// Where a part of the line begins. It ends where the next part begins.
 struct alignas(16) DecodeCut {
   int seq;    // num_seqs: nothing is left
   int unit;   // of the sequence; head * number of tiles + tile
   int split;  // of the unit
-  int owner;  // the block in whose part the unit's first split lies: names the unit's slots
+  int owner;  // the part in which the unit's first split lies: names the unit's slots
   // The sequence, so that a block need not look it up before it can begin.
   int query_start, query_len, seq_len, unused;
 
@@ -76,21 +80,21 @@ struct alignas(16) DecodeCut {
 
 // The plan in memory.
 struct DecodePlan {
-  DecodeCut* cuts;  // [num_blocks + 1]
-  int* arrivals;    // [num_blocks]; splits brought of the cut unit that begins in a block's part
+  DecodeCut* cuts;  // [max_parts + 1]
+  int* arrivals;    // [max_parts]; splits brought of the cut unit that begins in a part
 
-  __host__ __device__ DecodePlan(int32_t* memory, int num_blocks)
+  __host__ __device__ DecodePlan(int32_t* memory, int max_parts)
       : cuts(reinterpret_cast<DecodeCut*>(memory)),
-        arrivals(memory + (num_blocks + 1) * (sizeof(DecodeCut) / sizeof(int32_t))) {}
+        arrivals(memory + (max_parts + 1) * (sizeof(DecodeCut) / sizeof(int32_t))) {}
 
-  static constexpr int64_t numel(int num_blocks) {
-    return (num_blocks + 1) * int64_t{sizeof(DecodeCut) / sizeof(int32_t)} + num_blocks;
+  static constexpr int64_t numel(int max_parts) {
+    return (max_parts + 1) * int64_t{sizeof(DecodeCut) / sizeof(int32_t)} + max_parts;
   }
 };
-static_assert(DecodePlan::numel(kMaxPlannedBlocks) <= kPlanNumel);
+static_assert(DecodePlan::numel(5 * kMaxPlannedBlocks / 2) <= kPlanNumel);
 
 // A split's result in the workspace: the values weighted by 2^(score - max), not divided by the sum
-// of the weights. All values come first, [num_blocks, kMaxPlannedSplits, slot_rows, head_dim].
+// of the weights. All values come first, [max_parts, kMaxPlannedSplits, slot_rows, head_dim].
 struct SplitSlot {
   float* out;      // [slot_rows, head_dim]
   float* max_sum;  // [slot_rows, 2]
@@ -99,7 +103,7 @@ struct SplitSlot {
                        int head_dim) {
     const int64_t slot_size = geometry.slot_rows, slot = int64_t{owner} * kMaxPlannedSplits + split;
     out = memory + slot * slot_size * head_dim;
-    max_sum = memory + int64_t{geometry.num_blocks} * kMaxPlannedSplits * slot_size * head_dim +
+    max_sum = memory + int64_t{geometry.max_parts} * kMaxPlannedSplits * slot_size * head_dim +
               slot * slot_size * 2;
   }
 };

@@ -53,7 +53,7 @@ constexpr int32_t kMaxPlannedSplits = 32;  // where persistent blocks share a pl
 // die.
 constexpr int32_t kMaxPlannedBlocks = 288;
 constexpr int32_t kMaxPlannedRows = 16;
-constexpr int64_t kPlanNumel = 4096;
+constexpr int64_t kPlanNumel = 8192;
 
 // Floats of workspace that a batch of num_seqs sequences may need: a plan and, per split and row,
 // one output row and its (max, sum).
@@ -67,7 +67,7 @@ constexpr int64_t paged_attention_workspace_numel(int64_t num_seqs, int64_t num_
 namespace cpu {
 inline void plan_attention(const PagedAttentionParams&) {}  // threads take tasks as they come
 void paged_attention(const PagedAttentionParams& params);
-}
+}  // namespace cpu
 namespace cuda {
 // Shares out the batch's work among thread blocks, into the workspace: once a step, for all layers
 // alike. Reads query_start_loc, seq_lens and the plain numbers, not the tensors of a layer.

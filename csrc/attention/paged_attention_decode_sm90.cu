@@ -35,9 +35,11 @@ struct DecodeShape {
   static constexpr int kBlocksPerSm = plan_blocks_per_sm(kHeadDim);
   static constexpr size_t kBudget = 228 * 1024 / kBlocksPerSm - 1024;
   static constexpr size_t kTileBytes = kTileSize * sizeof(T);
-  static constexpr int kSlots = static_cast<int>((kBudget - kFixedBytes) / kTileBytes);
+  static constexpr int kMaxSlots = 16;
+  static constexpr int kSlots =
+      std::min(kMaxSlots, static_cast<int>((kBudget - kFixedBytes) / kTileBytes));
   static constexpr size_t kSharedBytes = kFixedBytes + kSlots * kTileBytes;
-  static_assert(kSlots >= 3 && 2 * kSlots * sizeof(Barrier) <= 256);
+  static_assert(kSlots >= 3 && 2 * kMaxSlots * sizeof(Barrier) <= 256);
 };
 
 // A place in the ring of tiles, and the parity of its present phase.
@@ -638,8 +640,9 @@ __global__ void __launch_bounds__(kNumThreads, (DecodeShape<T, kHeadDim, kTileRo
   Barrier* const full =
       reinterpret_cast<Barrier*>(results + Shape::kResultFloats + Shape::kStateFloats);
   Barrier* const empty = full + kSlots;
-  const DecodePlan plan(p.plan, geometry.num_blocks);
+  const DecodePlan plan(p.plan, geometry.max_parts);
   const Part part{plan.cuts[blockIdx.x], plan.cuts[blockIdx.x + 1]};
+  if (part.begin.seq >= p.num_seqs) return;
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -660,7 +663,7 @@ template <class T, int kHeadDim, int kTileRows>
 void launch(const AttentionLaunch& p, const DecodeGeometry& geometry, cudaStream_t stream) {
   using Shape = DecodeShape<T, kHeadDim, kTileRows>;
   launch_kernel("paged_attention decode", decode_kernel<T, kHeadDim, kTileRows>,
-                dim3(geometry.num_blocks), kNumThreads, Shape::kSharedBytes, stream, p, geometry);
+                dim3(geometry.max_parts), kNumThreads, Shape::kSharedBytes, stream, p, geometry);
 }
 
 }  // namespace

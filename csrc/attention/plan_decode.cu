@@ -1,4 +1,4 @@
-// Cuts the line of all decode splits into parts of equal cost, see decode_plan.cuh.
+// Cuts the line of all decode splits into parts, see decode_plan.cuh.
 #include "attention/decode_plan.cuh"
 
 namespace nano_vllm::cuda {
@@ -21,6 +21,41 @@ struct SequenceCost {
     unit = 2 * int64_t{splits.num_stages} + 1;
   }
   __device__ int64_t all() const { return num_units * unit; }
+};
+
+// Where parts begin along the line, by cost. There are as many alike as run at the same time; of
+// parts of medium size a quarter is held back and dealt out in smaller parts, for SMs that are done
+// early. Of shorter parts too little is left for that, and in longer ones the SMs' differences even
+// out.
+struct PartSizes {
+  static constexpr int64_t kMinMedium = 2 * 16, kMaxMedium = 2 * 64;
+  static constexpr int64_t kMinPart = 2 * 4;  // worth a block of its own
+
+  int64_t total, dealt, second;  // costs where the first parts end, and the second ones
+  int num_first, num_second = 0, num_third = 0;
+
+  __device__ PartSizes(int64_t total, int64_t num_splits, const DecodeGeometry& geometry)
+      : total(total), dealt(total), second(total) {
+    num_first =
+        static_cast<int>(min(num_splits, int64_t{min(geometry.num_resident, geometry.max_parts)}));
+    const int64_t part = total / max(num_first, 1);
+    if (num_splits < 4 * num_first || part < kMinMedium || part > kMaxMedium) return;
+    const int64_t held_back = total / 4, spare = geometry.max_parts - num_first;
+    num_third = static_cast<int>(min(spare / 3, held_back / 4 / kMinPart));
+    if (num_third == 0) return;
+    num_second = static_cast<int>(min(spare * 2 / 3, held_back * 3 / 4 / kMinPart));
+    dealt = total - held_back;
+    second = total - held_back / 4;
+  }
+
+  __device__ int num_parts() const { return num_first + num_second + num_third; }
+
+  __device__ int64_t begin(int part) const {
+    if (part <= num_first) return dealt * part / num_first;
+    part -= num_first;
+    if (part <= num_second) return dealt + (second - dealt) * part / num_second;
+    return second + (total - second) * (part - num_second) / num_third;
+  }
 };
 
 __device__ inline int64_t warp_inclusive_sum(int64_t x) {
@@ -84,7 +119,7 @@ __device__ inline bool is_not_past(const DecodeCut& a, int seq, int unit) {
 __global__ void __launch_bounds__(kNumThreads)
     plan_kernel(const __grid_constant__ AttentionLaunch p, const DecodeGeometry geometry) {
   __shared__ int64_t ends[kNumThreads];  // of the sequences of a round, along the line
-  const DecodePlan plan(p.plan, geometry.num_blocks);
+  const DecodePlan plan(p.plan, geometry.max_parts);
   const int rounds = ceil_div(p.num_seqs, kNumThreads);
   int64_t total = 0, num_splits = 0;
   for (int round = 0; round < rounds; ++round) {
@@ -99,11 +134,10 @@ __global__ void __launch_bounds__(kNumThreads)
     block_inclusive_sum(splits, &round_total);
     num_splits += round_total;
   }
-  // Where there are few splits, the first blocks have one each: they run on different SMs.
-  const int num_parts = static_cast<int>(min(num_splits, int64_t{geometry.num_blocks}));
-  const auto begin_of = [&](int part) { return total * part / num_parts; };
-  for (int i = threadIdx.x; i < geometry.num_blocks; i += kNumThreads) plan.arrivals[i] = 0;
-  for (int i = num_parts + threadIdx.x; i <= geometry.num_blocks; i += kNumThreads) {
+  const PartSizes sizes(total, num_splits, geometry);
+  const int num_parts = num_splits == 0 ? 0 : sizes.num_parts();
+  for (int i = threadIdx.x; i < geometry.max_parts; i += kNumThreads) plan.arrivals[i] = 0;
+  for (int i = num_parts + threadIdx.x; i <= geometry.max_parts; i += kNumThreads) {
     plan.cuts[i] = {p.num_seqs, 0, 0, i, 0, 0, 0, 0};
   }
 
@@ -115,7 +149,7 @@ __global__ void __launch_bounds__(kNumThreads)
     ends[threadIdx.x] = before + block_inclusive_sum(cost, &round_total);
     __syncthreads();
     for (int i = threadIdx.x; i < num_parts; i += kNumThreads) {
-      const int64_t at = begin_of(i);
+      const int64_t at = sizes.begin(i);
       if (at < before || at >= before + round_total) continue;
       int low = 0, high = kNumThreads - 1;  // the first sequence that ends past it
       while (low < high) {
@@ -128,7 +162,7 @@ __global__ void __launch_bounds__(kNumThreads)
       }
       const SequenceCost found(p, first_seq + low, geometry.tile_rows);
       plan.cuts[i] = cut_sequence(p, first_seq + low, found, at - (ends[low] - found.all()),
-                                  begin_of(i + 1) - at);
+                                  sizes.begin(i + 1) - at);
     }
     before += round_total;
     __syncthreads();
