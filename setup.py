@@ -224,7 +224,6 @@ class BuildExtension(cpp_extension.BuildExtension):
         except subprocess.CalledProcessError as error:
             stop(f"the compiler failed (exit code {error.returncode}); its messages are above")
 
-
     def _remove_stale_cuda_objects(self) -> None:
         # torch has ninja look at the headers of a .cu file only where torch is built for CUDA.
         headers = [path for kind in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{kind}")]
