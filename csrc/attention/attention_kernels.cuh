@@ -20,14 +20,10 @@ void launch_decode_fp32(const AttentionLaunch& p, cudaStream_t stream);
 // Merges the partial rows of the launch before, if there can be any.
 void launch_merge_splits(const AttentionLaunch& p, cudaStream_t stream);
 
-// Decodes on sm_90, 16-bit dtypes: blocks share the work by a plan and merge what they split.
-bool can_decode_sm90(const AttentionLaunch& p);
-void launch_plan_decode(const AttentionLaunch& p, cudaStream_t stream);
-void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream);
-
 // Prefills.
 void launch_prefill(const AttentionLaunch& p, cudaStream_t stream);  // 16-bit dtypes
-void launch_prefill_fp32(const AttentionLaunch& p, cudaStream_t stream);
+bool can_prefill_sm90(const AttentionLaunch& p);
+void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream);
 
 // Calls run(std::integral_constant<int, head_dim>{}).
 template <class Run>
