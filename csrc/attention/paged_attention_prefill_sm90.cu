@@ -83,10 +83,39 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 // A tile of rows of one KV head, and the tiles of tokens that it sees.
 struct WorkItem {
-  SequenceRows rows;
-  int seq, kv_head, first_row;  // seq -1: there is no more work
+  int seq, kv_head;  // seq -1: there is no more work
+  int64_t query_start;
+  int num_rows;                 // of the sequence from the tile's first on
+  int first_token, first_head;  // of the tile's first row, in the sequence and in the group
+  int first_position;           // of first_token
+  int seq_len;
   TokenRange visible;
   int first_block, last_block;
+};
+
+// Rows of a tile to tokens and heads of the group.
+struct GroupDivisor {
+  static constexpr int kBits = 20;
+  static constexpr int kMaxGroup = 512;  // up to it, and for rows of a tile, division is exact
+  int group, reciprocal;
+
+  explicit GroupDivisor(int group) : group(group), reciprocal((1 << kBits) / group + 1) {}
+
+  // Of a row from the tile's first on: the tokens after its token, ...
+  __device__ int token(const WorkItem& work, int row) const {
+    return ((work.first_head + row) * reciprocal) >> kBits;
+  }
+  // ... its position, and its place in query or out.
+  __device__ int position(const WorkItem& work, int row) const {
+    return work.first_position + token(work, row);
+  }
+  __device__ int64_t offset(const WorkItem& work, int row, int64_t stride_token,
+                            int64_t stride_head) const {
+    const int tokens = token(work, row);
+    const int head = work.first_head + row - tokens * group;
+    return (work.query_start + work.first_token + tokens) * stride_token +
+           (int64_t{work.kv_head} * group + head) * stride_head;
+  }
 };
 
 // Heads of a sequence that are worked on at a time: their keys and values stay in the L2 cache.
@@ -106,7 +135,7 @@ __device__ WorkItem find_item(const PagedAttentionParams& p, const Plan& plan, i
   }
   const int seq = plan.seqs[place];
   const SequenceRows rows(p, seq);
-  WorkItem work{rows, -1};
+  WorkItem work = {-1};
   if (item >= plan.first_item[p.num_seqs]) return work;
 
   // Sections of heads, in them tiles from the last to the first, in them heads.
@@ -121,16 +150,24 @@ __device__ WorkItem find_item(const PagedAttentionParams& p, const Plan& plan, i
   const int num_heads = min(section_heads, p.num_kv_heads - first_head);
   work.seq = seq;
   work.kv_head = first_head + in_section % num_heads;
-  work.first_row = (num_tiles - 1 - in_section / num_heads) * Shape::kTileRows;
-  const int last_row = min(work.first_row + Shape::kTileRows, rows.num_rows()) - 1;
-  work.visible = rows.visible(work.first_row, last_row, p.sliding_window);
+  const int first_row = (num_tiles - 1 - in_section / num_heads) * Shape::kTileRows;
+  work.query_start = rows.query_start;
+  work.num_rows = rows.num_rows() - first_row;
+  work.first_token = first_row / rows.group;
+  work.first_head = first_row % rows.group;
+  work.first_position = rows.position(first_row);
+  work.seq_len = rows.seq_len;
+  work.visible = rows.visible(first_row, min(first_row + Shape::kTileRows, rows.num_rows()) - 1,
+                              p.sliding_window);
   work.first_block = work.visible.begin / Shape::kTileTokens;
   work.last_block = max(work.first_block, (work.visible.end - 1) / Shape::kTileTokens);
   return work;
 }
 
+constexpr int kQueryWarps = 2;  // that load queries
+
 // Items that the block is at: the one before, the one multiplied and up to two loaded ahead.
-constexpr int kItemSlots = 4;
+constexpr int kItemSlots = 5;
 
 template <class Shape>
 struct Shared {
@@ -147,7 +184,7 @@ struct Shared {
   __device__ void init_barriers() {
     constexpr int kConsumerWarps = Shape::kConsumers * kWarpgroupSize / kWarpSize;
     for (Mbarrier& barrier : item_full) init_barrier(barrier, 1);
-    for (Mbarrier& barrier : query_full) init_barrier(barrier, 1);
+    for (Mbarrier& barrier : query_full) init_barrier(barrier, kQueryWarps);
     for (Mbarrier& barrier : query_empty) init_barrier(barrier, kConsumerWarps);
     for (Mbarrier& barrier : stage_full) init_barrier(barrier, 1);
     for (Mbarrier& barrier : stage_empty) init_barrier(barrier, kConsumerWarps);
@@ -172,48 +209,44 @@ struct Items {
   }
 };
 
-// The role of one warp: claims items, one ahead of the multiplication, and loads their queries.
+// The role of kQueryWarps warps: claim items, up to two ahead of the multiplication, and load their
+// queries.
 template <class Shape>
 __device__ void load_queries(const PagedAttentionParams& p, const Plan& plan,
-                             Shared<Shape>& shared) {
+                             const GroupDivisor& group, Shared<Shape>& shared, int query_warp) {
   using T = typename Shape::T;
   using Tile = typename Shape::Tile;
-  constexpr int kRowSets = Shape::kTileRows / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  RingPosition<kItemSlots> slot;
+  Items<Shape> items(shared);
   RingPosition<Shape::kQueryTiles> query;
   int item = blockIdx.x;
   while (true) {
-    // With one tile for queries the item is known, and its keys are loaded, before the tile is
-    // free.
-    if (Shape::kQueryTiles > 1) wait_barrier(shared.query_empty[query.index], query.parity ^ 1);
-    const WorkItem work = find_item<Shape>(p, plan, item);
-    if (lane == 0) {
-      shared.items[slot.index] = work;
-      arrive(shared.item_full[slot.index]);
-      item = gridDim.x + atomicAdd(plan.next_item, 1);
+    if (query_warp == 0) {
+      const WorkItem found = find_item<Shape>(p, plan, item);
+      if (lane == 0) {
+        shared.items[items.slot.index] = found;
+        arrive(shared.item_full[items.slot.index]);
+      }
     }
-    item = __shfl_sync(~0u, item, 0);
-    slot = slot.next();
-    if (work.seq < 0) return;
-    if (Shape::kQueryTiles == 1) wait_barrier(shared.query_empty[query.index], query.parity ^ 1);
+    const WorkItem* const work = items.next();
+    if (work == nullptr) return;
+    wait_barrier(shared.query_empty[query.index], query.parity ^ 1);
+    if (query_warp == 0 && lane == 0) item = gridDim.x + atomicAdd(plan.next_item, 1);
 
-    // Lane l of a set finds row l; then the warp copies the rows' chunks one after the other.
+    // Lane l finds row l of a set; then the warp copies the set's chunks one after the other.
     unsigned char* const tile = shared.queries[query.index];
 #pragma unroll 1
-    for (int set = 0; set < kRowSets; ++set) {
-      const int set_row = set * kWarpSize;
-      const bool is_valid = work.first_row + set_row + lane < work.rows.num_rows();
+    for (int set = query_warp * kWarpSize; set < Shape::kTileRows; set += kQueryWarps * kWarpSize) {
       const int64_t row_offset =
-          is_valid ? work.rows.offset(work.first_row + set_row + lane, work.kv_head,
-                                      p.query_stride_token, p.query_stride_head)
-                   : -1;
+          set + lane < work->num_rows
+              ? group.offset(*work, set + lane, p.query_stride_token, p.query_stride_head)
+              : -1;
 #pragma unroll 2
       for (int i = 0; i < Tile::kChunks; ++i) {
         const int row = (i * kWarpSize + lane) / Tile::kChunks;
         const int chunk = (i * kWarpSize + lane) % Tile::kChunks;
         const int64_t offset = __shfl_sync(~0u, row_offset, row);
-        copy_async(tile + Tile::offset(set_row + row, chunk),
+        copy_async(tile + Tile::offset(set + row, chunk),
                    static_cast<const T*>(p.query) + max(offset, int64_t{0}) + 8 * chunk,
                    offset >= 0);
       }
@@ -224,6 +257,7 @@ __device__ void load_queries(const PagedAttentionParams& p, const Plan& plan,
     __syncwarp();
     if (lane == 0) arrive(shared.query_full[query.index]);
     query = query.next();
+    item = __shfl_sync(~0u, item, 0);
   }
 }
 
@@ -306,34 +340,35 @@ __device__ void load_caches(const PagedAttentionParams& p, const CacheMaps& maps
 struct VisibleRows {
   TokenRange row[2], all;
 
-  __device__ VisibleRows(const WorkItem& work, int warp_row, int sliding_window) {
-    const SequenceRows& rows = work.rows;
-    const auto visible = [&](int row) {
-      row = min(row, rows.num_rows() - 1);
-      return rows.visible(row, row, sliding_window);
+  __device__ VisibleRows(const WorkItem& work, const GroupDivisor& group, int warp_row,
+                         int sliding_window) {
+    const auto visible = [&](int row) -> TokenRange {
+      const int position = group.position(work, min(row, work.num_rows - 1));
+      return {sliding_window > 0 ? position - sliding_window + 1 : 0, position + 1};
     };
-    const int first_row = work.first_row + warp_row;
-    for (int half = 0; half < 2; ++half) {
-      row[half] = visible(first_row + threadIdx.x % kWarpSize / 4 + 8 * half);
-    }
-    all = {visible(first_row + 15).begin, visible(first_row).end};
+    const int lane_row = warp_row + threadIdx.x % kWarpSize / 4;
+    row[0] = visible(lane_row);
+    row[1] = visible(lane_row + 8);
+    all = {visible(warp_row + 15).begin, visible(warp_row).end};
   }
 
   // Scores of tokens that a row doesn't see become -infinity.
   template <int kColumnTiles>
   __device__ void mask(float (&scores)[kColumnTiles][4], int first_token) const {
+    static_assert(2 * kColumnTiles <= 32);
     if (first_token >= all.begin && first_token + 8 * kColumnTiles <= all.end) return;
-    first_token += 2 * (threadIdx.x % 4);
+    // A bit for each of the lane's columns in a row, two of every eight; those below the limit.
+    const auto columns_before = [&](int limit) {
+      const int columns = max(limit - first_token - static_cast<int>(2 * (threadIdx.x % 4)), 0);
+      const int count = columns / 8 * 2 + min(columns % 8, 2);
+      return count < 32 ? (1u << count) - 1 : ~0u;
+    };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int begin = row[half].begin - first_token, end = row[half].end - first_token;
+      const uint32_t seen = columns_before(row[half].end) & ~columns_before(row[half].begin);
 #pragma unroll
-      for (int i = 0; i < kColumnTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int column = 8 * i + j;
-          if (column < begin || column >= end) scores[i][2 * half + j] = -kInfinity;
-        }
+      for (int i = 0; i < 2 * kColumnTiles; ++i) {
+        if (!(seen >> i & 1)) scores[i / 2][2 * half + i % 2] = -kInfinity;
       }
     }
   }
@@ -344,7 +379,7 @@ struct VisibleRows {
 struct LazyRowStates {
   static constexpr float kSlack = 8;
   float max[2] = {-kInfinity, -kInfinity};
-  float sum[2] = {0, 0};  // of this lane's columns alone, until finish()
+  float sum[2] = {0, 0};  // of this lane's columns alone
 
   // Turns scores times scale, as exponents of two, into weights. What was weighted before is to be
   // multiplied by rescale.
@@ -377,65 +412,38 @@ struct LazyRowStates {
       sum[half] = sum[half] * rescale[half] + new_sum;
     }
   }
-
-  __device__ void finish() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-    }
-  }
 };
 
-// Four words of each of a quad's lanes, transposed: lane l gets the l-th word of each lane.
-__device__ inline void transpose_quad(uint32_t (&words)[4]) {
-  const int lane = threadIdx.x % 4;
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool is_upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
-      uint32_t& low = words[i];
-      uint32_t& high = words[i + distance];
-      const uint32_t other = __shfl_xor_sync(~0u, is_upper ? low : high, distance);
-      (is_upper ? low : high) = other;
-    }
-  }
-}
-
-// Writes the 16 rows of a warp from its registers, where possible 16 bytes at a time.
+// Writes the 16 rows of a warp from its registers, in whole sectors of 32 bytes: even lanes take
+// four columns of a fragment from their neighbour's two and their own, odd ones of the next.
 template <class Shape>
-__device__ void write_rows(const PagedAttentionParams& p, const WorkItem& work, int warp_row,
-                           LazyRowStates& states, const float (&out)[Shape::kHeadDim / 8][4]) {
+__device__ void write_rows(const PagedAttentionParams& p, const GroupDivisor& group,
+                           const WorkItem& work, int warp_row, const float (&sums)[2],
+                           const float (&out)[Shape::kHeadDim / 8][4]) {
   using T = typename Shape::T;
-  constexpr int kColumnTiles = Shape::kHeadDim / 8;
-  constexpr int kQuadTiles = kColumnTiles / 4 * 4;
   const int lane = threadIdx.x % kWarpSize;
-  states.finish();
+  const bool is_odd = lane % 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float inverse = states.sum[half] == 0 ? 0 : 1 / states.sum[half];
-    const int row = work.first_row + warp_row + lane / 4 + 8 * half;
-    const bool is_valid = row < work.rows.num_rows();
-    T* const to =
-        static_cast<T*>(p.out) +
-        (is_valid ? work.rows.offset(row, work.kv_head, p.out_stride_token, p.out_stride_head) : 0);
-    const auto packed = [&](int i) {
-      return pack<T>(out[i][2 * half] * inverse, out[i][2 * half + 1] * inverse);
-    };
+    float sum = sums[half];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float inverse = sum == 0 ? 0 : __fdividef(1, sum);
+    const int row = warp_row + lane / 4 + 8 * half;
+    const bool is_valid = row < work.num_rows;
+    T* const to = static_cast<T*>(p.out) +
+                  group.offset(work, row, p.out_stride_token, p.out_stride_head) + 8 * is_odd +
+                  4 * (lane % 4 / 2);
 #pragma unroll
-    for (int i = 0; i < kQuadTiles; i += 4) {
-      uint32_t words[4] = {packed(i), packed(i + 1), packed(i + 2), packed(i + 3)};
-      transpose_quad(words);
+    for (int i = 0; i < Shape::kHeadDim / 8; i += 2) {
+      const uint32_t even = pack<T>(out[i][2 * half] * inverse, out[i][2 * half + 1] * inverse);
+      const uint32_t odd =
+          pack<T>(out[i + 1][2 * half] * inverse, out[i + 1][2 * half + 1] * inverse);
+      const uint32_t other = __shfl_xor_sync(~0u, is_odd ? even : odd, 1);
       if (is_valid) {
-        *reinterpret_cast<uint4*>(to + 8 * (i + lane % 4)) =
-            make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<uint2*>(to + 8 * i) =
+            is_odd ? make_uint2(other, odd) : make_uint2(even, other);
       }
-    }
-#pragma unroll
-    for (int i = kQuadTiles; i < kColumnTiles; ++i) {
-      if (is_valid) *reinterpret_cast<uint32_t*>(to + 8 * i + 2 * (lane % 4)) = packed(i);
     }
   }
 }
@@ -445,12 +453,13 @@ __device__ void write_rows(const PagedAttentionParams& p, const WorkItem& work, 
 // and that of this tile's values; then it is another's turn, while this one makes weights of the
 // scores. An item's outputs are written while the next one's first tile is under way.
 template <class Shape>
-__device__ void attend(const PagedAttentionParams& p, Shared<Shape>& shared) {
+__device__ void attend(const PagedAttentionParams& p, const GroupDivisor& group,
+                       Shared<Shape>& shared) {
   using T = typename Shape::T;
   using Tile = typename Shape::Tile;
   constexpr int kHeadDim = Shape::kHeadDim, kTileTokens = Shape::kTileTokens;
   const int lane = threadIdx.x % kWarpSize;
-  const int warpgroup = threadIdx.x / kWarpgroupSize - 1;
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0) - 1;
   const int warp_row = (threadIdx.x / kWarpSize - kWarpgroupSize / kWarpSize) * 16;
   const int own_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % Shape::kConsumers;
   const int own_barrier = 1 + Shape::kConsumers + warpgroup;
@@ -490,7 +499,7 @@ __device__ void attend(const PagedAttentionParams& p, Shared<Shape>& shared) {
   };
   // Values past the end of the sequence may be NaN, which a weight of zero does not stop.
   const auto clear_past_end = [&](const WorkItem& work, int tile, auto values) {
-    const int end = work.rows.seq_len - tile * kTileTokens;
+    const int end = work.seq_len - tile * kTileTokens;
     if (end >= kTileTokens) return;
     wait_barrier(shared.stage_full[values.index], values.parity);
     for (int i = max(end, 0) * Tile::kChunks + threadIdx.x % kWarpgroupSize;
@@ -507,7 +516,7 @@ __device__ void attend(const PagedAttentionParams& p, Shared<Shape>& shared) {
   if (work == nullptr) return;
   if (warpgroup == Shape::kConsumers - 1) arrive_named(next_turn, 2 * kWarpgroupSize);
   LazyRowStates states;
-  VisibleRows visible(*work, warp_row, p.sliding_window);
+  VisibleRows visible(*work, group, warp_row, p.sliding_window);
   int tile = work->last_block;
   bool is_sum = false;
 
@@ -536,6 +545,7 @@ __device__ void attend(const PagedAttentionParams& p, Shared<Shape>& shared) {
   if (tile == work->first_block) release(shared.query_empty[query.index]);
   weigh(tile);
   pack_weights();
+  wait_barrier(shared.stage_full[stage.index], stage.parity);
 
   while (true) {
     const bool ends_item = tile == work->first_block;
@@ -550,7 +560,6 @@ __device__ void attend(const PagedAttentionParams& p, Shared<Shape>& shared) {
     const auto keys = stage, values = stage.next();
 
     clear_past_end(*work, tile, values);
-    wait_barrier(shared.stage_full[keys.index], keys.parity);
     sync_named(own_turn, 2 * kWarpgroupSize);
     pin(scores);
     pin(out);
@@ -562,33 +571,36 @@ __device__ void attend(const PagedAttentionParams& p, Shared<Shape>& shared) {
     wait_products<1>();
     pin(scores);
     release(shared.stage_empty[keys.index]);
+    const float sums[2] = {states.sum[0], states.sum[1]};
     if (ends_item) {
-      wait_products<0>();
-      pin(out);
-      write_rows<Shape>(p, *work, warp_row, states, out);
       states = LazyRowStates();
-      visible = VisibleRows(*next_work, warp_row, p.sliding_window);
+      visible = VisibleRows(*next_work, group, warp_row, p.sliding_window);
     }
     if (next_tile == next_work->first_block) release(shared.query_empty[query.index]);
     weigh(next_tile);
+    pin(scores);
+    stage = values.next();
+    wait_barrier(shared.stage_full[stage.index], stage.parity);
     wait_products<0>();
     pin(out);
     release(shared.stage_empty[values.index]);
+    if (ends_item) {
+      write_rows<Shape>(p, group, *work, warp_row, sums, out);
+    } else {
+      rescale_rows(out, rescale);
+    }
     pack_weights();
     is_sum = !ends_item;
-    if (is_sum) rescale_rows(out, rescale);
     work = next_work;
     tile = next_tile;
-    stage = values.next();
   }
 
   clear_past_end(*work, tile, stage);
-  wait_barrier(shared.stage_full[stage.index], stage.parity);
   pin(out);
   multiply_values(stage.index, is_sum);
   wait_products<0>();
   pin(out);
-  write_rows<Shape>(p, *work, warp_row, states, out);
+  write_rows<Shape>(p, group, *work, warp_row, states.sum, out);
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -606,7 +618,7 @@ constexpr bool kIsSm90 = false;  // the kernel is empty; see has_kernels()
 template <class Shape>
 __global__ void __launch_bounds__(kIsSm90 ? Shape::kNumThreads : 1, 1)
     prefill_sm90_kernel(const __grid_constant__ PagedAttentionParams p,
-                        const __grid_constant__ CacheMaps maps, Plan plan) {
+                        const __grid_constant__ CacheMaps maps, Plan plan, GroupDivisor group) {
   if constexpr (kIsSm90) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(shared_bytes);
@@ -622,10 +634,10 @@ __global__ void __launch_bounds__(kIsSm90 ? Shape::kNumThreads : 1, 1)
     if (threadIdx.x < kWarpgroupSize) {
       release_registers<Shape::kProducerRegisters>();
       if (warp == 0) load_caches<Shape>(p, maps, shared);
-      if (warp == 1) load_queries<Shape>(p, plan, shared);
+      if (warp >= 1 && warp <= kQueryWarps) load_queries<Shape>(p, plan, group, shared, warp - 1);
     } else {
       take_registers<Shape::kConsumerRegisters>();
-      attend<Shape>(p, shared);
+      attend<Shape>(p, group, shared);
     }
   }
 }
@@ -698,6 +710,7 @@ bool can_prefill_sm90(const PagedAttentionParams& p) {
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && has_kernels() &&
          p.dtype != DType::kFloat32 && p.scale > 0 && p.block_size % 8 == 0 &&
+         p.num_heads / p.num_kv_heads <= GroupDivisor::kMaxGroup &&
          is_vec_aligned<__half>(p.query, p.query_stride_token, p.query_stride_head) &&
          is_vec_aligned<__half>(p.out, p.out_stride_token, p.out_stride_head) &&
          can_map(p, p.key_cache, p.key_stride_block, p.key_stride_token, p.key_stride_head) &&
@@ -737,7 +750,8 @@ void launch_prefill_sm90(const PagedAttentionParams& p, cudaStream_t stream) {
     config.stream = stream;
     config.attrs = &overlap;
     config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, kernel, p, maps, plan);
+    error = cudaLaunchKernelEx(&config, kernel, p, maps, plan,
+                               GroupDivisor(p.num_heads / p.num_kv_heads));
     check(error == cudaSuccess,
           "paged_attention prefill: launch failed: ", cudaGetErrorString(error));
   });
