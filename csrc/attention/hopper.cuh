@@ -68,13 +68,9 @@ struct RingPosition {
   }
 };
 
-// Barriers of whole warps by number, 1 .. 15: the last of num_threads to come lets the waiting go.
+// Waits for num_threads threads of whole warps to come to barrier 1 .. 15.
 __device__ inline void sync_named(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
-}
-
-__device__ inline void arrive_named(int barrier, int num_threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
 // What this thread wrote to shared memory becomes visible to the tensor cores and copy engine.

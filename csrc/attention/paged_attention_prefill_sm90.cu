@@ -25,8 +25,8 @@ struct Shape {
   static constexpr int kQueryTiles = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kStages = kHeadDim <= 96 ? 6 : kHeadDim == 128 ? 5 : 4;
   // Together no more than the block starts with: 168 or 128 a thread.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 160;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 };
 
 // The order of the work, in the workspace: sequences with more than one query token from the
@@ -119,7 +119,7 @@ struct GroupDivisor {
 };
 
 // Heads of a sequence that are worked on at a time: their keys and values stay in the L2 cache.
-constexpr int64_t kCachedBytes = 32 << 20;
+constexpr int kCachedBytes = 32 << 20;
 
 // Called by a whole warp.
 template <class Shape>
@@ -140,10 +140,9 @@ __device__ WorkItem find_item(const PagedAttentionParams& p, const Plan& plan, i
 
   // Sections of heads, in them tiles from the last to the first, in them heads.
   const int num_tiles = ceil_div(rows.num_rows(), Shape::kTileRows);
-  const int64_t head_bytes =
-      int64_t{2} * sizeof(typename Shape::T) * Shape::kHeadDim * max(rows.seq_len, 1);
-  const int section_heads =
-      static_cast<int>(min(max(kCachedBytes / head_bytes, int64_t{1}), int64_t{p.num_kv_heads}));
+  constexpr int kTokenBytes = 2 * Shape::kHeadDim * sizeof(typename Shape::T);
+  const int cached_heads = kCachedBytes / kTokenBytes / max(rows.seq_len, 1);
+  const int section_heads = min(max(cached_heads, 1), p.num_kv_heads);
   const int in_seq = item - plan.first_item[place];
   const int first_head = in_seq / (num_tiles * section_heads) * section_heads;
   const int in_section = in_seq - first_head * num_tiles;
@@ -166,7 +165,11 @@ __device__ WorkItem find_item(const PagedAttentionParams& p, const Plan& plan, i
 
 constexpr int kQueryWarps = 2;  // that load queries
 
-// Items that the block is at: the one before, the one multiplied and up to two loaded ahead.
+// The tile of tokens, from the last of an item, with which the next item is claimed: early enough
+// to load its queries, and late enough to leave it to a block that is free before.
+constexpr int kClaimAhead = 3;
+
+// Items that the block is at: the one written, the one multiplied and those loaded ahead.
 constexpr int kItemSlots = 5;
 
 template <class Shape>
@@ -177,13 +180,14 @@ struct Shared {
   alignas(1024) unsigned char queries[Shape::kQueryTiles][kQueryBytes];
   alignas(1024) unsigned char stages[Shape::kStages][kStageBytes];
   WorkItem items[kItemSlots];
-  Mbarrier item_full[kItemSlots];
+  Mbarrier item_full[kItemSlots], item_wanted;
   Mbarrier query_full[Shape::kQueryTiles], query_empty[Shape::kQueryTiles];
   Mbarrier stage_full[Shape::kStages], stage_empty[Shape::kStages];
 
   __device__ void init_barriers() {
     constexpr int kConsumerWarps = Shape::kConsumers * kWarpgroupSize / kWarpSize;
     for (Mbarrier& barrier : item_full) init_barrier(barrier, 1);
+    init_barrier(item_wanted, 1);
     for (Mbarrier& barrier : query_full) init_barrier(barrier, kQueryWarps);
     for (Mbarrier& barrier : query_empty) init_barrier(barrier, kConsumerWarps);
     for (Mbarrier& barrier : stage_full) init_barrier(barrier, 1);
@@ -209,8 +213,8 @@ struct Items {
   }
 };
 
-// The role of kQueryWarps warps: claim items, up to two ahead of the multiplication, and load their
-// queries.
+// The role of kQueryWarps warps: claim an item when it is wanted, not before, as another block may
+// be free earlier, and load its queries.
 template <class Shape>
 __device__ void load_queries(const PagedAttentionParams& p, const Plan& plan,
                              const GroupDivisor& group, Shared<Shape>& shared, int query_warp) {
@@ -219,9 +223,16 @@ __device__ void load_queries(const PagedAttentionParams& p, const Plan& plan,
   const int lane = threadIdx.x % kWarpSize;
   Items<Shape> items(shared);
   RingPosition<Shape::kQueryTiles> query;
+  RingPosition<1> wanted;
   int item = blockIdx.x;
-  while (true) {
+  for (bool is_first = true;; is_first = false) {
     if (query_warp == 0) {
+      if (!is_first) {
+        wait_barrier(shared.item_wanted, wanted.parity);
+        wanted = wanted.next();
+        if (lane == 0) item = gridDim.x + atomicAdd(plan.next_item, 1);
+        item = __shfl_sync(~0u, item, 0);
+      }
       const WorkItem found = find_item<Shape>(p, plan, item);
       if (lane == 0) {
         shared.items[items.slot.index] = found;
@@ -231,7 +242,6 @@ __device__ void load_queries(const PagedAttentionParams& p, const Plan& plan,
     const WorkItem* const work = items.next();
     if (work == nullptr) return;
     wait_barrier(shared.query_empty[query.index], query.parity ^ 1);
-    if (query_warp == 0 && lane == 0) item = gridDim.x + atomicAdd(plan.next_item, 1);
 
     // Lane l finds row l of a set; then the warp copies the set's chunks one after the other.
     unsigned char* const tile = shared.queries[query.index];
@@ -257,7 +267,6 @@ __device__ void load_queries(const PagedAttentionParams& p, const Plan& plan,
     __syncwarp();
     if (lane == 0) arrive(shared.query_full[query.index]);
     query = query.next();
-    item = __shfl_sync(~0u, item, 0);
   }
 }
 
@@ -317,8 +326,14 @@ __device__ void load_caches(const PagedAttentionParams& p, const CacheMaps& maps
   const WorkItem* work = items.next();
   if (work == nullptr) return;
   int tile = work->last_block;
+  const auto load_keys = [&](const Box& box) {
+    load(maps.keys, box);
+    if (lane == 0 && tile == min(work->first_block + kClaimAhead, work->last_block)) {
+      arrive(shared.item_wanted);
+    }
+  };
   Box box = find_box(*work, tile);
-  load(maps.keys, box);
+  load_keys(box);
   while (true) {
     // The next box is looked up before there is room for it.
     if (tile == work->first_block) {
@@ -329,7 +344,7 @@ __device__ void load_caches(const PagedAttentionParams& p, const CacheMaps& maps
       --tile;
     }
     const Box next_box = find_box(*work, tile);
-    load(maps.keys, next_box);
+    load_keys(next_box);
     load(maps.values, box);
     box = next_box;
   }
@@ -461,8 +476,7 @@ __device__ void attend(const PagedAttentionParams& p, const GroupDivisor& group,
   const int lane = threadIdx.x % kWarpSize;
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0) - 1;
   const int warp_row = (threadIdx.x / kWarpSize - kWarpgroupSize / kWarpSize) * 16;
-  const int own_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % Shape::kConsumers;
-  const int own_barrier = 1 + Shape::kConsumers + warpgroup;
+  const int own_barrier = 1 + warpgroup;
 
   const auto transform = ScoreTransform(p);
   const float scale = Shape::kHasSoftcap ? 1 : transform.scale;
@@ -514,7 +528,6 @@ __device__ void attend(const PagedAttentionParams& p, const GroupDivisor& group,
   Items<Shape> items(shared);
   const WorkItem* work = items.next();
   if (work == nullptr) return;
-  if (warpgroup == Shape::kConsumers - 1) arrive_named(next_turn, 2 * kWarpgroupSize);
   LazyRowStates states;
   VisibleRows visible(*work, group, warp_row, p.sliding_window);
   int tile = work->last_block;
@@ -560,13 +573,11 @@ __device__ void attend(const PagedAttentionParams& p, const GroupDivisor& group,
     const auto keys = stage, values = stage.next();
 
     clear_past_end(*work, tile, values);
-    sync_named(own_turn, 2 * kWarpgroupSize);
     pin(scores);
     pin(out);
     multiply_keys(keys.index);
     wait_barrier(shared.stage_full[values.index], values.parity);
     multiply_values(values.index, is_sum);
-    arrive_named(next_turn, 2 * kWarpgroupSize);
 
     wait_products<1>();
     pin(scores);
