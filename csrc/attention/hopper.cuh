@@ -1,6 +1,6 @@
 // Instructions of Hopper (sm_90a) that CUDA C++ has no name for, and tensor maps: what a kernel
-// needs to feed the asynchronous tensor cores. PTX ISA, "mbarrier", "cp.async.bulk.tensor",
-// "Asynchronous Warpgroup Level Matrix Instructions", "setmaxnreg".
+// needs to feed the asynchronous tensor cores (PTX ISA, "cp.async.bulk.tensor", "Asynchronous
+// Warpgroup Level Matrix Instructions", "setmaxnreg", "griddepcontrol").
 //
 // A warpgroup is four warps, the first a multiple of four. It multiplies matrices in shared memory
 // that lie in blocks of 8 rows x 128, 64 or 32 bytes (see SwizzledTile).
@@ -8,54 +8,11 @@
 
 #include <cuda.h>
 
-#include "attention/ptx.cuh"
+#include "attention/bulk_copy.cuh"
 
 namespace nano_vllm::cuda {
 
 constexpr int kWarpgroupSize = 128;
-
-// Barriers in shared memory. A phase ends when all arrivals and all announced bytes are in; waiting
-// for parity 0 returns once the first, third, ... phase has ended, for parity 1 the second, ...; on
-// a new barrier parity 1 returns at once.
-using Mbarrier = uint64_t;
-
-__device__ inline void init_barrier(Mbarrier& barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-
-// Makes initialised barriers known to the copy engine; __syncthreads does for the threads.
-__device__ inline void fence_barrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ inline void arrive(Mbarrier& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
-               : "memory");
-}
-
-// Arrives and announces bytes that copies will bring in this phase.
-__device__ inline void arrive_expecting(Mbarrier& barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-__device__ inline void wait_barrier(Mbarrier& barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni ended;\n"
-      "bra.uni again;\n"
-      "ended:\n"
-      "}\n" ::"r"(shared_address(&barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 // A place in a ring of kSize buffers, and the parity of the phase it is in.
 template <int kSize>
@@ -68,26 +25,22 @@ struct RingPosition {
   }
 };
 
-// Waits for num_threads threads of whole warps to come to barrier 1 .. 15.
-__device__ inline void sync_named(int barrier, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
-}
-
 // What this thread wrote to shared memory becomes visible to the tensor cores and copy engine.
 __device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Copies the box of a tensor that starts at the coordinates; places outside the tensor become 0.
-__device__ inline void load_box(void* to, const CUtensorMap& map, Mbarrier& barrier, int c0, int c1,
+__device__ inline void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int c0, int c1,
                                 int c2, int c3, int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "l"(&map), "r"(shared_address(&barrier.state)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 
+// Brings the map itself to the copy engine, ahead of its first use.
 __device__ inline void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -103,8 +56,8 @@ __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Programmatic dependent launch: the next kernel of the stream may start; all of the one before has
-// ended and is visible.
+// Programmatic dependent launch: lets the next kernel of the stream start; waits until the one
+// before has ended and its writes are visible.
 __device__ inline void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ inline void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
