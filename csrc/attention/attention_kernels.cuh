@@ -29,6 +29,10 @@ void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream);
 void launch_prefill(const AttentionLaunch& p, cudaStream_t stream);  // 16-bit dtypes
 void launch_prefill_fp32(const AttentionLaunch& p, cudaStream_t stream);
 
+// Prefills on sm_90, 16-bit dtypes.
+bool can_prefill_sm90(const AttentionLaunch& p);
+void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream);
+
 // Calls run(std::integral_constant<int, head_dim>{}).
 template <class Run>
 void dispatch_head_dim(int head_dim, const Run& run) {
@@ -61,12 +65,9 @@ void dispatch_16_bit(const AttentionLaunch& p, const Run& run) {
   });
 }
 
-// Launches with dynamic shared memory beyond the 48 KiB that need no permission.
-template <class Kernel, class... Args>
-void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
-                   size_t shared_bytes, cudaStream_t stream, const Args&... args) {
-  check(grid.y <= 65535 && grid.z <= 65535, name,
-        ": a grid has at most 65535 blocks in y and z, got ", grid.y, " and ", grid.z);
+// Dynamic shared memory beyond the 48 KiB that need no permission.
+template <class Kernel>
+void allow_shared_bytes(const char* name, Kernel* kernel, size_t shared_bytes) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes));
   if (error == cudaSuccess && shared_bytes > 0) {
@@ -76,8 +77,36 @@ void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
   }
   check(error == cudaSuccess, name, ": ", shared_bytes,
         " bytes of shared memory refused: ", cudaGetErrorString(error));
+}
+
+template <class Kernel, class... Args>
+void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
+                   size_t shared_bytes, cudaStream_t stream, const Args&... args) {
+  check(grid.y <= 65535 && grid.z <= 65535, name,
+        ": a grid has at most 65535 blocks in y and z, got ", grid.y, " and ", grid.z);
+  allow_shared_bytes(name, kernel, shared_bytes);
   kernel<<<grid, num_threads, shared_bytes, stream>>>(args...);
   check_launch(name);
+}
+
+// The same for a kernel that waits for the one before it in the stream by itself (sm_90): it starts
+// as soon as that one allows it.
+template <class Kernel, class... Args>
+void launch_dependent_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
+                             size_t shared_bytes, cudaStream_t stream, const Args&... args) {
+  allow_shared_bytes(name, kernel, shared_bytes);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(num_threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  check(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
 }
 
 }  // namespace nano_vllm::cuda

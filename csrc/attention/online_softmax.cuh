@@ -77,6 +77,47 @@ struct RowStates {
   }
 };
 
+// The same with a maximum that follows the scores only once they exceed it by kSlack: weights grow
+// to 2^kSlack, which float and the 16-bit types hold as exactly as 1, and outputs are rarely
+// rescaled.
+struct LazyRowStates {
+  static constexpr float kSlack = 8;
+  float max[2] = {-kInfinity, -kInfinity};
+  float sum[2] = {0, 0};  // of this lane's columns alone
+
+  // Turns scores times scale, as exponents of two, into weights. What was weighted before is to be
+  // multiplied by rescale.
+  template <int kColumnTiles>
+  __device__ void update(float (&scores)[kColumnTiles][4], float scale, float (&rescale)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float new_max = -kInfinity;
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; ++i) {
+        new_max = fmaxf(new_max, fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
+      }
+      new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 1));
+      new_max = scale * fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
+      rescale[half] = 1;
+      if (new_max - max[half] > kSlack) {
+        rescale[half] = exp2_approx(max[half] - new_max);
+        max[half] = new_max;
+      }
+      const float shift = max[half] == -kInfinity ? 0 : max[half];
+      float new_sum = 0;
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; ++i) {
+#pragma unroll
+        for (int j = 2 * half; j < 2 * half + 2; ++j) {
+          scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -shift));
+          new_sum += scores[i][j];
+        }
+      }
+      sum[half] = sum[half] * rescale[half] + new_sum;
+    }
+  }
+};
+
 // Multiplies accumulators by their rows' factors; the usual factor, once the maximum is found,
 // is 1.
 template <int kColumnTiles>

@@ -53,7 +53,9 @@ void paged_attention(const PagedAttentionParams& params, cudaStream_t stream) {
     launch_merge_splits(launch, stream);
   }
   if (params.max_query_len > launch.max_decode_queries) {
-    (is_fp32 ? launch_prefill_fp32 : launch_prefill)(launch, stream);
+    (is_fp32                    ? launch_prefill_fp32
+     : can_prefill_sm90(launch) ? launch_prefill_sm90
+                                : launch_prefill)(launch, stream);
   }
 }
 

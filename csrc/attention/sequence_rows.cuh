@@ -94,6 +94,21 @@ struct PartialRow {
   }
 };
 
+// The last index below count whose value, not falling with the index, is at most x; 0 if there is
+// none. A 32-fold search by a whole warp.
+template <class Value>
+__device__ inline int last_at_most(int64_t x, int count, const Value& value) {
+  const int lane = threadIdx.x % kWarpSize;
+  int begin = 0, end = count;
+  while (end - begin > 1) {
+    const int step = ceil_div(end - begin, kWarpSize), probe = begin + lane * step;
+    const unsigned at_most = __ballot_sync(~0u, probe < end && value(probe) <= x);
+    begin += max(__popc(at_most) - 1, 0) * step;
+    end = min(end, begin + step);
+  }
+  return begin;
+}
+
 // Row tiles of the sequences with more than one query token. They are numbered so that those of
 // sequence s start at (rows of the sequences before) / tile_rows + s, which leaves gaps but needs
 // no table: a block finds its tile from query_start_loc alone.
@@ -106,19 +121,11 @@ struct PrefillTile {
 
   // Called by whole warps.
   __device__ PrefillTile(const PagedAttentionParams& p, int64_t tile, int tile_rows) {
-    const int lane = threadIdx.x % kWarpSize, group = p.num_heads / p.num_kv_heads;
+    const int group = p.num_heads / p.num_kv_heads;
     const auto first_tile = [&](int s) {
       return int64_t{p.query_start_loc[s]} * group / tile_rows + s;
     };
-    // The last sequence whose first tile is not past this one, by a 32-fold search.
-    int begin = 0, end = p.num_seqs;
-    while (end - begin > 1) {
-      const int step = ceil_div(end - begin, kWarpSize), probe = begin + lane * step;
-      const unsigned not_past = __ballot_sync(~0u, probe < end && first_tile(probe) <= tile);
-      begin += max(__popc(not_past) - 1, 0) * step;
-      end = min(end, begin + step);
-    }
-    seq = begin;
+    seq = last_at_most(tile, p.num_seqs, first_tile);
     const int64_t row = (tile - first_tile(seq)) * tile_rows;
     first_row = row < 0 || row != static_cast<int>(row) ? -1 : static_cast<int>(row);
   }

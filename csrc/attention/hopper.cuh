@@ -1,0 +1,260 @@
+// Instructions of Hopper (sm_90a) that CUDA C++ has no name for, and tensor maps: what a kernel
+// needs to feed the asynchronous tensor cores (PTX ISA, "cp.async.bulk.tensor", "Asynchronous
+// Warpgroup Level Matrix Instructions", "setmaxnreg", "griddepcontrol").
+//
+// A warpgroup is four warps, the first a multiple of four. It multiplies matrices in shared memory
+// that lie in blocks of 8 rows x 128, 64 or 32 bytes (see SwizzledTile).
+#pragma once
+
+#include <cuda.h>
+
+#include "attention/bulk_copy.cuh"
+
+namespace nano_vllm::cuda {
+
+constexpr int kWarpgroupSize = 128;
+
+// A place in a ring of kSize buffers, and the parity of the phase it is in.
+template <int kSize>
+struct RingPosition {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ RingPosition next() const {
+    return index + 1 < kSize ? RingPosition{index + 1, parity} : RingPosition{0, parity ^ 1};
+  }
+};
+
+// What this thread wrote to shared memory becomes visible to the tensor cores and copy engine.
+__device__ inline void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Copies the box of a tensor that starts at the coordinates; places outside the tensor become 0.
+__device__ inline void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int c0, int c1,
+                                int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier.state)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+// Brings the map itself to the copy engine, ahead of its first use.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Called by all four warps of a warpgroup, to share out the registers of the block.
+template <int kCount>
+__device__ inline void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// Programmatic dependent launch: lets the next kernel of the stream start; waits until the one
+// before has ended and its writes are visible.
+__device__ inline void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Before the first product that reads or adds to registers which other instructions touched.
+__device__ inline void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes a group of this warpgroup's products.
+__device__ inline void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most kPending groups, the latest ones, are under way.
+template <int kPending>
+__device__ inline void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of accumulators across the fences and waits around them.
+template <int kCount>
+__device__ inline void pin(float (&sums)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3]));
+  }
+}
+
+// A tile of rows of kColumns 16-bit elements as the copy engine's box puts it and wgmma reads it:
+// [8-row group][column block][8 rows][kSwizzle bytes], where the 16-byte chunks of a row are
+// exchanged by address bits 7 and up: no eight rows of a chunk share a bank.
+template <int kColumns>
+struct SwizzledTile {
+  static constexpr int kSwizzle = kColumns % 64 == 0 ? 128 : kColumns % 32 == 0 ? 64 : 32;
+  static constexpr int kBlockColumns = kSwizzle / 2;
+  static constexpr int kColumnBlocks = kColumns / kBlockColumns;
+  static constexpr int kBlockBytes = 8 * kSwizzle;
+  static constexpr int kGroupBytes = kColumnBlocks * kBlockBytes;
+  static constexpr int kChunks = kColumns / 8;
+
+  __host__ __device__ static constexpr size_t bytes(int rows) {
+    return size_t{2} * rows * kColumns;
+  }
+
+  // In bytes.
+  __device__ static int offset(int row, int chunk) {
+    constexpr int kBlockChunks = kSwizzle / 16;
+    const int in_block = chunk % kBlockChunks ^ row % 8 * kSwizzle / 128;
+    return row / 8 * kGroupBytes + chunk / kBlockChunks * kBlockBytes + row % 8 * kSwizzle +
+           16 * in_block;
+  }
+
+  // The tile as a matrix whose K (the dimension summed over) runs along the columns ...
+  __device__ static uint64_t along_columns(const void* tile) { return descriptor(tile, 16); }
+  // ... and the distance, in units of a descriptor, from its start to the step-th 16 columns.
+  __host__ __device__ static constexpr int column_step(int step) {
+    return (step * 32 / kSwizzle * kBlockBytes + step * 32 % kSwizzle) / 16;
+  }
+
+  // The tile as a matrix whose K runs along the rows, and the distance to the step-th 16 rows.
+  __device__ static uint64_t along_rows(const void* tile) { return descriptor(tile, kBlockBytes); }
+  __host__ __device__ static constexpr int row_step(int step) {
+    return step * 2 * kGroupBytes / 16;
+  }
+
+ private:
+  // PTX ISA, "Matrix descriptor format". The leading offset leads to the next column block where K
+  // runs along the rows and is unused otherwise; the stride offset leads to the next 8 rows.
+  __device__ static uint64_t descriptor(const void* tile, int leading_offset) {
+    constexpr uint64_t kMode = kSwizzle == 128 ? 1 : kSwizzle == 64 ? 2 : 3;
+    return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(leading_offset >> 4) << 16 |
+           uint64_t{kGroupBytes >> 4} << 32 | kMode << 62;
+  }
+};
+
+// Starts sums (+)= a b for sums [64, kColumns], of which a thread holds what it would of the
+// [16, 8] fragments of ptx.cuh, warp w of the warpgroup rows 16 w and up. With is_sum false the old
+// sums don't count. One step multiplies 16 of K.
+template <class T, int kColumns>
+struct Warpgroup {
+  // a [64, K] and b [kColumns, K], both with K along the columns of their tile.
+  __device__ static void multiply(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b,
+                                  bool is_sum);
+  // a [64, 16] in registers, b [K, kColumns] with K along the rows of its tile.
+  __device__ static void multiply(float (&sums)[kColumns / 8][4], const uint32_t (&a)[4],
+                                  uint64_t b, bool is_sum);
+};
+
+// clang-format off
+#define SUMS_8(i)                                                                              \
+  "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3]), "+f"(sums[i + 1][0]), \
+      "+f"(sums[i + 1][1]), "+f"(sums[i + 1][2]), "+f"(sums[i + 1][3])
+#define SUMS_16(i) SUMS_8(i), SUMS_8(i + 2)
+#define SUMS_32(i) SUMS_16(i), SUMS_16(i + 4)
+#define SUMS_64(i) SUMS_32(i), SUMS_32(i + 8)
+#define NAMES_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_40 NAMES_32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39"
+#define NAMES_48 NAMES_40 ", " \
+  "%40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_64 NAMES_48 ", " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_96 NAMES_64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_128 NAMES_96 ", " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// The operands after the sums are numbered a, b, ... f.
+#define DEFINE_PRODUCTS(T, type, columns, count, a, b, c, d, e, f)                       \
+  template <>                                                                                      \
+  __device__ inline void Warpgroup<T, columns>::multiply(                                          \
+      float (&sums)[columns / 8][4], uint64_t left, uint64_t right, bool is_sum) {                    \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" c ", 0;\n"                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" NAMES_##count \
+                 "}, %" a ", %" b ", p, 1, 1, 0, 0;\n}\n"                                          \
+                 : ALL_SUMS_##count                                                                     \
+                 : "l"(left), "l"(right), "r"(int{is_sum}));                                       \
+  }                                                                                                \
+  template <>                                                                                      \
+  __device__ inline void Warpgroup<T, columns>::multiply(                                          \
+      float (&sums)[columns / 8][4], const uint32_t (&left)[4], uint64_t right, bool is_sum) {        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" f ", 0;\n"                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" NAMES_##count \
+                 "}, {%" a ", %" b ", %" c ", %" d "}, %" e ", p, 1, 1, 1;\n}\n"                   \
+                 : ALL_SUMS_##count                                                                     \
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),             \
+                   "r"(int{is_sum}));                                                              \
+  }
+#define DEFINE_BOTH_TYPES(columns, count, ...)                                           \
+  DEFINE_PRODUCTS(__half, "f16", columns, count, __VA_ARGS__)                            \
+  DEFINE_PRODUCTS(__nv_bfloat16, "bf16", columns, count, __VA_ARGS__)
+#define ALL_SUMS_32 SUMS_32(0)
+#define ALL_SUMS_40 SUMS_32(0), SUMS_8(8)
+#define ALL_SUMS_48 SUMS_32(0), SUMS_16(8)
+#define ALL_SUMS_64 SUMS_64(0)
+#define ALL_SUMS_96 SUMS_64(0), SUMS_32(16)
+#define ALL_SUMS_128 SUMS_64(0), SUMS_64(16)
+DEFINE_BOTH_TYPES(64, 32, "32", "33", "34", "35", "36", "37")
+DEFINE_BOTH_TYPES(80, 40, "40", "41", "42", "43", "44", "45")
+DEFINE_BOTH_TYPES(96, 48, "48", "49", "50", "51", "52", "53")
+DEFINE_BOTH_TYPES(128, 64, "64", "65", "66", "67", "68", "69")
+DEFINE_BOTH_TYPES(192, 96, "96", "97", "98", "99", "100", "101")
+DEFINE_BOTH_TYPES(256, 128, "128", "129", "130", "131", "132", "133")
+#undef DEFINE_BOTH_TYPES
+#undef DEFINE_PRODUCTS
+#undef ALL_SUMS_128
+#undef NAMES_128
+#undef ALL_SUMS_96
+#undef NAMES_96
+#undef ALL_SUMS_64
+#undef NAMES_64
+#undef ALL_SUMS_48
+#undef NAMES_48
+#undef ALL_SUMS_40
+#undef NAMES_40
+#undef ALL_SUMS_32
+#undef NAMES_32
+#undef SUMS_64
+#undef SUMS_32
+#undef SUMS_16
+#undef SUMS_8
+// clang-format on
+
+// What a tensor map describes: five dimensions, the first contiguous, strides in bytes.
+struct BoxedTensor {
+  const void* base;
+  uint64_t size[5];
+  uint64_t stride[4];  // of dimensions 1 .. 4
+  uint32_t box[5];
+};
+
+// The driver's encoder, found at run time: the library does not link the driver.
+inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, DType dtype, int swizzle_bytes) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
+    check(error == cudaSuccess && found == cudaDriverEntryPointSuccess,
+          "the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode(
+      &map,
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      5, const_cast<void*>(tensor.base), tensor.size, tensor.stride, tensor.box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+      : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                            : CU_TENSOR_MAP_SWIZZLE_32B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor map: error ",
+        static_cast<int>(result));
+  return map;
+}
+
+}  // namespace nano_vllm::cuda

@@ -1,0 +1,100 @@
+// The order in which persistent blocks work on the prefills of a batch.
+//
+// An item is a tile of rows for one KV head. Sequences are taken from the longest to the shortest:
+// long ones last would keep few multiprocessors busy at the end. Within a sequence come sections of
+// heads whose keys and values stay in the L2 cache together; in them tiles from the last, which
+// sees most, to the first; in them heads. The order decides who computes a row and when, not how.
+#pragma once
+
+#include "attention/attention_kernels.cuh"
+
+namespace nano_vllm::cuda {
+
+// In the workspace, where the decodes of the batch have left their partial results behind.
+struct PrefillPlan {
+  int32_t* num_claimed;  // items beyond the blocks' first ones that a block has taken
+  int32_t* seqs;         // [num_seqs], from the longest prefill to the shortest, then the others
+  int32_t* first_item;   // [num_seqs + 1], items before those of seqs[i]
+
+  explicit PrefillPlan(const AttentionLaunch& p)
+      : num_claimed(reinterpret_cast<int32_t*>(p.partial_results)),
+        seqs(num_claimed + 1),
+        first_item(seqs + p.num_seqs) {}
+};
+
+void launch_plan_prefill(const AttentionLaunch& p, const PrefillPlan& plan, int tile_rows,
+                         cudaStream_t stream);
+
+struct PrefillItem {
+  int seq, kv_head;  // seq -1: there is no more work
+  int64_t query_start;
+  int num_rows;                 // of the sequence, from the tile's first on
+  int first_token, first_head;  // of the tile's first row, in the query and in the group
+  int first_position;           // of first_token, in the sequence
+  int seq_len;
+  TokenRange visible;           // to any of the rows
+  int first_block, last_block;  // the tiles of tokens that hold them
+};
+
+// Bytes of keys and values that share the L2 cache with queries and outputs.
+constexpr int kCachedBytes = 32 << 20;
+
+// Called by a whole warp.
+template <int kTileRows, int kTileTokens>
+__device__ PrefillItem find_prefill_item(const AttentionLaunch& p, const PrefillPlan& plan,
+                                         int item) {
+  const int place = last_at_most(item, p.num_seqs, [&](int i) { return plan.first_item[i]; });
+  PrefillItem found = {-1};
+  if (item >= plan.first_item[p.num_seqs]) return found;
+
+  found.seq = plan.seqs[place];
+  const SequenceRows rows(p, found.seq);
+  const int num_tiles = ceil_div(rows.num_rows(), kTileRows);
+  const int token_bytes = 4 * p.head_dim;  // a key and a value of 16-bit elements
+  const int cached_heads = kCachedBytes / token_bytes / max(rows.seq_len, 1);
+  const int section_heads = min(max(cached_heads, 1), p.num_kv_heads);
+  const int in_seq = item - plan.first_item[place];
+  const int first_head = in_seq / (num_tiles * section_heads) * section_heads;
+  const int in_section = in_seq - first_head * num_tiles;
+  const int num_heads = min(section_heads, p.num_kv_heads - first_head);
+  found.kv_head = first_head + in_section % num_heads;
+
+  const int first_row = (num_tiles - 1 - in_section / num_heads) * kTileRows;
+  found.query_start = rows.query_start;
+  found.num_rows = rows.num_rows() - first_row;
+  found.first_token = first_row / rows.group;
+  found.first_head = first_row % rows.group;
+  found.first_position = rows.position(first_row);
+  found.seq_len = rows.seq_len;
+  found.visible =
+      rows.visible(first_row, min(first_row + kTileRows, rows.num_rows()) - 1, p.sliding_window);
+  found.first_block = found.visible.begin / kTileTokens;
+  found.last_block = max(found.first_block, (found.visible.end - 1) / kTileTokens);
+  return found;
+}
+
+// What SequenceRows says of a row, for row numbers from an item's first on: few enough to divide by
+// multiplying.
+struct GroupDivisor {
+  static constexpr int kBits = 20;
+  static constexpr int kMaxGroup = 512;  // up to it the quotients are exact
+  int group, reciprocal;
+
+  explicit GroupDivisor(int group) : group(group), reciprocal((1 << kBits) / group + 1) {}
+
+  __device__ int tokens_before(const PrefillItem& item, int row) const {
+    return (item.first_head + row) * reciprocal >> kBits;
+  }
+  __device__ int position(const PrefillItem& item, int row) const {
+    return item.first_position + tokens_before(item, row);
+  }
+  __device__ int64_t offset(const PrefillItem& item, int row, int64_t stride_token,
+                            int64_t stride_head) const {
+    const int tokens = tokens_before(item, row);
+    const int head = item.first_head + row - tokens * group;
+    return (item.query_start + item.first_token + tokens) * stride_token +
+           (int64_t{item.kv_head} * group + head) * stride_head;
+  }
+};
+
+}  // namespace nano_vllm::cuda
