@@ -93,8 +93,7 @@ __device__ void load_queries(const AttentionLaunch& p, const PrefillPlan& plan,
         if (lane == 0) item = gridDim.x + atomicAdd(plan.num_claimed, 1);
         item = __shfl_sync(~0u, item, 0);
       }
-      const PrefillItem found =
-          find_prefill_item<Shape::kTileRows, Shape::kTileTokens>(p, plan, item);
+      const PrefillItem found = find_prefill_item<Shape>(p, plan, item);
       if (lane == 0) {
         shared.items[items.slot.index] = found;
         shared.item_full[items.slot.index].arrive();

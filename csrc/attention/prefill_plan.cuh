@@ -39,8 +39,8 @@ struct PrefillItem {
 // Bytes of keys and values that share the L2 cache with queries and outputs.
 constexpr int kCachedBytes = 32 << 20;
 
-// Called by a whole warp.
-template <int kTileRows, int kTileTokens>
+// Called by a whole warp. Shape names the head_dim and the tiles' kTileRows and kTileTokens.
+template <class Shape>
 __device__ PrefillItem find_prefill_item(const AttentionLaunch& p, const PrefillPlan& plan,
                                          int item) {
   const int place = last_at_most(item, p.num_seqs, [&](int i) { return plan.first_item[i]; });
@@ -49,9 +49,9 @@ __device__ PrefillItem find_prefill_item(const AttentionLaunch& p, const Prefill
 
   found.seq = plan.seqs[place];
   const SequenceRows rows(p, found.seq);
-  const int num_tiles = ceil_div(rows.num_rows(), kTileRows);
-  const int token_bytes = 4 * p.head_dim;  // a key and a value of 16-bit elements
-  const int cached_heads = kCachedBytes / token_bytes / max(rows.seq_len, 1);
+  const int num_tiles = ceil_div(rows.num_rows(), Shape::kTileRows);
+  constexpr int kTokenBytes = 4 * Shape::kHeadDim;  // a key and a value of 16-bit elements
+  const int cached_heads = kCachedBytes / kTokenBytes / max(rows.seq_len, 1);
   const int section_heads = min(max(cached_heads, 1), p.num_kv_heads);
   const int in_seq = item - plan.first_item[place];
   const int first_head = in_seq / (num_tiles * section_heads) * section_heads;
@@ -59,17 +59,17 @@ __device__ PrefillItem find_prefill_item(const AttentionLaunch& p, const Prefill
   const int num_heads = min(section_heads, p.num_kv_heads - first_head);
   found.kv_head = first_head + in_section % num_heads;
 
-  const int first_row = (num_tiles - 1 - in_section / num_heads) * kTileRows;
+  const int first_row = (num_tiles - 1 - in_section / num_heads) * Shape::kTileRows;
   found.query_start = rows.query_start;
   found.num_rows = rows.num_rows() - first_row;
   found.first_token = first_row / rows.group;
   found.first_head = first_row % rows.group;
   found.first_position = rows.position(first_row);
   found.seq_len = rows.seq_len;
-  found.visible =
-      rows.visible(first_row, min(first_row + kTileRows, rows.num_rows()) - 1, p.sliding_window);
-  found.first_block = found.visible.begin / kTileTokens;
-  found.last_block = max(found.first_block, (found.visible.end - 1) / kTileTokens);
+  found.visible = rows.visible(first_row, min(first_row + Shape::kTileRows, rows.num_rows()) - 1,
+                               p.sliding_window);
+  found.first_block = found.visible.begin / Shape::kTileTokens;
+  found.last_block = max(found.first_block, (found.visible.end - 1) / Shape::kTileTokens);
   return found;
 }
 
