@@ -65,9 +65,13 @@ void dispatch_16_bit(const AttentionLaunch& p, const Run& run) {
   });
 }
 
-// Dynamic shared memory beyond the 48 KiB that need no permission.
-template <class Kernel>
-void allow_shared_bytes(const char* name, Kernel* kernel, size_t shared_bytes) {
+template <class Kernel, class... Args>
+void launch_with_attributes(const char* name, Kernel* kernel, dim3 grid, int num_threads,
+                            size_t shared_bytes, cudaStream_t stream,
+                            cudaLaunchAttribute* attributes, int num_attributes,
+                            const Args&... args) {
+  check(grid.y <= 65535 && grid.z <= 65535, name,
+        ": a grid has at most 65535 blocks in y and z, got ", grid.y, " and ", grid.z);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes));
   if (error == cudaSuccess && shared_bytes > 0) {
@@ -77,16 +81,23 @@ void allow_shared_bytes(const char* name, Kernel* kernel, size_t shared_bytes) {
   }
   check(error == cudaSuccess, name, ": ", shared_bytes,
         " bytes of shared memory refused: ", cudaGetErrorString(error));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(num_attributes);
+  error = cudaLaunchKernelEx(&config, kernel, args...);
+  check(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
 }
 
+// Launches with dynamic shared memory beyond the 48 KiB that need no permission.
 template <class Kernel, class... Args>
 void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
                    size_t shared_bytes, cudaStream_t stream, const Args&... args) {
-  check(grid.y <= 65535 && grid.z <= 65535, name,
-        ": a grid has at most 65535 blocks in y and z, got ", grid.y, " and ", grid.z);
-  allow_shared_bytes(name, kernel, shared_bytes);
-  kernel<<<grid, num_threads, shared_bytes, stream>>>(args...);
-  check_launch(name);
+  launch_with_attributes(name, kernel, grid, num_threads, shared_bytes, stream, nullptr, 0,
+                         args...);
 }
 
 // The same for a kernel that waits for the one before it in the stream by itself (sm_90): it starts
@@ -94,19 +105,11 @@ void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
 template <class Kernel, class... Args>
 void launch_dependent_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
                              size_t shared_bytes, cudaStream_t stream, const Args&... args) {
-  allow_shared_bytes(name, kernel, shared_bytes);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(num_threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-  check(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
+  launch_with_attributes(name, kernel, grid, num_threads, shared_bytes, stream, &attribute, 1,
+                         args...);
 }
 
 }  // namespace nano_vllm::cuda

@@ -9,21 +9,9 @@
 #include <cuda.h>
 
 #include "attention/bulk_copy.cuh"
+#include "attention/swizzled_tile.cuh"
 
 namespace nano_vllm::cuda {
-
-constexpr int kWarpgroupSize = 128;
-
-// A place in a ring of kSize buffers, and the parity of the phase it is in.
-template <int kSize>
-struct RingPosition {
-  int index = 0;
-  uint32_t parity = 0;
-
-  __device__ RingPosition next() const {
-    return index + 1 < kSize ? RingPosition{index + 1, parity} : RingPosition{0, parity ^ 1};
-  }
-};
 
 // What this thread wrote to shared memory becomes visible to the tensor cores and copy engine.
 __device__ inline void fence_async_proxy() {
@@ -83,53 +71,6 @@ __device__ inline void pin(float (&sums)[kCount][4]) {
     asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3]));
   }
 }
-
-// A tile of rows of kColumns 16-bit elements as the copy engine's box puts it and wgmma reads it:
-// [8-row group][column block][8 rows][kSwizzle bytes], where the 16-byte chunks of a row are
-// exchanged by address bits 7 and up: no eight rows of a chunk share a bank.
-template <int kColumns>
-struct SwizzledTile {
-  static constexpr int kSwizzle = kColumns % 64 == 0 ? 128 : kColumns % 32 == 0 ? 64 : 32;
-  static constexpr int kBlockColumns = kSwizzle / 2;
-  static constexpr int kColumnBlocks = kColumns / kBlockColumns;
-  static constexpr int kBlockBytes = 8 * kSwizzle;
-  static constexpr int kGroupBytes = kColumnBlocks * kBlockBytes;
-  static constexpr int kChunks = kColumns / 8;
-
-  __host__ __device__ static constexpr size_t bytes(int rows) {
-    return size_t{2} * rows * kColumns;
-  }
-
-  // In bytes.
-  __device__ static int offset(int row, int chunk) {
-    constexpr int kBlockChunks = kSwizzle / 16;
-    const int in_block = chunk % kBlockChunks ^ row % 8 * kSwizzle / 128;
-    return row / 8 * kGroupBytes + chunk / kBlockChunks * kBlockBytes + row % 8 * kSwizzle +
-           16 * in_block;
-  }
-
-  // The tile as a matrix whose K (the dimension summed over) runs along the columns ...
-  __device__ static uint64_t along_columns(const void* tile) { return descriptor(tile, 16); }
-  // ... and the distance, in units of a descriptor, from its start to the step-th 16 columns.
-  __host__ __device__ static constexpr int column_step(int step) {
-    return (step * 32 / kSwizzle * kBlockBytes + step * 32 % kSwizzle) / 16;
-  }
-
-  // The tile as a matrix whose K runs along the rows, and the distance to the step-th 16 rows.
-  __device__ static uint64_t along_rows(const void* tile) { return descriptor(tile, kBlockBytes); }
-  __host__ __device__ static constexpr int row_step(int step) {
-    return step * 2 * kGroupBytes / 16;
-  }
-
- private:
-  // PTX ISA, "Matrix descriptor format". The leading offset leads to the next column block where K
-  // runs along the rows and is unused otherwise; the stride offset leads to the next 8 rows.
-  __device__ static uint64_t descriptor(const void* tile, int leading_offset) {
-    constexpr uint64_t kMode = kSwizzle == 128 ? 1 : kSwizzle == 64 ? 2 : 3;
-    return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(leading_offset >> 4) << 16 |
-           uint64_t{kGroupBytes >> 4} << 32 | kMode << 62;
-  }
-};
 
 // Starts sums (+)= a b for sums [64, kColumns], of which a thread holds what it would of the
 // [16, 8] fragments of ptx.cuh, warp w of the warpgroup rows 16 w and up. With is_sum false the old
@@ -221,14 +162,6 @@ DEFINE_BOTH_TYPES(256, 128, "128", "129", "130", "131", "132", "133")
 #undef SUMS_16
 #undef SUMS_8
 // clang-format on
-
-// What a tensor map describes: five dimensions, the first contiguous, strides in bytes.
-struct BoxedTensor {
-  const void* base;
-  uint64_t size[5];
-  uint64_t stride[4];  // of dimensions 1 .. 4
-  uint32_t box[5];
-};
 
 // The driver's encoder, found at run time: the library does not link the driver.
 inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, DType dtype, int swizzle_bytes) {

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kNumThreads)
   using Shape = DecodeShape<T, kHeadDim>;
   using Layout = typename Shape::Layout;
   constexpr int kSlots = Shape::kSlots, kDepthTiles = kHeadDim / 16;
-  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
 
   const int seq = blockIdx.x, split = blockIdx.z;
   const SequenceRows rows(p, seq);

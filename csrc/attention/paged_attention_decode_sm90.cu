@@ -499,7 +499,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
 
   part.for_each_unit(
       p, kTileRows,
-      [&](int seq, const SequenceRows& rows, const DecodeSplits& splits, int unit, int first_split,
+      [&](int, const SequenceRows& rows, const DecodeSplits& splits, int unit, int first_split,
           int last_split) {
         const int num_tiles = ceil_div(rows.num_rows(), kTileRows);
         const int kv_head = unit / num_tiles, first_row = unit % num_tiles * kTileRows;
@@ -634,7 +634,7 @@ __global__ void __launch_bounds__(kNumThreads, (DecodeShape<T, kHeadDim, kTileRo
     decode_kernel(const __grid_constant__ AttentionLaunch p, const DecodeGeometry geometry) {
   using Shape = DecodeShape<T, kHeadDim, kTileRows>;
   constexpr int kSlots = Shape::kSlots;
-  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
   T* const ring = reinterpret_cast<T*>(shared);
   float* const results = reinterpret_cast<float*>(ring + kSlots * Shape::kTileSize);
   Barrier* const full =

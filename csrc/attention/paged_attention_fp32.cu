@@ -38,7 +38,7 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
   using Shape = Fp32Shape<kHeadDim, kTileRows>;
   constexpr int kWarpRows = kTileRows / kNumWarps;
   constexpr int kColumns = ceil_div(kHeadDim, kWarpSize);
-  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
   float* const query_tile = reinterpret_cast<float*>(shared);
   float* const key_tile = query_tile + kTileRows * kHeadDim;
   float* const value_tile = key_tile + Shape::kTileSize;

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kNumThreads)
   using Layout = typename Shape::Layout;
   constexpr int kWarpTiles = Shape::kWarpTiles, kDepthTiles = kHeadDim / 16;
   constexpr int kColumnTiles = kTileTokens / 8;
-  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
 
   // Blocks start in the order of their index: the last rows of a sequence see most and go first.
   const PrefillTile row_tile(p, int64_t{gridDim.x} - 1 - blockIdx.x, Shape::kTileRows);

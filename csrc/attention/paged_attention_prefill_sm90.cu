@@ -449,8 +449,7 @@ __global__ void __launch_bounds__(kIsSm90 ? Shape::kNumThreads : 1, 1)
                         const __grid_constant__ CacheMaps maps, PrefillPlan plan,
                         GroupDivisor group) {
   if constexpr (kIsSm90) {
-    extern __shared__ __align__(1024) unsigned char shared_bytes[];
-    Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(shared_bytes);
+    Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(dynamic_shared());
     if (threadIdx.x == 0) {
       shared.init_barriers();
       prefetch_map(maps.keys.map);

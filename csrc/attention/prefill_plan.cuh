@@ -44,7 +44,8 @@ template <class Shape>
 __device__ PrefillItem find_prefill_item(const AttentionLaunch& p, const PrefillPlan& plan,
                                          int item) {
   const int place = last_at_most(item, p.num_seqs, [&](int i) { return plan.first_item[i]; });
-  PrefillItem found = {-1};
+  PrefillItem found{};
+  found.seq = -1;
   if (item >= plan.first_item[p.num_seqs]) return found;
 
   found.seq = plan.seqs[place];

@@ -9,6 +9,12 @@
 
 namespace nano_vllm::cuda {
 
+// The block's dynamic shared memory, of the size that the launch gave.
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  return shared_bytes;
+}
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

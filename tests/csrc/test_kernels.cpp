@@ -14,11 +14,9 @@
 #include <omp.h>
 #endif
 
-#include "attention/paged_attention.h"
+#include "attention_case.h"
 #include "cache/copy_blocks.h"
 #include "cache/reshape_and_cache.h"
-#include "check.h"
-#include "common/simd_convert.h"
 #include "layers/activation.h"
 #include "layers/linear.h"
 #include "layers/rms_norm.h"
@@ -27,253 +25,31 @@
 namespace nano_vllm::test {
 namespace {
 
-using cpu::BFloat16;
-using cpu::Float16;
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-
-std::mt19937 generator(1);
-
-double uniform(double low, double high) {
-  return std::uniform_real_distribution<double>(low, high)(generator);
-}
-
-// Conversions one at a time and by arithmetic, not by the bit tricks under test.
-double to_double(DType dtype, const void* element) {
-  if (dtype == DType::kFloat32) return *static_cast<const float*>(element);
-  const uint16_t bits = *static_cast<const uint16_t*>(element);
-  const int mantissa_bits = dtype == DType::kFloat16 ? 10 : 7;
-  const int bias = dtype == DType::kFloat16 ? 15 : 127;
-  const int exponent = (bits & 0x7fff) >> mantissa_bits;
-  const int mantissa = bits & ((1 << mantissa_bits) - 1);
-  double value;
-  if (exponent == 2 * bias + 1) {
-    value = mantissa == 0 ? INFINITY : NAN;
-  } else if (exponent == 0) {
-    value = std::ldexp(mantissa, 1 - bias - mantissa_bits);
-  } else {
-    value = std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
-  }
-  return bits & 0x8000 ? -value : value;
-}
-
-// A run of elements of any dtype. Those never set are NaN.
-class Buffer {
- public:
-  Buffer(DType dtype, int64_t numel)
-      : dtype_(dtype), bytes_(static_cast<size_t>(numel) * size_of(dtype), 0xff) {}
-
-  void* data() { return bytes_.data(); }
-  int64_t numel() const { return static_cast<int64_t>(bytes_.size() / size_of(dtype_)); }
-  double operator[](int64_t i) const { return to_double(dtype_, bytes_.data() + offset(i)); }
-
-  void set(int64_t i, double value) {
-    const float x = static_cast<float>(value);
-    cpu::dispatch_dtype(dtype_, [&](auto element) {
-      using T = decltype(element);
-      T out[4];
-      cpu::simd::store(out, cpu::simd::broadcast<4>(x));
-      std::memcpy(bytes_.data() + offset(i), out, sizeof(T));
-    });
-  }
-  void fill(double low, double high) {
-    for (int64_t i = 0; i < numel(); ++i) set(i, uniform(low, high));
-  }
-  bool operator==(const Buffer& other) const { return bytes_ == other.bytes_; }
-  bool same_bits(int64_t i, const Buffer& other, int64_t j, int64_t count) const {
-    return std::memcmp(bytes_.data() + offset(i), other.bytes_.data() + offset(j),
-                       static_cast<size_t>(count) * size_of(dtype_)) == 0;
-  }
-
- private:
-  size_t offset(int64_t i) const { return static_cast<size_t>(i) * size_of(dtype_); }
-
-  DType dtype_;
-  std::vector<unsigned char> bytes_;
-};
-
-// `error` is for float32, relative to the larger of the value and `scale`; rounding to 16 bits
-// comes on top.
-bool is_close(DType dtype, double got, double expected, double error, double scale) {
-  const double rounding = dtype == DType::kFloat32   ? 0
-                          : dtype == DType::kFloat16 ? 0x1p-11
-                                                     : 0x1p-8;
-  const double smallest = dtype == DType::kFloat16 ? 0x1p-25 : 0;
-  return std::abs(got - expected) <= error * std::max(std::abs(expected), scale) +
-                                         rounding * 1.01 * std::abs(expected) + smallest;
-}
-
 void set_threads([[maybe_unused]] int threads) {
 #ifdef _OPENMP
   omp_set_num_threads(threads);
 #endif
 }
 
-// --- paged attention ---
-
-struct Sequence {
-  int query_len, seq_len;
-};
-
-struct AttentionCase {
-  DType dtype;
-  int num_heads, num_kv_heads, head_dim, block_size;
-  std::vector<Sequence> sequences;
-  int sliding_window = 0;
-  float softcap = 0;
-  bool strided = false;  // a fused QKV tensor and a cache with keys and values in turns
-};
-
-// The tensors of a case; block tables in random order, slots that hold no token NaN.
-struct AttentionInputs {
-  explicit AttentionInputs(const AttentionCase& c)
-      : query(c.dtype, 0), keys(c.dtype, 0), values(c.dtype, 0) {
-    PagedAttentionParams& p = params;
-    p.dtype = c.dtype;
-    p.num_seqs = static_cast<int32_t>(c.sequences.size());
-    p.num_heads = c.num_heads, p.num_kv_heads = c.num_kv_heads;
-    p.head_dim = c.head_dim, p.block_size = c.block_size;
-    p.sliding_window = c.sliding_window, p.softcap = c.softcap;
-    p.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
-
-    int max_blocks = 1, num_blocks = 1;
-    start.push_back(0);
-    for (const Sequence& s : c.sequences) {
-      const int blocks = (s.seq_len + c.block_size - 1) / c.block_size;
-      max_blocks = std::max(max_blocks, blocks);
-      num_blocks += blocks;
-      start.push_back(start.back() + s.query_len);
-      lens.push_back(s.seq_len);
-      p.max_query_len = std::max(p.max_query_len, s.query_len);
-      p.max_seq_len = std::max(p.max_seq_len, s.seq_len);
-    }
-    std::vector<int32_t> order(num_blocks);
-    std::iota(order.begin(), order.end(), 0);
-    std::shuffle(order.begin(), order.end(), generator);
-    // An entry past the sequence's blocks leads far out of the cache.
-    tables.assign(c.sequences.size() * (max_blocks + 1), 1 << 30);
-    p.block_tables_stride = max_blocks + 1;
-
-    num_tokens = start.back() + 2;  // two rows of padding
-    const int64_t heads = c.strided ? c.num_heads + 2 * c.num_kv_heads : c.num_heads;
-    p.query_stride_head = c.head_dim, p.query_stride_token = heads * c.head_dim;
-    p.out_stride_head = c.head_dim + (c.strided ? 3 : 0),
-    p.out_stride_token = p.out_stride_head * c.num_heads;
-    query = Buffer(c.dtype, num_tokens * p.query_stride_token);
-    for (int64_t i = 0; i < start.back() * p.query_stride_token; ++i) query.set(i, uniform(-2, 2));
-
-    const int64_t plane = int64_t{c.block_size} * c.num_kv_heads * c.head_dim;
-    // Blocks of [block_size, heads, dim], or, strided, of [heads, block_size, dim].
-    p.key_stride_token = c.strided ? c.head_dim : c.num_kv_heads * c.head_dim;
-    p.key_stride_head = c.strided ? c.block_size * c.head_dim : c.head_dim;
-    p.key_stride_block = c.strided ? 2 * plane : plane;
-    p.value_stride_token = p.key_stride_token, p.value_stride_head = p.key_stride_head;
-    p.value_stride_block = p.key_stride_block;
-    keys = Buffer(c.dtype, num_blocks * p.key_stride_block);
-    values = Buffer(c.dtype, num_blocks * p.value_stride_block);
-    int used = 0;
-    for (size_t s = 0; s < c.sequences.size(); ++s) {
-      int32_t* table = tables.data() + s * p.block_tables_stride;
-      for (int t = 0; t < c.sequences[s].seq_len; ++t) {
-        if (t % c.block_size == 0) table[t / c.block_size] = order[used++];
-        for (int64_t i = 0; i < int64_t{c.num_kv_heads} * c.head_dim; ++i) {
-          const int64_t at = key_offset(s, t, static_cast<int>(i / c.head_dim)) + i % c.head_dim;
-          keys.set(at, uniform(-2, 2));
-          values.set(at, uniform(-1, 1));
-        }
-      }
-    }
-  }
-
-  int64_t key_offset(size_t seq, int64_t t, int kv_head) const {
-    const int64_t block = tables[seq * params.block_tables_stride + t / params.block_size];
-    return block * params.key_stride_block + t % params.block_size * params.key_stride_token +
-           kv_head * params.key_stride_head;
-  }
-
-  Buffer run() {
-    Buffer out(params.dtype, num_tokens * params.out_stride_token);
-    params.out = out.data(), params.query = query.data();
-    params.key_cache = keys.data(), params.value_cache = values.data();
-    params.block_tables = tables.data();
-    params.query_start_loc = start.data(), params.seq_lens = lens.data();
-    cpu::paged_attention(params);
-    return out;
-  }
-
-  PagedAttentionParams params{};
-  int64_t num_tokens;
-  Buffer query, keys, values;
-  std::vector<int32_t> start, lens, tables;
-};
-
-std::vector<double> attention_row(const AttentionInputs& in, size_t seq, int64_t token, int head) {
-  const PagedAttentionParams& p = in.params;
-  const int64_t position = in.lens[seq] - (in.start[seq + 1] - token);
-  const int64_t first =
-      p.sliding_window > 0 ? std::max<int64_t>(0, position - p.sliding_window + 1) : 0;
-  const int kv_head = head / (p.num_heads / p.num_kv_heads);
-  std::vector<double> scores;
-  for (int64_t t = first; t <= position; ++t) {
-    double score = 0;
-    for (int d = 0; d < p.head_dim; ++d) {
-      score += in.query[token * p.query_stride_token + head * p.query_stride_head + d] *
-               in.keys[in.key_offset(seq, t, kv_head) + d];
-    }
-    score *= p.scale;
-    scores.push_back(p.softcap > 0 ? p.softcap * std::tanh(score / p.softcap) : score);
-  }
-  const double max = *std::max_element(scores.begin(), scores.end());
-  double sum = 0;
-  std::vector<double> out(p.head_dim, 0.0);
-  for (int64_t t = first; t <= position; ++t) {
-    const double weight = std::exp(scores[t - first] - max);
-    sum += weight;
-    for (int d = 0; d < p.head_dim; ++d)
-      out[d] += weight * in.values[in.key_offset(seq, t, kv_head) + d];
-  }
-  for (double& x : out) x /= sum;
-  return out;
-}
-
-void test_attention_case(const AttentionCase& c) {
-  AttentionInputs in(c);
-  const PagedAttentionParams& p = in.params;
-  const Buffer out = in.run();
-  bool close = true, untouched = true;
-  for (size_t s = 0; s < c.sequences.size(); ++s) {
-    for (int64_t token = in.start[s]; token < in.start[s + 1]; ++token) {
-      for (int head = 0; head < c.num_heads; ++head) {
-        const std::vector<double> expected = attention_row(in, s, token, head);
-        for (int d = 0; d < c.head_dim; ++d) {
-          const int64_t at = token * p.out_stride_token + head * p.out_stride_head + d;
-          close = close && is_close(c.dtype, out[at], expected[d], 2e-6, 0.5);
-        }
-      }
-    }
-  }
-  for (int64_t i = in.start.back() * p.out_stride_token; i < out.numel(); ++i) {
-    untouched = untouched && std::isnan(out[i]);
-  }
-  CHECK(close);
-  CHECK(untouched);
-}
+void attend(const PagedAttentionParams& params) { cpu::paged_attention(params); }
 
 void test_attention() {
+  constexpr double kError = 2e-6;
   const std::vector<Sequence> mixed = {{1, 1},   {1, 7}, {1, 8},  {1, 9}, {5, 5},
                                        {17, 40}, {0, 0}, {1, 64}, {1, 65}};
   for (DType dtype : kDTypes) {
-    test_attention_case({dtype, 9, 3, 64, 8, mixed});
-    test_attention_case({dtype, 4, 4, 80, 16, mixed, 0, 0, true});
-    test_attention_case({dtype, 8, 1, 96, 16, mixed, 5});
-    test_attention_case({dtype, 4, 2, 128, 32, mixed, 0, 3.0f});
-    test_attention_case({dtype, 2, 1, 256, 16, {{3, 20}, {1, 300}}, 33, 20.0f, true});
-    test_attention_case({dtype, 2, 2, 192, 256, {{1, 255}, {1, 256}, {2, 257}}});
-    test_attention_case({dtype, 64, 1, 64, 16, {{2, 70}}});  // more heads than rows of a task
+    test_attention_case({dtype, 9, 3, 64, 8, mixed}, kError, attend);
+    test_attention_case({dtype, 4, 4, 80, 16, mixed, 0, 0, true}, kError, attend);
+    test_attention_case({dtype, 8, 1, 96, 16, mixed, 5}, kError, attend);
+    test_attention_case({dtype, 4, 2, 128, 32, mixed, 0, 3.0f}, kError, attend);
+    test_attention_case({dtype, 2, 1, 256, 16, {{3, 20}, {1, 300}}, 33, 20.0f, true}, kError,
+                        attend);
+    test_attention_case({dtype, 2, 2, 192, 256, {{1, 255}, {1, 256}, {2, 257}}}, kError, attend);
+    test_attention_case({dtype, 64, 1, 64, 16, {{2, 70}}}, kError,
+                        attend);  // more heads than rows of a task
   }
-  test_attention_case({DType::kFloat32, 2, 1, 64, 16, {{1, 1500}}});
-  test_attention_case({DType::kFloat32, 3, 1, 64, 16, {{130, 700}}, 100});
+  test_attention_case({DType::kFloat32, 2, 1, 64, 16, {{1, 1500}}}, kError, attend);
+  test_attention_case({DType::kFloat32, 3, 1, 64, 16, {{130, 700}}, 100}, kError, attend);
 }
 
 // A row has the same bits alone as a decode, in a batch, and on any number of threads.
@@ -283,10 +59,10 @@ void test_attention_bits() {
       const AttentionCase c{dtype, 6, 2, 80, 16, {{40, 600}, {1, 333}, {70, 70}}, window};
       AttentionInputs in(c);
       set_threads(1);
-      const Buffer whole = in.run();
+      const Buffer whole = in.run(attend);
       const int64_t row_numel = in.params.out_stride_token;
       set_threads(3);
-      CHECK(in.run().same_bits(0, whole, 0, in.start.back() * row_numel));
+      CHECK(in.run(attend).same_bits(0, whole, 0, in.start.back() * row_numel));
       const std::vector<int32_t> start = in.start, lens = in.lens;
       bool same = true;
       for (size_t s = 0; s < c.sequences.size(); ++s) {
@@ -303,7 +79,7 @@ void test_attention_bits() {
           one.params.num_seqs = 1, one.params.max_query_len = 1,
           one.params.max_seq_len = one.lens[0];
           one.num_tokens = 3;
-          same = same && one.run().same_bits(0, whole, token * row_numel, row_numel);
+          same = same && one.run(attend).same_bits(0, whole, token * row_numel, row_numel);
         }
       }
       CHECK(same);

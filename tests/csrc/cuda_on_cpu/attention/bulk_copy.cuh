@@ -1,0 +1,54 @@
+// What attention/bulk_copy.cuh says, on a CPU: copies arrive at once.
+#pragma once
+
+#include "attention/ptx.cuh"
+
+namespace nano_vllm::cuda {
+
+struct Barrier {
+  uint64_t phase : 1, expected : 12, pending : 12, bytes : 39;
+
+  void init(int arrivals) {
+    phase = 0, bytes = 0;
+    expected = pending = static_cast<uint64_t>(arrivals);
+  }
+  void arrive() {
+    pending = pending - 1;
+    complete();
+  }
+  void arrive_and_expect(uint32_t more) {
+    bytes = bytes + more;
+    arrive();
+  }
+  void arrived(uint32_t count) {
+    bytes = bytes - count;
+    complete();
+  }
+  void wait(uint32_t parity) {
+    cuda_on_cpu::wait_until([&] { return phase != parity; });
+  }
+
+ private:
+  void complete() {
+    if (pending != 0 || bytes != 0) return;
+    phase = phase ^ 1;
+    pending = expected;
+  }
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline void publish_barriers() {}
+
+inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+  std::memcpy(to, from, bytes);
+  barrier.arrived(bytes);
+}
+
+inline int add_arrivals(int* counter, int count) { return atomicAdd(counter, count); }
+
+inline void sync_threads(int barrier, int num_threads) {
+  cuda_on_cpu::meet(barrier, static_cast<int>(threadIdx.x) % num_threads, num_threads, nullptr,
+                    [](void**) {});
+}
+
+}  // namespace nano_vllm::cuda

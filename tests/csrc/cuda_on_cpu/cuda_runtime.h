@@ -1,0 +1,206 @@
+// CUDA C++ on a CPU, as far as the attention kernels use it: a kernel's blocks run one after the
+// other, the threads of a block as fibers that take turns where they wait for one another. So the
+// kernels' indexing, masks, plans and barriers are tested, under AddressSanitizer too, where there
+// is no GPU. What is not seen: the order of unsynchronised memory accesses, and timing.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+#include "common/stream.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __shared__ static  // blocks run one after the other
+#define __CUDA_ARCH__ 900
+#define __CUDA_ARCH_FEAT_SM90_ALL
+
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs
+
+namespace cuda_on_cpu {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kSharedBytes = 227 * 1024;
+
+unsigned char* shared_memory();  // [kSharedBytes], at a multiple of 1024
+
+// Runs body once for each thread of each block. A block whose threads all wait for ever is a
+// failure that ends the process.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// Lets the other threads run until the condition holds.
+void wait_until(const std::function<bool()>& condition);
+
+// Meets the other threads of the same group, `count` in all, with some bytes each; run is called
+// once, by the last to come, with the data of all, by rank. Groups are told apart by their key.
+void meet(int key, int rank, int count, void* data, const std::function<void(void**)>& run);
+
+inline int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+inline int warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// Every lane's value, by lane.
+template <class T>
+struct WarpValues {
+  T value[kWarpSize];
+};
+template <class T>
+WarpValues<T> gather(T value) {
+  struct Data {
+    T in;
+    WarpValues<T> out;
+  } data{value, {}};
+  meet(1000 + warp(), lane(), kWarpSize, &data, [](void** all) {
+    for (int i = 0; i < kWarpSize; ++i) {
+      for (int j = 0; j < kWarpSize; ++j) {
+        static_cast<Data*>(all[i])->out.value[j] = static_cast<Data*>(all[j])->in;
+      }
+    }
+  });
+  return data.out;
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() {
+  cuda_on_cpu::meet(0, threadIdx.x, blockDim.x, nullptr, [](void**) {});
+}
+inline void __syncwarp() { cuda_on_cpu::gather(0); }
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return cuda_on_cpu::gather(value).value[source % cuda_on_cpu::kWarpSize];
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_on_cpu::gather(value).value[cuda_on_cpu::lane() ^ mask];
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const auto all = cuda_on_cpu::gather(value);
+  return all.value[std::max(cuda_on_cpu::lane() - delta, 0) +
+                   (cuda_on_cpu::lane() < delta ? cuda_on_cpu::lane() : 0)];
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const auto all = cuda_on_cpu::gather(value);
+  unsigned bits = 0;
+  for (int i = 0; i < cuda_on_cpu::kWarpSize; ++i) bits |= unsigned{all.value[i]} << i;
+  return bits;
+}
+inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+inline int atomicAdd(int* address, int value) {
+  const int old = *address;
+  *address += value;
+  return old;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdividef(float x, float y) { return x / y; }
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  return b < a ? b : a;
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
+}
+
+// --- the run-time library ---
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
+constexpr int cudaLaunchAttributeProgrammaticStreamSerialization = 0;
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  int numAttrs;
+};
+
+namespace cuda_on_cpu {
+inline int capability = 90;  // of the device that is played
+}
+
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
+           : attribute == cudaDevAttrComputeCapabilityMajor ? cuda_on_cpu::capability / 10
+                                                            : cuda_on_cpu::capability % 10;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+  return static_cast<size_t>(value) <= cuda_on_cpu::kSharedBytes ? cudaSuccess
+                                                                 : cudaErrorInvalidValue;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->maxThreadsPerBlock = 1024;
+  return cudaSuccess;
+}
+template <class... Parameters, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Args&... args) {
+  cuda_on_cpu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                        [&] { kernel(args...); });
+  return cudaSuccess;
+}

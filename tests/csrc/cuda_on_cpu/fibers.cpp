@@ -1,0 +1,127 @@
+// The fibers behind cuda_runtime.h.
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kMaxIdleRounds = 3;  // in which no thread gets on: none will
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  dim3 index;
+  bool is_done = false;
+  const std::function<bool()>* waits_for = nullptr;
+};
+
+// Threads that meet; a generation ends when all have come.
+struct Meeting {
+  std::vector<void*> data;
+  int num_here = 0;
+  int64_t generation = 0;
+};
+
+struct Grid {
+  const std::function<void()>* body = nullptr;
+  std::vector<Fiber> fibers;
+  Fiber* current = nullptr;
+  ucontext_t scheduler;
+  std::map<int, Meeting> meetings;
+} grid;
+
+alignas(1024) unsigned char shared_bytes[kSharedBytes];
+
+void start_fiber() {
+  (*grid.body)();
+  grid.current->is_done = true;
+  swapcontext(&grid.current->context, &grid.scheduler);
+}
+
+void run_block() {
+  grid.meetings.clear();
+  std::memset(shared_bytes, 0xff, sizeof(shared_bytes));  // NaN, and no barrier
+  const size_t num_threads = blockDim.x;
+  if (grid.fibers.size() < num_threads) grid.fibers.resize(num_threads);
+  for (size_t i = 0; i < num_threads; ++i) {
+    Fiber& fiber = grid.fibers[i];
+    if (fiber.stack == nullptr) fiber.stack.reset(new unsigned char[kStackBytes]);
+    fiber.index = dim3(static_cast<unsigned>(i), 0, 0);
+    fiber.is_done = false, fiber.waits_for = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, start_fiber, 0);
+  }
+  size_t num_done = 0;
+  for (int idle_rounds = 0; num_done < num_threads;) {
+    bool has_moved = false;
+    for (size_t i = 0; i < num_threads; ++i) {
+      Fiber& fiber = grid.fibers[i];
+      if (fiber.is_done || (fiber.waits_for != nullptr && !(*fiber.waits_for)())) continue;
+      fiber.waits_for = nullptr;
+      grid.current = &fiber;
+      threadIdx = fiber.index;
+      swapcontext(&grid.scheduler, &fiber.context);
+      num_done += fiber.is_done;
+      has_moved = true;
+    }
+    idle_rounds = has_moved ? 0 : idle_rounds + 1;
+    if (idle_rounds == kMaxIdleRounds) {
+      std::fprintf(stderr, "block %u: %zu of %zu threads wait for ever\n", blockIdx.x,
+                   num_threads - num_done, num_threads);
+      std::abort();
+    }
+  }
+}
+
+}  // namespace
+
+unsigned char* shared_memory() { return shared_bytes; }
+
+void run_grid(dim3 size, dim3 block_size, size_t shared, const std::function<void()>& body) {
+  if (shared > kSharedBytes || block_size.y != 1 || block_size.z != 1) std::abort();
+  gridDim = size, blockDim = block_size, grid.body = &body;
+  for (unsigned z = 0; z < size.z; ++z) {
+    for (unsigned y = 0; y < size.y; ++y) {
+      for (unsigned x = 0; x < size.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        run_block();
+      }
+    }
+  }
+}
+
+void wait_until(const std::function<bool()>& condition) {
+  if (condition()) return;
+  Fiber* const self = grid.current;
+  self->waits_for = &condition;
+  swapcontext(&self->context, &grid.scheduler);
+}
+
+void meet(int key, int rank, int count, void* data, const std::function<void(void**)>& run) {
+  Meeting& meeting = grid.meetings[key];
+  meeting.data.resize(static_cast<size_t>(count));
+  meeting.data[static_cast<size_t>(rank)] = data;
+  const int64_t generation = meeting.generation;
+  if (++meeting.num_here == count) {
+    run(meeting.data.data());
+    meeting.num_here = 0;
+    ++meeting.generation;
+  } else {
+    wait_until([&] { return meeting.generation != generation; });
+  }
+}
+
+}  // namespace cuda_on_cpu

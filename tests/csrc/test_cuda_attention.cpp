@@ -1,0 +1,90 @@
+// The CUDA attention kernels on a CPU, see cuda_on_cpu/cuda_runtime.h: every kernel there is, on small
+// batches that cut the work up in many ways.
+#include "attention_case.h"
+#include "cuda_runtime.h"
+
+namespace nano_vllm::test {
+namespace {
+
+// Weights are rounded to 16 bits before they multiply values, and queries meet keys in float32.
+double error_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4e-6 : dtype == DType::kFloat16 ? 1e-3 : 8e-3;
+}
+
+void attend(PagedAttentionParams params) {
+  std::vector<float> workspace(static_cast<size_t>(paged_attention_workspace_numel(
+                                   params.num_seqs, params.num_heads, params.head_dim)),
+                               kNan);
+  params.workspace = workspace.data();
+  params.workspace_numel = static_cast<int64_t>(workspace.size());
+  params.num_tokens = 0;
+  for (int s = 0; s < params.num_seqs; ++s) params.num_tokens = params.query_start_loc[s + 1];
+  params.num_tokens += 2;  // the padding of AttentionInputs
+  params.is_planned = generator() % 2 == 0;
+  if (params.is_planned) cuda::plan_attention(params, nullptr);
+  cuda::paged_attention(params, nullptr);
+}
+
+int between(int low, int high) { return low + static_cast<int>(generator() % (high - low + 1)); }
+
+template <class T>
+T choice(const std::vector<T>& from) {
+  return from[generator() % from.size()];
+}
+
+AttentionCase random_case(DType dtype) {
+  AttentionCase c{};
+  c.dtype = dtype;
+  c.num_kv_heads = between(1, 3);
+  c.num_heads = c.num_kv_heads * choice<int>({1, 3, 4, 7, 16});
+  c.head_dim = choice<int>({64, 80, 96, 128, 192, 256});
+  c.block_size = choice<int>({8, 16, 24, 64, 128, 256});
+  c.sliding_window = choice<int>({0, 0, 0, between(1, 300)});
+  c.softcap = choice<float>({0, 0, 2.5f});
+  c.strided = choice<int>({0, 1});
+  const int longest = choice<int>({70, 70, 400});
+  for (int i = between(1, 5); i > 0; --i) {
+    const int seq_len = between(1, longest);
+    const int query_len = choice<int>({1, 1, between(0, 8), between(1, seq_len)});
+    c.sequences.push_back({std::min(query_len, seq_len), seq_len});
+  }
+  return c;
+}
+
+void test_random_cases(int count) {
+  for (int i = 0; i < count; ++i) {
+    for (DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+      test_attention_case(random_case(dtype), error_of(dtype), attend);
+    }
+  }
+}
+
+// Long enough to be split, in one sequence and in many; prefills of several tiles beside decodes.
+void test_large_cases() {
+  const DType bf16 = DType::kBFloat16;
+  const double error = error_of(bf16);
+  test_attention_case({bf16, 4, 1, 64, 16, {{1, 3000}}}, error, attend);
+  test_attention_case({bf16, 4, 2, 128, 16, {{1, 1500}, {1, 30}, {8, 700}, {1, 1}}, 1000}, error,
+                      attend);
+  std::vector<Sequence> many;
+  for (int i = 0; i < 40; ++i) many.push_back({between(0, 2), between(2, 90)});
+  test_attention_case({bf16, 2, 1, 64, 16, many}, error, attend);
+  test_attention_case({bf16, 4, 1, 64, 16, {{200, 333}, {1, 40}, {9, 9}}}, error, attend);
+  test_attention_case({bf16, 4, 2, 128, 32, {{150, 300}, {70, 70}}, 90, 3.0f, true}, error, attend);
+}
+
+}  // namespace
+}  // namespace nano_vllm::test
+
+int main(int argc, char** argv) {
+  using namespace nano_vllm::test;
+  const int count = argc > 1 ? std::atoi(argv[1]) : 4;
+  generator.seed(std::random_device()());
+  if (argc > 2) generator.seed(static_cast<unsigned>(std::atoi(argv[2])));
+  for (int capability : {90, 80}) {
+    cuda_on_cpu::capability = capability;
+    test_random_cases(count);
+    test_large_cases();
+  }
+  return report_checks();
+}
