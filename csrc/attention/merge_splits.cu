@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kNumThreads)
   const float weight = exp2_approx(split_max - (max == -kInfinity ? 0 : max));
   const float sum = warp_sum(is_split ? weight * max_sum[1] : 0.0f);
   __shared__ float weights[kMaxKvSplits];
-  if (lane == static_cast<int>(threadIdx.x) && is_split) weights[lane] = sum == 0 ? 0 : weight / sum;
+  if (lane == static_cast<int>(threadIdx.x) && is_split)
+    weights[lane] = sum == 0 ? 0 : weight / sum;
   __syncthreads();
 
   const float* partial = PartialRow(p, seq, head, 0).out;

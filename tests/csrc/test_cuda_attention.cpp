@@ -1,5 +1,5 @@
-// The CUDA attention kernels on a CPU, see cuda_on_cpu/cuda_runtime.h: every kernel there is, on small
-// batches that cut the work up in many ways.
+// The CUDA attention kernels on a CPU, see cuda_on_cpu/cuda_runtime.h: every kernel there is, on
+// small batches that cut the work up in many ways.
 #include "attention_case.h"
 #include "cuda_runtime.h"
 
