@@ -65,6 +65,27 @@ void dispatch_16_bit(const AttentionLaunch& p, const Run& run) {
   });
 }
 
+// Whether this compilation is for Hopper, and with its own instructions (sm_90a). The kernels that
+// need it are empty in others and refuse all but one thread, by which has_code() knows them.
+#if __CUDA_ARCH__ == 900
+constexpr bool kIsSm90 = true;
+#else
+constexpr bool kIsSm90 = false;
+#endif
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kIsSm90a = true;
+#else
+constexpr bool kIsSm90a = false;
+#endif
+
+// Whether this build has code of the kernel for the current device.
+template <class Kernel>
+bool has_code(Kernel* kernel, int num_threads) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+         attributes.maxThreadsPerBlock >= num_threads;
+}
+
 template <class Kernel, class... Args>
 void launch_with_attributes(const char* name, Kernel* kernel, dim3 grid, int num_threads,
                             size_t shared_bytes, cudaStream_t stream,

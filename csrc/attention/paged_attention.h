@@ -47,7 +47,7 @@ struct PagedAttentionParams {
 // A decode's KV range is cut into at most this many splits, at places that depend on its own length
 // alone: the result does not change with the rest of the batch.
 constexpr int32_t kMaxKvSplits = 16;
-constexpr int32_t kMaxPlannedSplits = 32;  // where persistent blocks share a plan (sm_90)
+constexpr int32_t kMaxPlannedSplits = 32;  // where blocks share the work by a plan (sm_90)
 
 // Persistent blocks at the most, and the query rows of each: for sm_90, with 144 SMs on a whole
 // die.

@@ -1,4 +1,4 @@
-// Decode attention for sm_90: persistent blocks that stream keys and values through shared memory
+// Decode attention for sm_90: blocks that stream keys and values through shared memory
 // by bulk copies, see decode_plan.cuh for who does what.
 //
 // A block of a KV head's tokens lies contiguous in the cache, so it arrives as it is, row after row
@@ -14,13 +14,12 @@
 #include "attention/online_softmax.cuh"
 
 namespace nano_vllm::cuda {
-namespace {
+namespace decode_sm90 {  // not anonymous: for other architectures most of it is unused
 
 constexpr int kConsumerWarps = 4;
 constexpr int kConsumers = kConsumerWarps * kWarpSize;
 constexpr int kNumThreads = kConsumers + kWarpSize;  // and a warp that copies
 constexpr int kWarpTokens = kStageTokens / kConsumerWarps;
-constexpr int kConsumerBarrier = 1;
 static_assert(kWarpTokens == 16);  // the K of an mma
 
 template <class T, int kHeadDim, int kTileRows>
@@ -167,6 +166,8 @@ __device__ void copy_part(const AttentionLaunch& p, int tile_rows, const Part& p
 }
 
 // --- the multiplying warps ---
+
+__device__ inline void sync_consumers() { sync_threads(1, kConsumers); }
 
 // The tile's query rows as left operands. In step s of the head dimension, lane l has elements
 // 32 s + 8 (l % 4) .. + 7 of rows l / 4 and l / 4 + 8; the last step may be half as long.
@@ -576,7 +577,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
           states.finish();
 
           results.store(out, states, num_rows);
-          sync_threads(kConsumerBarrier, kConsumers);
+          sync_consumers();
           for (int row = warp; row < num_rows; row += kConsumerWarps) {
             using Result = RowResult<kHeadDim>;
             const Result merged = results.merge(row);
@@ -602,7 +603,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
               results.store_state(row, so_far);
             }
           }
-          sync_threads(kConsumerBarrier, kConsumers);  // the warps' results may be overwritten
+          sync_consumers();  // the warps' results may be overwritten
         }
         if (is_whole) return;
 
@@ -615,9 +616,9 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
           if (last) plan.arrivals[owner] = 0;  // for the next launch
           *is_last = last;
         }
-        sync_threads(kConsumerBarrier, kConsumers);
+        sync_consumers();
         const bool folds = *is_last;
-        sync_threads(kConsumerBarrier, kConsumers);
+        sync_consumers();
         if (!folds) return;
         for (int row = warp; row < num_rows; row += kConsumerWarps) {
           fold_splits<kHeadDim>(splits.count, row, slot_of).write(out_row(row));
@@ -625,37 +626,40 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
       });
 }
 
-// Grid: persistent blocks, as many as the plan was made for. A block attends over its part of the
-// line of all splits: one warp copies, four multiply 16 tokens of each stage and merge their
-// results at the end of a split. Results go to out; those of units that are cut go to the
-// workspace, and from there to out by the block that brings the last of them.
+// Grid: parts of the plan, at the most. A block attends over its part of the line of all splits:
+// one warp copies, four multiply 16 tokens of each stage and merge their results at the end of a
+// split. Results go to out; those of units that are cut go to the workspace, and from there to out
+// by the block that brings the last of them.
 template <class T, int kHeadDim, int kTileRows>
-__global__ void __launch_bounds__(kNumThreads, (DecodeShape<T, kHeadDim, kTileRows>::kBlocksPerSm))
+__global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1,
+                                  (DecodeShape<T, kHeadDim, kTileRows>::kBlocksPerSm))
     decode_kernel(const __grid_constant__ AttentionLaunch p, const DecodeGeometry geometry) {
-  using Shape = DecodeShape<T, kHeadDim, kTileRows>;
-  constexpr int kSlots = Shape::kSlots;
-  unsigned char* const shared = dynamic_shared();
-  T* const ring = reinterpret_cast<T*>(shared);
-  float* const results = reinterpret_cast<float*>(ring + kSlots * Shape::kTileSize);
-  Barrier* const full =
-      reinterpret_cast<Barrier*>(results + Shape::kResultFloats + Shape::kStateFloats);
-  Barrier* const empty = full + kSlots;
-  const DecodePlan plan(p.plan, geometry.max_parts);
-  const Part part{plan.cuts[blockIdx.x], plan.cuts[blockIdx.x + 1]};
-  if (part.begin.seq >= p.num_seqs) return;
+  if constexpr (kIsSm90) {
+    using Shape = DecodeShape<T, kHeadDim, kTileRows>;
+    constexpr int kSlots = Shape::kSlots;
+    unsigned char* const shared = dynamic_shared();
+    T* const ring = reinterpret_cast<T*>(shared);
+    float* const results = reinterpret_cast<float*>(ring + kSlots * Shape::kTileSize);
+    Barrier* const full =
+        reinterpret_cast<Barrier*>(results + Shape::kResultFloats + Shape::kStateFloats);
+    Barrier* const empty = full + kSlots;
+    const DecodePlan plan(p.plan, geometry.max_parts);
+    const Part part{plan.cuts[blockIdx.x], plan.cuts[blockIdx.x + 1]};
+    if (part.begin.seq >= p.num_seqs) return;
 
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < kSlots; ++slot) {
-      full[slot].init(1);
-      empty[slot].init(kConsumerWarps);
+    if (threadIdx.x == 0) {
+      for (int slot = 0; slot < kSlots; ++slot) {
+        full[slot].init(1);
+        empty[slot].init(kConsumerWarps);
+      }
+      publish_barriers();
     }
-    publish_barriers();
-  }
-  __syncthreads();
-  if (threadIdx.x >= kConsumers) {
-    copy_part<T, kHeadDim, kSlots>(p, kTileRows, part, ring, full, empty);
-  } else {
-    multiply_part<T, kHeadDim, kTileRows>(p, geometry, plan, part, ring, full, empty, results);
+    __syncthreads();
+    if (threadIdx.x >= kConsumers) {
+      copy_part<T, kHeadDim, kSlots>(p, kTileRows, part, ring, full, empty);
+    } else {
+      multiply_part<T, kHeadDim, kTileRows>(p, geometry, plan, part, ring, full, empty, results);
+    }
   }
 }
 
@@ -666,14 +670,19 @@ void launch(const AttentionLaunch& p, const DecodeGeometry& geometry, cudaStream
                 dim3(geometry.max_parts), kNumThreads, Shape::kSharedBytes, stream, p, geometry);
 }
 
-}  // namespace
+inline bool has_kernels() {
+  static const bool has = has_code(decode_kernel<__half, 128, 8>, kNumThreads);
+  return has;
+}
+
+}  // namespace decode_sm90
 
 bool can_decode_sm90(const AttentionLaunch& p) {
   const auto is_together = [&](int64_t stride_token, int64_t stride_head, int64_t stride_block,
                                const void* cache) {
     return stride_token == p.head_dim && is_vec_aligned<__half>(cache, stride_head, stride_block);
   };
-  return p.dtype != DType::kFloat32 && compute_capability() == 90 &&
+  return p.dtype != DType::kFloat32 && compute_capability() == 90 && decode_sm90::has_kernels() &&
          is_together(p.key_stride_token, p.key_stride_head, p.key_stride_block, p.key_cache) &&
          is_together(p.value_stride_token, p.value_stride_head, p.value_stride_block,
                      p.value_cache) &&
@@ -681,6 +690,7 @@ bool can_decode_sm90(const AttentionLaunch& p) {
 }
 
 void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream) {
+  using namespace decode_sm90;
   dispatch_16_bit(p, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kHeadDim = head_dim;

@@ -431,12 +431,6 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
   write_rows<Shape>(p, group, *work, warp_row, states.sum, out);
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kIsSm90 = true;
-#else
-constexpr bool kIsSm90 = false;  // the kernel is empty; see has_kernels()
-#endif
-
 // Grid: as many blocks as multiprocessors; each works on item blockIdx.x of the plan and then on
 // the next that nobody has. The rows of a tile are query tokens times the query heads of the group.
 // Tiles of tokens start at multiples of their size from the sequence's beginning and are taken from
@@ -444,11 +438,11 @@ constexpr bool kIsSm90 = false;  // the kernel is empty; see has_kernels()
 // warpgroup, one warp loads keys and values and kQueryWarps queries; they run ahead of the other
 // warpgroups, which multiply. The result goes to out.
 template <class Shape>
-__global__ void __launch_bounds__(kIsSm90 ? Shape::kNumThreads : 1, 1)
+__global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
     prefill_sm90_kernel(const __grid_constant__ AttentionLaunch p,
                         const __grid_constant__ CacheMaps maps, PrefillPlan plan,
                         GroupDivisor group) {
-  if constexpr (kIsSm90) {
+  if constexpr (kIsSm90a) {
     Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(dynamic_shared());
     if (threadIdx.x == 0) {
       shared.init_barriers();
@@ -482,14 +476,9 @@ void dispatch_shape(const AttentionLaunch& p, const Run& run) {
   });
 }
 
-// Whether this build has code for sm_90a: without it the kernel refuses all but one thread.
 inline bool has_kernels() {
-  static const bool has = [] {
-    using Any = Shape<__half, 128, false>;
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, prefill_sm90_kernel<Any>) == cudaSuccess &&
-           attributes.maxThreadsPerBlock >= Any::kNumThreads;
-  }();
+  using Any = Shape<__half, 128, false>;
+  static const bool has = has_code(prefill_sm90_kernel<Any>, Any::kNumThreads);
   return has;
 }
 

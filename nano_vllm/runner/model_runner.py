@@ -34,7 +34,7 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig, progress: bool = False) -> None:
         self.model_path: Path = resolve_model(config.model)
-        self.model_config: ModelConfig = load_model_config(self.model_path)
+        self.model_config: ModelConfig = load_model_config(self.model_path, model_class)
         self.device = _choose_device(config.device)
         self.dtype = _choose_dtype(config.dtype, self.model_config, self.device)
         self.block_size = config.block_size

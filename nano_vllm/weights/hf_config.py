@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nano_vllm.config import ModelConfig
@@ -19,10 +20,13 @@ _ACTIVATIONS = {
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-def parse_hf_config(folder: Path) -> ModelConfig:
+def parse_hf_config(
+    folder: Path, check_architecture: Callable[[str], object] | None = None
+) -> ModelConfig:
     """The decoder a Hugging Face folder describes; absent fields default as in LlamaConfig.
 
-    Which architectures can run is decided by the model registry, not here.
+    Which architectures can run is decided by the model registry: `check_architecture` raises
+    ValueError for another one, before the fields are looked for that such a model may not have.
     """
     path = folder / "config.json"
     fields = ConfigFields(read_json_object(path), str(path))
@@ -31,6 +35,8 @@ def parse_hf_config(folder: Path) -> ModelConfig:
             "quantization_config", "is not supported; load a checkpoint that is not quantized"
         )
     architecture = _architecture(fields)
+    if check_architecture is not None:
+        check_architecture(architecture)
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)

@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 from nano_vllm.config import RopeScaling
+from nano_vllm.models.registry import model_class
 from nano_vllm.weights.hf_config import parse_hf_config
 from nano_vllm.weights.model_config import load_model_config
 
@@ -183,3 +184,10 @@ def test_broken_file(tmp_path: Path, text: str) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         parse_hf_config(tmp_path)
+
+
+def test_an_architecture_is_checked_before_its_fields(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["FooForCausalLM"]}')
+    message = "architecture 'FooForCausalLM' is not supported; supported: LlamaForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        load_model_config(tmp_path, model_class)
