@@ -256,3 +256,19 @@ def linear(
         bias: [out_features].
     """
     _ops.linear(out, input, weight, bias)
+
+
+def quantized_linear(
+    out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """out = input @ weight.T + bias on a CPU, with weights of 4 or 8 bits and the input rounded to
+    8 bits in groups of 32; a row's bits do not depend on the other rows.
+
+    Args:
+        out: [num_rows, out_features].
+        input: [num_rows, in_features]; in_features a multiple of 32.
+        weight: [ceil(out_features / 16), in_features / 32, 320 or 576], uint8, as
+            `quantization.packed_weight.pack` gives it.
+        bias: [out_features].
+    """
+    _ops.quantized_linear(out, input, weight, bias)

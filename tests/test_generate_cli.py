@@ -168,11 +168,18 @@ def test_every_option_is_a_flag(capsys: Any, loaded: dict[str, Any]) -> None:
         if kind == "bool":
             argv.append(flag.replace("--", "--no-") if field.default else flag)
             expected[field.name] = not field.default
-        elif field.name not in ("device", "dtype", "load_format"):
+        elif field.name not in ("device", "dtype", "load_format", "quantization"):
             text, expected[field.name] = values[kind]
             argv += [flag, text]
-    expected |= {"device": "cpu", "dtype": "float32", "load_format": "dummy"}
-    argv += ["--device", "cpu", "--dtype", "float32", "--load-format", "dummy"]
+    chosen = {
+        "device": "cpu",
+        "dtype": "float32",
+        "load_format": "dummy",
+        "quantization": "gguf",
+    }
+    expected |= chosen
+    for name, value in chosen.items():
+        argv += ["--" + name.replace("_", "-"), value]
     assert run(capsys, "--prompt", "a", *argv)[0] == 0
     assert loaded == expected
 

@@ -36,4 +36,7 @@ void gelu_and_mul(const Tensor& out, const Tensor& input, const std::string& app
 void linear(const Tensor& out, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& bias);
 
+void quantized_linear(const Tensor& out, const Tensor& input, const Tensor& weight,
+                      const std::optional<Tensor>& bias);
+
 }  // namespace nano_vllm

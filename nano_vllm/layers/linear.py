@@ -27,9 +27,15 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.packed: torch.Tensor | None = None
+        """A quantized weight, on a CPU, which then stands for `weight`; see `quantization/`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, in_features] -> [num_rows, out_features]."""
+        if self.packed is not None:
+            out = x.new_empty(x.shape[0], self.weight.shape[0])
+            ops.quantized_linear(out, x, self.packed, self.bias)
+            return out
         if x.device.type == "cpu" and x.shape[0] <= SKINNY_ROWS:
             out = x.new_empty(x.shape[0], self.weight.shape[0])
             ops.linear(out, x, self.weight, self.bias)
@@ -58,6 +64,10 @@ class StackedLinear(Linear):
         self.weight.weight_loader = self.load_shard  # type: ignore[attr-defined]
         if self.bias is not None:
             self.bias.weight_loader = self.load_shard  # type: ignore[attr-defined]
+
+    def first_row(self, shard: str) -> int:
+        """Where the shard's output features begin."""
+        return self._rows[shard].start
 
     def load_shard(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str) -> None:
         """Copy a checkpoint tensor into its rows of the stacked parameter."""

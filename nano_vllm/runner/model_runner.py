@@ -43,6 +43,7 @@ class ModelRunner:
             MAX_BATCHED_TOKENS[self.device.type],
             0 if config.enable_chunked_prefill else self.max_model_len,
         )
+        _check_quantization(config, self.model_path, self.device)
         cls = model_class(self.model_config.architecture)
         _check_head_dim(self.model_config, self.device)
 
@@ -53,6 +54,7 @@ class ModelRunner:
                 self.model_path,
                 self.model_config,
                 load_format=config.load_format,
+                keep_quantized=config.quantization is not None,
                 seed=config.seed,
                 progress=progress,
             )
@@ -182,6 +184,15 @@ def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"got {config.max_model_len}"
         )
     return config.max_model_len
+
+
+def _check_quantization(config: EngineConfig, path: Path, device: torch.device) -> None:
+    if config.quantization is None:
+        return
+    if device.type != "cpu":
+        raise ValueError(f"quantization 'gguf' runs on device cpu alone, got {device.type}")
+    if path.suffix != ".gguf" or config.load_format == "dummy":
+        raise ValueError(f"quantization 'gguf' needs the weights of a .gguf file, got {path}")
 
 
 def _check_head_dim(model: ModelConfig, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.quantization.packed_weight import QuantizedWeight
 
 
 class Checkpoint(Protocol):
@@ -25,6 +26,10 @@ class Checkpoint(Protocol):
         """Fill a tensor of the same shape, of any dtype, on any device, without holding a second
         copy.
         """
+        ...
+
+    def read_quantized(self, name: str) -> QuantizedWeight | None:
+        """The tensor as it is stored, where that is in groups of few bits."""
         ...
 
     def close(self) -> None: ...

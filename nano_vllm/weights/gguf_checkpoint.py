@@ -13,6 +13,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.quantization.gguf_blocks import FORMATS, quantized_weight
+from nano_vllm.quantization.packed_weight import GROUP_SIZE, QuantizedWeight
 from nano_vllm.weights.gguf_file import GGUFFile, GGUFTensor
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -77,17 +79,36 @@ class GGUFCheckpoint:
 
         list(self._threads.map(fill, range(0, num_rows, chunk)))
 
+    def read_quantized(self, name: str) -> QuantizedWeight | None:
+        """The tensor as the file has it, where its type is of blocks of 32 elements."""
+        tensor = self._tensors[name]
+        if tensor.type_name not in FORMATS or len(tensor.shape) != 2:
+            return None
+        num_rows, num_columns = tensor.shape
+        blocks = np.frombuffer(self._read_bytes(tensor, 0, num_rows), dtype=np.uint8)
+        weight = quantized_weight(
+            blocks.reshape(num_rows, num_columns // GROUP_SIZE, -1), tensor.type_name
+        )
+        if _is_permuted(tensor):
+            for part in ("quants", "scales", "minima"):
+                setattr(weight, part, unpermute(getattr(weight, part), self._head_dim))
+        return weight
+
     def _read_rows(self, tensor: GGUFTensor, start: int, num_rows: int) -> torch.Tensor:
-        row_bytes = tensor.num_bytes // tensor.shape[0]
-        size = num_rows * row_bytes
-        data = bytearray(os.pread(self._data, size, tensor.offset + start * row_bytes))
-        if len(data) != size:
-            raise ValueError(f"{self._path} is truncated: tensor {tensor.name!r} ends early")
+        data = self._read_bytes(tensor, start, num_rows)
         if tensor.type_name in _PLAIN_DTYPES:
             return torch.frombuffer(data, dtype=_PLAIN_DTYPES[tensor.type_name])
         # As one row: gguf otherwise works through 16 rows at a time, which is slow for narrow ones.
         blocks = np.frombuffer(data, dtype=np.uint8)[None]
         return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.type_name]))
+
+    def _read_bytes(self, tensor: GGUFTensor, start: int, num_rows: int) -> bytearray:
+        row_bytes = tensor.num_bytes // tensor.shape[0]
+        size = num_rows * row_bytes
+        data = bytearray(os.pread(self._data, size, tensor.offset + start * row_bytes))
+        if len(data) != size:
+            raise ValueError(f"{self._path} is truncated: tensor {tensor.name!r} ends early")
+        return data
 
     def close(self) -> None:
         self._threads.shutdown()

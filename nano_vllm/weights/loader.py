@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.layers.embedding import Embedding
+from nano_vllm.layers.linear import Linear, StackedLinear
+from nano_vllm.quantization.packed_weight import pack
 from nano_vllm.weights.checkpoint import Checkpoint, open_checkpoint
 from nano_vllm.weights.dummy import fill_dummy_weights
 from nano_vllm.weights.model_config import load_model_config
@@ -35,6 +38,7 @@ def load_weights(
     config: ModelConfig,
     *,
     load_format: str = "auto",
+    keep_quantized: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> None:
@@ -44,7 +48,8 @@ def load_weights(
     name -> component of the parameter's name, shard id) joins several tensors in one parameter,
     whose `weight_loader(parameter, tensor, shard_id)` knows where each goes. Names and shapes are
     checked before anything is read: ValueError names the tensors that are missing, left over or of
-    a wrong shape. With `load_format` dummy, `source` is not touched.
+    a wrong shape. With `load_format` dummy, `source` is not touched. With `keep_quantized`, linear
+    layers whose tensors are stored in groups of few bits get them as they are (`Linear.packed`).
     """
     if load_format == "dummy":
         fill_dummy_weights(model, seed)
@@ -52,6 +57,8 @@ def load_weights(
     checkpoint = open_checkpoint(source, config, load_format)
     try:
         assignments = _assign(model, checkpoint, source, config)
+        if keep_quantized:
+            assignments = _load_quantized(model, checkpoint, source, assignments)
         if progress:
             from tqdm import tqdm
 
@@ -63,6 +70,45 @@ def load_weights(
                 _load(checkpoint, source, *assignment)
     finally:
         checkpoint.close()
+
+
+def _load_quantized(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    source: Path,
+    assignments: list[_Assignment],
+) -> list[_Assignment]:
+    """Pack what is stored in groups of few bits; the assignments that are left to do."""
+    linear_of = {id(m.weight): m for m in model.modules() if isinstance(m, Linear)}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, Embedding)}
+    parts: dict[int, list[_Assignment]] = defaultdict(list)
+    for assignment in assignments:
+        if id(assignment.parameter) in linear_of:
+            parts[id(assignment.parameter)].append(assignment)
+    done: set[str] = set()
+    for parameter_id, shards in parts.items():
+        linear = linear_of[parameter_id]
+        if isinstance(linear, StackedLinear):
+            shards = sorted(shards, key=lambda shard: linear.first_row(str(shard.shard_id)))
+        weights = []
+        for shard in shards:
+            weight = checkpoint.read_quantized(shard.tensor_name)
+            if weight is None:
+                break
+            weights.append(weight)
+        if len(weights) < len(shards):
+            continue
+        rows = sum(weight.quants.shape[0] for weight in weights)
+        if any(w.quants.shape[1] != linear.weight.shape[1] for w in weights) or (
+            rows != linear.weight.shape[0]
+        ):
+            continue  # a wrong shape, which loading reports
+        linear.packed = pack(weights)
+        if parameter_id not in embedded:
+            done.update(shard.tensor_name for shard in shards)
+    if not parts or not any(linear.packed is not None for linear in linear_of.values()):
+        raise ValueError(f"{source} has no quantized tensors that a linear layer could keep")
+    return [a for a in assignments if a.tensor_name not in done]
 
 
 def _load(

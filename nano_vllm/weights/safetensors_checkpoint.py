@@ -69,6 +69,9 @@ class SafetensorsCheckpoint:
     def read_into(self, name: str, destination: torch.Tensor) -> None:
         destination.copy_(self.read(name, destination.dtype))
 
+    def read_quantized(self, name: str) -> None:
+        return None
+
     def close(self) -> None:
         self._handle = None
         self._open_path = None

@@ -21,6 +21,7 @@
 #include "layers/linear.h"
 #include "layers/rms_norm.h"
 #include "layers/rotary_embedding.h"
+#include "quantization/quantized_linear.h"
 
 namespace nano_vllm::test {
 namespace {
@@ -125,6 +126,66 @@ void test_linear() {
           CHECK(close);
           CHECK(same);
           if (rows == 9) whole = out;
+        }
+      }
+    }
+  }
+}
+
+// Weights of random bits; inputs of 127 and multiples of it by a power of two, which are exact in
+// 8 bits.
+void test_quantized_linear() {
+  for (DType dtype : kDTypes) {
+    for (int bits : {4, 8}) {
+      for (int n : {1, 16, 37}) {
+        const int k = 96, groups = k / kGroupSize, blocks = (n + kPackedRows - 1) / kPackedRows;
+        const int64_t bytes = packed_group_bytes(bits);
+        std::vector<uint8_t> weight(static_cast<size_t>(blocks * groups * bytes));
+        for (uint8_t& byte : weight) byte = static_cast<uint8_t>(generator());
+        Buffer numbers(DType::kFloat16, 2 * kPackedRows);
+        std::vector<double> scales, minima;  // [blocks, groups, 16]
+        for (int group = 0; group < blocks * groups; ++group) {
+          numbers.fill(-0.5, 0.5);
+          std::memcpy(weight.data() + (group + 1) * bytes - 4 * kPackedRows, numbers.data(),
+                      4 * kPackedRows);
+          for (int i = 0; i < kPackedRows; ++i) {
+            scales.push_back(numbers[i]), minima.push_back(numbers[kPackedRows + i]);
+          }
+        }
+        const auto weight_at = [&](int row, int column) {
+          const int group = row / kPackedRows * groups + column / kGroupSize;
+          const int step = column % kGroupSize / 4, lane = row % kPackedRows * 4 + column % 4;
+          const uint8_t* quants = weight.data() + group * bytes;
+          const int quant = bits == 8 ? quants[step * 64 + lane]
+                                      : quants[step / 2 * 64 + lane] >> step % 2 * 4 & 15;
+          const auto at = static_cast<size_t>(group * kPackedRows + row % kPackedRows);
+          return scales[at] * quant + minima[at];
+        };
+        for (int rows : {1, 2, 11}) {
+          Buffer input(dtype, rows * (k + 1)), out(dtype, rows * (n + 2)), bias(dtype, n);
+          for (int i = 0; i < rows * k; ++i) {
+            const double exact = i % kGroupSize == 0 ? 127 : std::floor(uniform(-127, 128));
+            input.set(i / k * (k + 1) + i % k, exact / 64);
+          }
+          bias.fill(-1, 1);
+          cpu::quantized_linear({dtype, out.data(), input.data(), weight.data(), bias.data(), n + 2,
+                                 k + 1, rows, k, n, bits});
+          bool close = true;
+          for (int row = 0; row < rows; ++row) {
+            for (int column = 0; column < n + 2; ++column) {
+              const double got = out[row * (n + 2) + column];
+              if (column >= n) {
+                close = close && std::isnan(got);
+                continue;
+              }
+              double expected = bias[column];
+              for (int i = 0; i < k; ++i) {
+                expected += input[row * (k + 1) + i] * weight_at(column, i);
+              }
+              close = close && is_close(dtype, got, expected, 1e-5, 10 * bits * bits);
+            }
+          }
+          CHECK(close);
         }
       }
     }
@@ -321,6 +382,7 @@ int main() {
   test_attention();
   test_attention_bits();
   test_linear();
+  test_quantized_linear();
   test_rms_norm();
   test_rotary_embedding();
   test_activation();
