@@ -12,6 +12,7 @@
 #include "attention/bulk_copy.cuh"
 #include "attention/decode_plan.cuh"
 #include "attention/online_softmax.cuh"
+#include "attention/swizzled_tile.cuh"
 
 namespace nano_vllm::cuda {
 namespace decode_sm90 {  // not anonymous: for other architectures most of it is unused
@@ -39,20 +40,6 @@ struct DecodeShape {
       std::min(kMaxSlots, static_cast<int>((kBudget - kFixedBytes) / kTileBytes));
   static constexpr size_t kSharedBytes = kFixedBytes + kSlots * kTileBytes;
   static_assert(kSlots >= 3 && 2 * kMaxSlots * sizeof(Barrier) <= 256);
-};
-
-// A place in the ring of tiles, and the parity of its present phase.
-template <int kSlots>
-struct RingCursor {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // A block's part of the line: units one after the other, each with a range of its splits.
@@ -128,7 +115,7 @@ __device__ void copy_part(const AttentionLaunch& p, int tile_rows, const Part& p
                           Barrier* full, Barrier* empty) {
   constexpr int kTileSize = kStageTokens * kHeadDim;
   const int lane = threadIdx.x % kWarpSize, run = run_tokens(p.block_size);
-  RingCursor<kSlots> cursor;
+  RingPosition<kSlots> at;
   part.for_each_unit(
       p, tile_rows,
       [&](int seq, const SequenceRows& rows, const DecodeSplits& splits, int unit, int first_split,
@@ -152,14 +139,14 @@ __device__ void copy_part(const AttentionLaunch& p, int tile_rows, const Part& p
           const uint32_t bytes = __popc(__ballot_sync(~0u, copies)) * run_bytes;
 #pragma unroll
           for (int tile = 0; tile < 2; ++tile) {
-            empty[cursor.slot].wait(cursor.parity ^ 1);
-            if (lane == 0) full[cursor.slot].arrive_and_expect(bytes);
+            empty[at.index].wait(at.parity ^ 1);
+            if (lane == 0) full[at.index].arrive_and_expect(bytes);
             __syncwarp();
             if (copies) {
-              bulk_copy(ring + cursor.slot * kTileSize + lane * run * kHeadDim,
-                        tile == 0 ? key : value, run_bytes, full[cursor.slot]);
+              bulk_copy(ring + at.index * kTileSize + lane * run * kHeadDim,
+                        tile == 0 ? key : value, run_bytes, full[at.index]);
             }
-            cursor.advance();
+            at = at.next();
           }
         }
       });
@@ -487,15 +474,15 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const SplitResults<kHeadDim, kTileRows> results(memory);
   const ScoreTransform transform(p);
-  RingCursor<Shape::kSlots> cursor;
+  RingPosition<Shape::kSlots> at;
 
   // Waits for the next tile and gives this warp's tokens of it to run, then hands the slot back.
   const auto with_next_tile = [&](const auto& run) {
-    full[cursor.slot].wait(cursor.parity);
-    run(ring + cursor.slot * kTileSize + warp * kWarpTokens * kHeadDim);
+    full[at.index].wait(at.parity);
+    run(ring + at.index * kTileSize + warp * kWarpTokens * kHeadDim);
     __syncwarp();
-    if (lane == 0) empty[cursor.slot].arrive();
-    cursor.advance();
+    if (lane == 0) empty[at.index].arrive();
+    at = at.next();
   };
 
   part.for_each_unit(
