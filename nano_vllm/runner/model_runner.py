@@ -16,7 +16,8 @@ from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
 from nano_vllm.runner.input_batch import InputBatch
 from nano_vllm.runner.memory import num_kv_blocks
-from nano_vllm.sampling.sampler import Sampler, prompt_logprob_entries
+from nano_vllm.sampling.logprobs import logprob_entries
+from nano_vllm.sampling.sampler import Sampler
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
@@ -135,7 +136,7 @@ class ModelRunner:
                 targets = sequence.token_ids[low : min(low + LOGPROB_ROWS, last)]
                 offset = begin + low - first
                 logits = self.model.compute_logits(hidden[offset : offset + len(targets)])
-                entries += prompt_logprob_entries(logits, targets, num_logprobs)
+                entries += logprob_entries(logits, targets, num_logprobs)
             result[row] = entries
         return result
 

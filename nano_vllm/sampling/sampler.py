@@ -12,8 +12,6 @@ from nano_vllm.sampling.token_masks import apply_token_masks, has_token_masks
 from nano_vllm.sampling.truncation import truncate
 from nano_vllm.sequence import Sequence
 
-prompt_logprob_entries = logprob_entries
-
 ROWS_AT_ONCE = 32
 """Rows whose probabilities exist at the same time, in float64."""
 _NOT_FINITE = -1

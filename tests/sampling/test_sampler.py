@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nano_vllm.sampling import sampler, truncation
-from nano_vllm.sampling.sampler import ROWS_AT_ONCE, Sampler, prompt_logprob_entries
+from nano_vllm.sampling.logprobs import logprob_entries
+from nano_vllm.sampling.sampler import ROWS_AT_ONCE, Sampler
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
 
@@ -286,9 +287,9 @@ def test_only_rows_that_ask_get_logprobs() -> None:
     assert list(tokens[1].logprobs or ()) == [tokens[1].token_id]
 
 
-def test_prompt_logprob_entries() -> None:
+def test_entries_of_prompt_tokens() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 5.0]], dtype=torch.bfloat16)
-    first, second = prompt_logprob_entries(logits, [0, 2], 2)
+    first, second = logprob_entries(logits, [0, 2], 2)
     assert {t: e.rank for t, e in first.items()} == {0: 3, 1: 1, 2: 1}
     assert next(iter(second)) == 2
     assert second[2].logprob == pytest.approx(-math.log(1 + 2 * math.exp(-5)), abs=1e-12)
