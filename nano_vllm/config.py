@@ -28,7 +28,7 @@ class EngineConfig:
     """cpu, cuda, or auto: cuda where a GPU and the CUDA kernels are there."""
     dtype: str = "auto"
     """float32, float16, bfloat16, or auto: the checkpoint's own; for a GGUF float32 on a CPU,
-    bfloat16 on CUDA.
+    float16 on CUDA.
     """
     load_format: str = "auto"
     """auto, safetensors, gguf, or dummy: random weights, for benchmarks."""
