@@ -6,10 +6,9 @@
 // the sequence alone, and the unit's result is the fold of its splits' results in their order. So
 // it is the same bits however the splits are shared out.
 //
-// All splits of all units stand in one line, which is cut into parts: first one for each block,
-// alike in cost, then smaller and smaller ones for whoever is done first. A unit that lies in one
-// part is folded by its block. The splits of one that is cut go to the workspace, and the last of
-// its blocks to finish folds them.
+// All splits of all units stand in one line, which is cut into parts alike in cost, one for each
+// block. A unit that lies in one part is folded by its block. The splits of one that is cut go to
+// the workspace, and the last of its blocks to finish folds them.
 #pragma once
 
 #include "attention/attention_kernels.cuh"
@@ -30,22 +29,46 @@ inline int plan_tile_rows(const AttentionLaunch& p) {
 
 constexpr int plan_blocks_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1; }
 
+// Token numbers to block numbers, by multiplying: exact below 2^29 tokens and up to 256 a block.
+struct BlockDivisor {
+  int groups;  // of 8 tokens, in a block
+  uint32_t reciprocal;
+
+  explicit BlockDivisor(int block_size)
+      : groups(block_size / 8), reciprocal((1u << 31) / groups + ((1u << 31) % groups != 0)) {}
+
+  __device__ int block_of(int token) const {
+    return static_cast<int>(uint64_t{reciprocal} * static_cast<uint32_t>(token / 8) >> 31);
+  }
+  __device__ int group_in(int block, int token) const { return token / 8 - block * groups; }
+};
+
 // What the kernels have to agree on.
 struct DecodeGeometry {
+  int group;  // query heads of a KV head
   int tile_rows;
-  int slot_rows;     // rows of a unit that is cut, at the most
-  int num_resident;  // blocks that run at the same time
-  int max_parts;     // the grid: no more parts than splits, nor than slots for units that are cut
+  int max_splits;  // of a unit: as many as make a block for each SM out of one sequence
+  int slot_rows;   // rows of a unit that is cut, at the most
+  int run_tokens;  // that lie together in the cache wherever a run of them begins at a multiple
+  int runs_per_stage;
+  int max_parts;  // the grid: blocks that run at the same time, and no more than splits
+  BlockDivisor block;
 
   explicit DecodeGeometry(const AttentionLaunch& p)
-      : tile_rows(plan_tile_rows(p)),
+      : group(p.num_heads / p.num_kv_heads),
+        tile_rows(plan_tile_rows(p)),
+        max_splits(p.num_kv_heads >= 8 ? kMaxPlannedSplits / 2 : kMaxPlannedSplits),
         slot_rows(std::clamp(max_decode_rows(p), 1, tile_rows)),
-        num_resident(
-            std::min(plan_blocks_per_sm(p.head_dim) * num_multiprocessors(), kMaxPlannedBlocks)) {
+        run_tokens(p.block_size == 0                  ? 0  // while the plan is made
+                   : p.block_size % kStageTokens == 0 ? kStageTokens
+                   : kStageTokens % p.block_size == 0 ? p.block_size
+                                                      : kRunTokens),
+        runs_per_stage(run_tokens == 0 ? 0 : kStageTokens / run_tokens),
+        block(std::max(p.block_size, 8)) {
     const int64_t tiles = ceil_div(std::max(max_decode_rows(p), 1), tile_rows);
-    const int64_t splits = int64_t{p.num_seqs} * p.num_kv_heads * tiles * kMaxPlannedSplits;
-    const int64_t slots = int64_t{kMaxPlannedBlocks} * kMaxPlannedRows / slot_rows;
-    max_parts = static_cast<int>(std::min({splits, slots, int64_t{5} * num_resident / 2}));
+    const int64_t splits = int64_t{p.num_seqs} * p.num_kv_heads * tiles * max_splits;
+    const int blocks = plan_blocks_per_sm(p.head_dim) * num_multiprocessors();
+    max_parts = static_cast<int>(std::min({splits, int64_t{blocks}, int64_t{kMaxPlannedBlocks}}));
   }
 };
 
@@ -53,14 +76,17 @@ struct DecodeGeometry {
 struct DecodeSplits {
   TokenRange visible;  // to any of the sequence's query tokens
   int begin;           // the first stage's, at or before the first visible token
-  int num_stages, stages_per_split, count;
+  int num_stages, stages_per_split, count;  // a power of two of stages
 
-  __device__ DecodeSplits(const SequenceRows& rows, int sliding_window)
-      : visible(rows.visible(0, max(rows.num_rows() - 1, 0), sliding_window)),
-        begin(visible.begin / kStageTokens * kStageTokens) {
+  __device__ DecodeSplits(const SequenceRows& rows, int sliding_window, int max_splits) {
+    const int first = rows.seq_len - rows.query_len;  // query
+    visible = {sliding_window > 0 ? max(first - sliding_window + 1, 0) : 0, rows.seq_len};
+    begin = visible.begin / kStageTokens * kStageTokens;
     num_stages = ceil_div(max(visible.end - begin, 0), kStageTokens);
-    stages_per_split = max(1, ceil_div(num_stages, kMaxPlannedSplits));
-    count = ceil_div(num_stages, stages_per_split);
+    // At least two stages: what a split costs besides them is no more than a stage then.
+    const int shift = max(kWarpSize - __clz(max(num_stages - 1, 0) / max_splits), 1);
+    stages_per_split = 1 << shift;
+    count = (num_stages + stages_per_split - 1) >> shift;
   }
 };
 
@@ -73,9 +99,7 @@ struct alignas(16) DecodeCut {
   // The sequence, so that a block need not look it up before it can begin.
   int query_start, query_len, seq_len, unused;
 
-  __device__ SequenceRows rows(const AttentionLaunch& p) const {
-    return {query_start, query_len, seq_len, p.num_heads / p.num_kv_heads};
-  }
+  __device__ SequenceRows rows(int group) const { return {query_start, query_len, seq_len, group}; }
 };
 
 // The plan in memory.
@@ -91,20 +115,30 @@ struct DecodePlan {
     return (max_parts + 1) * int64_t{sizeof(DecodeCut) / sizeof(int32_t)} + max_parts;
   }
 };
-static_assert(DecodePlan::numel(5 * kMaxPlannedBlocks / 2) <= kPlanNumel);
+static_assert(DecodePlan::numel(kMaxPlannedBlocks) <= kPlanNumel);
 
-// A split's result in the workspace: the values weighted by 2^(score - max), not divided by the sum
-// of the weights. All values come first, [max_parts, kMaxPlannedSplits, slot_rows, head_dim].
-struct SplitSlot {
-  float* out;      // [slot_rows, head_dim]
-  float* max_sum;  // [slot_rows, 2]
+// The results of a cut unit's splits in the workspace: the values weighted by 2^(score - max), not
+// divided by the sum of the weights. All values come first, [max_parts, kMaxPlannedSplits,
+// slot_rows, head_dim].
+template <int kHeadDim>
+struct SplitSlots {
+  float* outs;      // [kMaxPlannedSplits, slot_rows, head_dim]
+  float* max_sums;  // [kMaxPlannedSplits, slot_rows, 2]
+  int max_splits;   // of a unit: as many as make a block for each SM out of one sequence
+  int slot_rows;
 
-  __device__ SplitSlot(float* memory, const DecodeGeometry& geometry, int owner, int split,
-                       int head_dim) {
-    const int64_t slot_size = geometry.slot_rows, slot = int64_t{owner} * kMaxPlannedSplits + split;
-    out = memory + slot * slot_size * head_dim;
-    max_sum = memory + int64_t{geometry.max_parts} * kMaxPlannedSplits * slot_size * head_dim +
-              slot * slot_size * 2;
+  __device__ SplitSlots(float* memory, const DecodeGeometry& geometry, int owner)
+      : slot_rows(geometry.slot_rows) {
+    const int64_t rows = int64_t{kMaxPlannedSplits} * slot_rows;
+    outs = memory + owner * rows * kHeadDim;
+    max_sums = memory + geometry.max_parts * rows * kHeadDim + owner * rows * 2;
+  }
+
+  __device__ float* out(int split, int row) const {
+    return outs + (split * slot_rows + row) * kHeadDim;
+  }
+  __device__ float2& max_sum(int split, int row) const {
+    return reinterpret_cast<float2*>(max_sums)[split * slot_rows + row];
   }
 };
 

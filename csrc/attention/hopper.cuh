@@ -8,7 +8,7 @@
 
 #include <cuda.h>
 
-#include "attention/bulk_copy.cuh"
+#include "attention/barrier.cuh"
 #include "attention/swizzled_tile.cuh"
 
 namespace nano_vllm::cuda {
@@ -25,6 +25,15 @@ __device__ inline void load_box(void* to, const CUtensorMap& map, Barrier& barri
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(&barrier.state)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+// Copies bytes that lie together; their number and both addresses are multiples of 16.
+__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier.state))
       : "memory");
 }
 

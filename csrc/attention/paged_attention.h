@@ -53,7 +53,7 @@ constexpr int32_t kMaxPlannedSplits = 32;  // where blocks share the work by a p
 // die.
 constexpr int32_t kMaxPlannedBlocks = 288;
 constexpr int32_t kMaxPlannedRows = 16;
-constexpr int64_t kPlanNumel = 8192;
+constexpr int64_t kPlanNumel = 4096;
 
 // Floats of workspace that a batch of num_seqs sequences may need: a plan and, per split and row,
 // one output row and its (max, sum).

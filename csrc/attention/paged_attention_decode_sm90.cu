@@ -1,13 +1,12 @@
-// Decode attention for sm_90: blocks that stream keys and values through shared memory
-// by bulk copies, see decode_plan.cuh for who does what.
+// Decode attention for sm_90: blocks that stream keys and values through shared memory by the copy
+// engine, see decode_plan.cuh for who does what.
 #include <algorithm>
 
 #include "attention/attention_kernels.cuh"
-#include "attention/bulk_copy.cuh"
+#include "attention/cache_map.cuh"
 #include "attention/decode_operands.cuh"
 #include "attention/decode_plan.cuh"
 #include "attention/split_results.cuh"
-#include "attention/swizzled_tile.cuh"
 
 namespace nano_vllm::cuda {
 namespace decode_sm90 {  // not anonymous: for other architectures most of it is unused
@@ -17,23 +16,42 @@ constexpr int kNumThreads = kConsumers + kWarpSize;  // and a warp that copies
 constexpr int kWarpTokens = kStageTokens / kConsumerWarps;
 static_assert(kWarpTokens == 16);  // the K of an mma
 
-template <class T, int kHeadDim, int kTileRows>
-struct DecodeShape {
-  static constexpr int kTileSize = kStageTokens * kHeadDim;  // keys or values of a stage
-  static constexpr int kRowStride = kHeadDim + 4;            // of the warps' results, in floats
-  // The warps' results of a split, and the unit's result so far, each with (max, sum) for each row.
-  static constexpr int kResultFloats = kConsumerWarps * kTileRows * (kRowStride + 2);
-  static constexpr int kStateFloats = kTileRows * (kHeadDim + 2);
-  static constexpr size_t kFixedBytes = sizeof(float) * (kResultFloats + kStateFloats) + 256;
-  // Of an SM's 228 KiB each block takes 1 KiB for the system.
+template <class T_, int kHeadDim_, int kTileRows_>
+struct Shape {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_, kTileRows = kTileRows_;
+  using Tile = SwizzledTile<kHeadDim>;  // keys or values of a stage
+  using Query = QueryFragments<T, kHeadDim, kTileRows>;
+  using Results = SplitResults<kHeadDim, kTileRows>;
+  static constexpr size_t kTileBytes = Tile::bytes(kStageTokens);
+  static constexpr size_t kQueryBytes = kTileRows * Query::kRowStride;
+  // The ring takes what the results, queries of two units and barriers leave of a block's share in
+  // an SM's 228 KiB, of which each block takes 1 KiB for the system.
   static constexpr int kBlocksPerSm = plan_blocks_per_sm(kHeadDim);
   static constexpr size_t kBudget = 228 * 1024 / kBlocksPerSm - 1024;
-  static constexpr size_t kTileBytes = kTileSize * sizeof(T);
   static constexpr int kMaxSlots = 16;
+  static constexpr size_t kFixedBytes =
+      sizeof(float) * Results::kFloats + 2 * kQueryBytes + (2 * kMaxSlots + 4) * sizeof(Barrier);
   static constexpr int kSlots =
       std::min(kMaxSlots, static_cast<int>((kBudget - kFixedBytes) / kTileBytes));
-  static constexpr size_t kSharedBytes = kFixedBytes + kSlots * kTileBytes;
-  static_assert(kSlots >= 3 && 2 * kMaxSlots * sizeof(Barrier) <= 256);
+  static_assert(kSlots >= 3);
+};
+
+template <class Shape>
+struct Shared {
+  alignas(1024) unsigned char ring[Shape::kSlots][Shape::kTileBytes];
+  alignas(16) unsigned char queries[2][Shape::kQueryBytes];
+  alignas(16) float results[Shape::Results::kFloats];
+  Barrier full[Shape::kSlots], empty[Shape::kSlots];
+  Barrier query_full[2], query_empty[2];
+
+  __device__ void init_barriers() {
+    for (Barrier& barrier : full) barrier.init(1);
+    for (Barrier& barrier : empty) barrier.init(kConsumerWarps);
+    for (Barrier& barrier : query_full) barrier.init(1);
+    for (Barrier& barrier : query_empty) barrier.init(kConsumerWarps);
+    publish_barriers();
+  }
 };
 
 // A block's part of the line: units one after the other, each with a range of its splits.
@@ -44,16 +62,18 @@ struct Part {
   __device__ int owner(int first_split) const { return first_split > 0 ? begin.owner : end.owner; }
 
   // Calls run(seq, rows, splits, unit, first_split, last_split) for each.
-  template <class Run>
-  __device__ void for_each_unit(const AttentionLaunch& p, int tile_rows, const Run& run) const {
+  template <int kTileRows, class Run>
+  __device__ void for_each_unit(const AttentionLaunch& p, const DecodeGeometry& geometry,
+                                const Run& run) const {
     for (int seq = begin.seq; seq <= end.seq && seq < p.num_seqs; ++seq) {
       const int first_unit = seq == begin.seq ? begin.unit : 0;
       if (seq == end.seq && end.unit == 0 && end.split == 0) break;
-      const SequenceRows rows = seq == begin.seq ? begin.rows(p) : SequenceRows(p, seq);
+      const SequenceRows rows =
+          seq == begin.seq ? begin.rows(geometry.group) : SequenceRows(p, seq);
       if (!rows.is_decode(p.max_decode_queries)) continue;
-      const DecodeSplits splits(rows, p.sliding_window);
+      const DecodeSplits splits(rows, p.sliding_window, geometry.max_splits);
       if (splits.count == 0) continue;
-      const int num_units = p.num_kv_heads * ceil_div(rows.num_rows(), tile_rows);
+      const int num_units = p.num_kv_heads * ceil_div(rows.num_rows(), kTileRows);
       for (int unit = first_unit; unit < num_units; ++unit) {
         const bool is_begin = seq == begin.seq && unit == begin.unit;
         const bool is_end = seq == end.seq && unit == end.unit;
@@ -68,17 +88,12 @@ struct Part {
 
 // --- the copying warp ---
 
-// Tokens that lie together in the cache wherever a run of them begins at a multiple.
-__device__ inline int run_tokens(int block_size) {
-  if (block_size % kStageTokens == 0) return kStageTokens;
-  return kStageTokens % block_size == 0 ? block_size : kRunTokens;
-}
-
 // The numbers of the blocks in which a lane's runs lie, 32 runs of the line of a unit at a time:
 // looked up together and one batch ahead, as a look-up may take as long as several stages.
 struct BlockLookup {
   const int32_t* block_table;
-  int block_size, run, first_token;  // of the batches; a multiple of run
+  BlockDivisor block;
+  int run, first_token;  // of the batches; a multiple of run
   TokenRange visible;
   int batch = -1, current = 0, next = 0;
 
@@ -86,59 +101,76 @@ struct BlockLookup {
     const int token =
         first_token + (index * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize)) * run;
     const bool is_visible = token < visible.end && token + run > visible.begin;
-    return is_visible ? block_table[token / block_size] : 0;
+    return is_visible ? block_table[block.block_of(token)] : 0;
   }
 
-  // Of the run at this token; called by whole warps with ascending stages.
-  __device__ int block_at(int token) {
-    const int index = (token - first_token) / run;
-    const int wanted = __shfl_sync(~0u, index, 0) / kWarpSize;
+  // Of the lane's run, counted from the first_run-th on; called by whole warps with ascending ones
+  // that a batch holds together.
+  __device__ int block_at(int first_run) {
+    const int wanted = first_run / kWarpSize;
     if (wanted != batch) {
       current = wanted == batch + 1 && batch >= 0 ? next : load(wanted);
       batch = wanted;
       next = load(wanted + 1);
     }
-    return __shfl_sync(~0u, current, index % kWarpSize);
+    return __shfl_sync(~0u, current, (first_run + threadIdx.x) % kWarpSize);
   }
 };
 
-// Streams all stages of the part, a tile of keys and one of values each, into the ring. Runs of
-// tokens that nobody sees are not read.
-template <class T, int kHeadDim, int kSlots>
-__device__ void copy_part(const AttentionLaunch& p, int tile_rows, const Part& part, T* ring,
-                          Barrier* full, Barrier* empty) {
-  constexpr int kTileSize = kStageTokens * kHeadDim;
-  const int lane = threadIdx.x % kWarpSize, run = run_tokens(p.block_size);
-  RingPosition<kSlots> at;
-  part.for_each_unit(
-      p, tile_rows,
+// Brings the queries of each unit of the part, and streams all its stages, a tile of keys and one
+// of values each, into the ring. Runs of tokens that nobody sees are not read.
+template <class Shape>
+__device__ void copy_part(const AttentionLaunch& p, const DecodeGeometry& geometry,
+                          const CacheMap& keys, const CacheMap& values, const Part& part,
+                          Shared<Shape>& shared) {
+  using T = typename Shape::T;
+  const int lane = threadIdx.x % kWarpSize;
+  const int run = geometry.run_tokens, runs_per_stage = geometry.runs_per_stage;
+  const uint32_t run_bytes = Shape::Tile::bytes(run);
+  RingPosition<Shape::kSlots> at;
+  RingPosition<2> query;
+  part.for_each_unit<Shape::kTileRows>(
+      p, geometry,
       [&](int seq, const SequenceRows& rows, const DecodeSplits& splits, int unit, int first_split,
           int last_split) {
-        const int kv_head = unit / ceil_div(rows.num_rows(), tile_rows);
-        const T* keys = static_cast<const T*>(p.key_cache) + kv_head * p.key_stride_head;
-        const T* values = static_cast<const T*>(p.value_cache) + kv_head * p.value_stride_head;
+        const int num_tiles = ceil_div(rows.num_rows(), Shape::kTileRows);
+        const int kv_head = unit / num_tiles, first_row = unit % num_tiles * Shape::kTileRows;
         const int last_stage = min(last_split * splits.stages_per_split, splits.num_stages);
         int stage = first_split * splits.stages_per_split;
-        BlockLookup lookup{p.block_tables + seq * p.block_tables_stride, p.block_size, run,
+        BlockLookup lookup{p.block_tables + seq * p.block_tables_stride, geometry.block, run,
                            splits.begin + stage * kStageTokens, splits.visible};
+
+        const int num_rows = min(Shape::kTileRows, rows.num_rows() - first_row);
+        constexpr uint32_t kRowBytes = Shape::Query::kRowBytes;
+        Barrier& query_full = shared.query_full[query.index];
+        shared.query_empty[query.index].wait(query.parity ^ 1);
+        if (lane == 0) query_full.arrive_and_expect(num_rows * kRowBytes);
+        __syncwarp();
+        if (lane < num_rows) {
+          const int64_t offset =
+              rows.offset(first_row + lane, kv_head, p.query_stride_token, p.query_stride_head);
+          bulk_copy(shared.queries[query.index] + lane * Shape::Query::kRowStride,
+                    static_cast<const T*>(p.query) + offset, kRowBytes, query_full);
+        }
+        query = query.next();
+
 #pragma unroll 1
-        for (; stage < last_stage; ++stage) {
+        for (int first_run = 0; stage < last_stage; ++stage, first_run += runs_per_stage) {
           const int token = splits.begin + stage * kStageTokens + lane * run;
-          const int64_t block = lookup.block_at(token), row = token % p.block_size;
-          const bool copies = lane * run < kStageTokens && token < splits.visible.end &&
+          const int block = lookup.block_at(first_run);
+          const int row_group = geometry.block.group_in(geometry.block.block_of(token), token);
+          const bool copies = lane < runs_per_stage && token < splits.visible.end &&
                               token + run > splits.visible.begin;
-          const T* key = keys + block * p.key_stride_block + row * kHeadDim;
-          const T* value = values + block * p.value_stride_block + row * kHeadDim;
-          const uint32_t run_bytes = run * kHeadDim * sizeof(T);
           const uint32_t bytes = __popc(__ballot_sync(~0u, copies)) * run_bytes;
 #pragma unroll
           for (int tile = 0; tile < 2; ++tile) {
-            empty[at.index].wait(at.parity ^ 1);
-            if (lane == 0) full[at.index].arrive_and_expect(bytes);
+            const CacheMap& cache = tile == 0 ? keys : values;
+            shared.empty[at.index].wait(at.parity ^ 1);
+            if (lane == 0) shared.full[at.index].arrive_and_expect(bytes);
             __syncwarp();
             if (copies) {
-              bulk_copy(ring + at.index * kTileSize + lane * run * kHeadDim,
-                        tile == 0 ? key : value, run_bytes, full[at.index]);
+              load_box(shared.ring[at.index] + lane * run_bytes, cache.map, shared.full[at.index],
+                       0, 0, 0, row_group, block * cache.block_step + kv_head * cache.head_step);
             }
             at = at.next();
           }
@@ -150,28 +182,32 @@ __device__ void copy_part(const AttentionLaunch& p, int tile_rows, const Part& p
 
 __device__ inline void sync_consumers() { sync_threads(1, kConsumers); }
 
-template <class T, int kHeadDim, int kTileRows>
+template <class Shape>
 __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& geometry,
-                              const DecodePlan& plan, const Part& part, const T* ring,
-                              Barrier* full, Barrier* empty, float* memory) {
-  using Shape = DecodeShape<T, kHeadDim, kTileRows>;
-  constexpr int kTileSize = Shape::kTileSize;
+                              const DecodePlan& plan, const Part& part, Shared<Shape>& shared) {
+  using T = typename Shape::T;
+  constexpr int kHeadDim = Shape::kHeadDim, kTileRows = Shape::kTileRows;
+  constexpr int kCount = kTileRows / 8;  // of queries in a matrix product
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const SplitResults<kHeadDim, kTileRows> results(memory);
+  const typename Shape::Results results(shared.results);
   const ScoreTransform transform(p);
   RingPosition<Shape::kSlots> at;
+  RingPosition<2> next_query;
 
-  // Waits for the next tile and gives this warp's tokens of it to run, then hands the slot back.
-  const auto with_next_tile = [&](const auto& run) {
+  // Waits for the next buffer of a ring and gives it to run, then hands it back.
+  const auto with_buffer = [&](auto& buffers, auto& full, auto& empty, auto& at, const auto& run) {
     full[at.index].wait(at.parity);
-    run(ring + at.index * kTileSize + warp * kWarpTokens * kHeadDim);
+    run(buffers[at.index]);
     __syncwarp();
     if (lane == 0) empty[at.index].arrive();
     at = at.next();
   };
+  const auto with_next_tile = [&](const auto& run) {
+    with_buffer(shared.ring, shared.full, shared.empty, at, run);
+  };
 
-  part.for_each_unit(
-      p, kTileRows,
+  part.for_each_unit<kTileRows>(
+      p, geometry,
       [&](int, const SequenceRows& rows, const DecodeSplits& splits, int unit, int first_split,
           int last_split) {
         const int num_tiles = ceil_div(rows.num_rows(), kTileRows);
@@ -179,70 +215,83 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
         const int num_rows = min(kTileRows, rows.num_rows() - first_row);
         const bool is_whole = first_split == 0 && last_split == splits.count;
         const int owner = part.owner(first_split);
-        QueryFragments<T, kHeadDim, kTileRows> query;
-        query.load(p, rows, kv_head, first_row);
-        TokenRange seen[2];  // by this lane's rows, and by all rows of the tile
+        typename Shape::Query query;
+        with_buffer(shared.queries, shared.query_full, shared.query_empty, next_query,
+                    [&](const unsigned char* rows) { query.load(rows, num_rows); });
+        TokenRange seen[kCount][2];  // by this lane's queries
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = min(first_row + lane / 4 + 8 * half, rows.num_rows() - 1);
-          seen[half] = rows.visible(row, row, p.sliding_window);
+        for (int i = 0; i < 2 * kCount; ++i) {
+          const int row = min(first_row + i / 2 * 8 + lane % 4 * 2 + i % 2, rows.num_rows() - 1);
+          seen[i / 2][i % 2] = rows.visible(row, row, p.sliding_window);
         }
         const int last_row = first_row + num_rows - 1;
         const TokenRange seen_by_all{rows.visible(last_row, last_row, p.sliding_window).begin,
                                      rows.position(first_row) + 1};
 
-        const auto slot_of = [&](int split) {
-          return SplitSlot(p.partial_results, geometry, owner, split, kHeadDim);
-        };
+        const SplitSlots<kHeadDim> slots(p.partial_results, geometry, owner);
         const auto out_row = [&](int row) {
           return static_cast<T*>(p.out) +
                  rows.offset(first_row + row, kv_head, p.out_stride_token, p.out_stride_head);
         };
 
         for (int split = first_split; split < last_split; ++split) {
-          RowStates states;
-          float out[kHeadDim / 8][4] = {};
+          QueryStates<kCount> states;
+          float out[kHeadDim / 16][kCount][4] = {};
           const int last_stage = min((split + 1) * splits.stages_per_split, splits.num_stages);
 #pragma unroll 1
           for (int stage = split * splits.stages_per_split; stage < last_stage; ++stage) {
             const int token = splits.begin + stage * kStageTokens + warp * kWarpTokens;
             const bool is_masked =
                 token < seen_by_all.begin || token + kWarpTokens > seen_by_all.end;
-            float scores[2][4] = {};
-            with_next_tile(
-                [&](const T* keys) { multiply_keys<T, kHeadDim, kTileRows>(scores, query, keys); });
-            transform.apply(scores[0]);
-            transform.apply(scores[1]);
+            float scores[kCount][4];
+            with_next_tile([&](const unsigned char* keys) {
+              multiply_keys<T, kHeadDim, kTileRows>(scores, query, keys, warp * kWarpTokens);
+            });
+#pragma unroll
+            for (int n = 0; n < kCount; ++n) transform.apply(scores[n]);
             uint32_t keep[2] = {};
             if (is_masked) {
 #pragma unroll
-              for (int j = 0; j < 2; ++j) {
-                const int column = token + 8 * j + 2 * (lane % 4);
+              for (int i = 0; i < 4; ++i) {
+                const int row = token + lane / 4 + i / 2 * 8;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  const TokenRange range = seen[i / 2];
-                  if (column + i % 2 < range.begin || column + i % 2 >= range.end) {
-                    scores[j][i] = -kInfinity;
-                  }
+                for (int n = 0; n < kCount; ++n) {
+                  const TokenRange range = seen[n][i % 2];
+                  if (row < range.begin || row >= range.end) scores[n][i] = -kInfinity;
                 }
-                // What some query of the sequence sees is in the cache; the rest may be anything.
+              }
+          // What some query of the sequence sees is in the cache; the rest may be anything.
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int column = token + 8 * half + 2 * (lane % 4);
                 const auto is_there = [&](int token) {
                   return token >= splits.visible.begin && token < splits.visible.end;
                 };
-                keep[j] =
+                keep[half] =
                     (is_there(column) ? 0x0000ffff : 0) | (is_there(column + 1) ? 0xffff0000 : 0);
               }
             }
-            float rescale[2];
-            states.update(scores, rescale);
-            rescale_rows(out, rescale);
-            uint32_t weights[4];
-            pack_operand<T>(weights, scores[0], scores[1]);
-            with_next_tile([&](const T* values) {
+            float rescale[kCount][2];
+            if (states.update(scores, rescale)) {
+#pragma unroll
+              for (int i = 0; i < kHeadDim / 16 * kCount; ++i) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                  out[i / kCount][i % kCount][j] *= rescale[i % kCount][j % 2];
+              }
+            }
+            uint32_t weights[kCount][2];
+#pragma unroll
+            for (int n = 0; n < kCount; ++n) {
+              weights[n][0] = transpose_matrix(pack<T>(scores[n][0], scores[n][1]));
+              weights[n][1] = transpose_matrix(pack<T>(scores[n][2], scores[n][3]));
+            }
+            with_next_tile([&](const unsigned char* values) {
+              const int first_row = warp * kWarpTokens;
               if (is_masked) {
-                multiply_values<T, kHeadDim, true>(out, weights, values, keep);
+                multiply_values<T, kHeadDim, kCount, true>(out, weights, values, first_row, keep);
               } else {
-                multiply_values<T, kHeadDim, false>(out, weights, values, keep);
+                multiply_values<T, kHeadDim, kCount, false>(out, weights, values, first_row, keep);
               }
             });
           }
@@ -250,20 +299,18 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
 
           results.store(out, states, num_rows);
           sync_consumers();
+#pragma unroll 1
           for (int row = warp; row < num_rows; row += kConsumerWarps) {
             using Result = RowResult<kHeadDim>;
             const Result merged = results.merge(row);
             if (!is_whole) {
-              const SplitSlot slot = slot_of(split);
 #pragma unroll
-              for (int i = 0; i < Result::kColumns; ++i) {
-                if (Result::is_column(i))
-                  slot.out[row * kHeadDim + Result::column(i)] = merged.out[i];
+              for (int i = 0; i < Result::kCount; ++i) {
+                if (!Result::has(i)) continue;
+                __stcg(reinterpret_cast<float4*>(slots.out(split, row) + Result::column(i)),
+                       vector_of(merged.out[i]));
               }
-              if (lane == 0) {
-                *reinterpret_cast<float2*>(slot.max_sum + row * 2) =
-                    make_float2(merged.max, merged.sum);
-              }
+              if (lane == 0) slots.max_sum(split, row) = make_float2(merged.max, merged.sum);
               continue;
             }
             Result so_far;
@@ -292,8 +339,9 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
         const bool folds = *is_last;
         sync_consumers();
         if (!folds) return;
+#pragma unroll 1
         for (int row = warp; row < num_rows; row += kConsumerWarps) {
-          fold_splits<kHeadDim>(splits.count, row, slot_of).write(out_row(row));
+          fold_splits(splits.count, row, slots).write(out_row(row));
         }
       });
 }
@@ -302,63 +350,53 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
 // one warp copies, four multiply 16 tokens of each stage and merge their results at the end of a
 // split. Results go to out; those of units that are cut go to the workspace, and from there to out
 // by the block that brings the last of them.
-template <class T, int kHeadDim, int kTileRows>
-__global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1,
-                                  (DecodeShape<T, kHeadDim, kTileRows>::kBlocksPerSm))
-    decode_kernel(const __grid_constant__ AttentionLaunch p, const DecodeGeometry geometry) {
+template <class Shape>
+__global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1, Shape::kBlocksPerSm)
+    decode_kernel(const __grid_constant__ AttentionLaunch p, const DecodeGeometry geometry,
+                  const __grid_constant__ CacheMap keys, const __grid_constant__ CacheMap values) {
   if constexpr (kIsSm90) {
-    using Shape = DecodeShape<T, kHeadDim, kTileRows>;
-    constexpr int kSlots = Shape::kSlots;
-    unsigned char* const shared = dynamic_shared();
-    T* const ring = reinterpret_cast<T*>(shared);
-    float* const results = reinterpret_cast<float*>(ring + kSlots * Shape::kTileSize);
-    Barrier* const full =
-        reinterpret_cast<Barrier*>(results + Shape::kResultFloats + Shape::kStateFloats);
-    Barrier* const empty = full + kSlots;
+    Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(dynamic_shared());
+    if (threadIdx.x == 0) {
+      shared.init_barriers();
+      prefetch_map(keys.map);
+      prefetch_map(values.map);
+    }
+    wait_for_last_kernel();
+    allow_next_kernel();
     const DecodePlan plan(p.plan, geometry.max_parts);
     const Part part{plan.cuts[blockIdx.x], plan.cuts[blockIdx.x + 1]};
     if (part.begin.seq >= p.num_seqs) return;
-
-    if (threadIdx.x == 0) {
-      for (int slot = 0; slot < kSlots; ++slot) {
-        full[slot].init(1);
-        empty[slot].init(kConsumerWarps);
-      }
-      publish_barriers();
-    }
     __syncthreads();
     if (threadIdx.x >= kConsumers) {
-      copy_part<T, kHeadDim, kSlots>(p, kTileRows, part, ring, full, empty);
+      copy_part<Shape>(p, geometry, keys, values, part, shared);
     } else {
-      multiply_part<T, kHeadDim, kTileRows>(p, geometry, plan, part, ring, full, empty, results);
+      multiply_part<Shape>(p, geometry, plan, part, shared);
     }
   }
 }
 
-template <class T, int kHeadDim, int kTileRows>
+template <class Shape>
 void launch(const AttentionLaunch& p, const DecodeGeometry& geometry, cudaStream_t stream) {
-  using Shape = DecodeShape<T, kHeadDim, kTileRows>;
-  launch_kernel("paged_attention decode", decode_kernel<T, kHeadDim, kTileRows>,
-                dim3(geometry.max_parts), kNumThreads, Shape::kSharedBytes, stream, p, geometry);
+  const auto map_of = [&](const CacheLayout& cache) {
+    return cache.map<typename Shape::Tile>(p.dtype, p.block_size, geometry.run_tokens);
+  };
+  launch_dependent_kernel("paged_attention decode", decode_kernel<Shape>, dim3(geometry.max_parts),
+                          kNumThreads, sizeof(Shared<Shape>), stream, p, geometry,
+                          map_of(CacheLayout::keys(p)), map_of(CacheLayout::values(p)));
 }
 
 inline bool has_kernels() {
-  static const bool has = has_code(decode_kernel<__half, 128, 8>, kNumThreads);
+  static const bool has = has_code(decode_kernel<Shape<__half, 128, 8>>, kNumThreads);
   return has;
 }
 
 }  // namespace decode_sm90
 
 bool can_decode_sm90(const AttentionLaunch& p) {
-  const auto is_together = [&](int64_t stride_token, int64_t stride_head, int64_t stride_block,
-                               const void* cache) {
-    return stride_token == p.head_dim && is_vec_aligned<__half>(cache, stride_head, stride_block);
-  };
   return p.dtype != DType::kFloat32 && compute_capability() == 90 && decode_sm90::has_kernels() &&
-         is_together(p.key_stride_token, p.key_stride_head, p.key_stride_block, p.key_cache) &&
-         is_together(p.value_stride_token, p.value_stride_head, p.value_stride_block,
-                     p.value_cache) &&
-         is_vec_aligned<__half>(p.query, p.query_stride_token, p.query_stride_head);
+         CacheLayout::keys(p).can_map(p.head_dim) && CacheLayout::values(p).can_map(p.head_dim) &&
+         is_vec_aligned<__half>(p.query, p.query_stride_token, p.query_stride_head) &&
+         is_vec_aligned<__half>(p.out, p.out_stride_token, p.out_stride_head);
 }
 
 void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream) {
@@ -368,9 +406,9 @@ void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream) {
     constexpr int kHeadDim = head_dim;
     const DecodeGeometry geometry(p);
     if (geometry.tile_rows == 8) {
-      launch<T, kHeadDim, 8>(p, geometry, stream);
+      launch<Shape<T, kHeadDim, 8>>(p, geometry, stream);
     } else {
-      launch<T, kHeadDim, 16>(p, geometry, stream);
+      launch<Shape<T, kHeadDim, 16>>(p, geometry, stream);
     }
   });
 }

@@ -12,50 +12,15 @@ struct SequenceCost {
   int num_units, num_splits;
   int64_t unit;  // in half stages
 
-  __device__ SequenceCost(const AttentionLaunch& p, int seq, int tile_rows) {
+  __device__ SequenceCost(const AttentionLaunch& p, const DecodeGeometry& geometry, int seq) {
     const SequenceRows rows(p, seq);
-    const DecodeSplits splits(rows, p.sliding_window);
+    const DecodeSplits splits(rows, p.sliding_window, geometry.max_splits);
     const bool is_decode = rows.is_decode(p.max_decode_queries) && splits.count > 0;
-    num_units = is_decode ? p.num_kv_heads * ceil_div(rows.num_rows(), tile_rows) : 0;
+    num_units = is_decode ? p.num_kv_heads * ceil_div(rows.num_rows(), geometry.tile_rows) : 0;
     num_splits = splits.count;
     unit = 2 * int64_t{splits.num_stages} + 1;
   }
   __device__ int64_t all() const { return num_units * unit; }
-};
-
-// Where parts begin along the line, by cost. There are as many alike as run at the same time; of
-// parts of medium size a quarter is held back and dealt out in smaller parts, for SMs that are done
-// early. Of shorter parts too little is left for that, and in longer ones the SMs' differences even
-// out.
-struct PartSizes {
-  static constexpr int64_t kMinMedium = 2 * 16, kMaxMedium = 2 * 64;
-  static constexpr int64_t kMinPart = 2 * 4;  // worth a block of its own
-
-  int64_t total, dealt, second;  // costs where the first parts end, and the second ones
-  int num_first, num_second = 0, num_third = 0;
-
-  __device__ PartSizes(int64_t total, int64_t num_splits, const DecodeGeometry& geometry)
-      : total(total), dealt(total), second(total) {
-    num_first =
-        static_cast<int>(min(num_splits, int64_t{min(geometry.num_resident, geometry.max_parts)}));
-    const int64_t part = total / max(num_first, 1);
-    if (num_splits < 4 * num_first || part < kMinMedium || part > kMaxMedium) return;
-    const int64_t held_back = total / 4, spare = geometry.max_parts - num_first;
-    num_third = static_cast<int>(min(spare / 3, held_back / 4 / kMinPart));
-    if (num_third == 0) return;
-    num_second = static_cast<int>(min(spare * 2 / 3, held_back * 3 / 4 / kMinPart));
-    dealt = total - held_back;
-    second = total - held_back / 4;
-  }
-
-  __device__ int num_parts() const { return num_first + num_second + num_third; }
-
-  __device__ int64_t begin(int part) const {
-    if (part <= num_first) return dealt * part / num_first;
-    part -= num_first;
-    if (part <= num_second) return dealt + (second - dealt) * part / num_second;
-    return second + (total - second) * (part - num_second) / num_third;
-  }
 };
 
 __device__ inline int64_t warp_inclusive_sum(int64_t x) {
@@ -88,7 +53,7 @@ __device__ DecodeCut cut_sequence(const AttentionLaunch& p, int seq, const Seque
   const int64_t inside = at % cost.unit;
   // A unit is cut only where that evens out the parts by much: its splits' results have to be
   // written and read again.
-  if (min(inside, cost.unit - inside) * 8 <= part_size) {
+  if (min(inside, cost.unit - inside) * 16 <= part_size) {
     unit += 2 * inside >= cost.unit;
   } else {
     split = static_cast<int>((inside * cost.num_splits + cost.unit / 2) / cost.unit);
@@ -114,6 +79,16 @@ __device__ inline bool is_not_past(const DecodeCut& a, int seq, int unit) {
   return a.seq < seq || (a.seq == seq && (a.unit < unit || (a.unit == unit && a.split == 0)));
 }
 
+// Of units that cost the same: a slightly smaller number of parts that cuts no unit, or all alike,
+// so that no block has pieces of two.
+__device__ int whole_parts(int64_t num_units, int max_parts) {
+  if (num_units == 0) return max_parts;
+  const int64_t parts = num_units < max_parts ? max_parts / num_units * num_units
+                                              : num_units / ceil_div(num_units, int64_t{max_parts});
+  const bool is_whole = num_units < max_parts || num_units % parts == 0;
+  return is_whole && parts * 16 >= int64_t{max_parts} * 15 ? static_cast<int>(parts) : max_parts;
+}
+
 // One block. It takes kNumThreads sequences at a time: their costs are summed up, then a thread
 // looks for each part's beginning among them.
 __global__ void __launch_bounds__(kNumThreads)
@@ -121,21 +96,35 @@ __global__ void __launch_bounds__(kNumThreads)
   __shared__ int64_t ends[kNumThreads];  // of the sequences of a round, along the line
   const DecodePlan plan(p.plan, geometry.max_parts);
   const int rounds = ceil_div(p.num_seqs, kNumThreads);
-  int64_t total = 0, num_splits = 0;
+  int64_t total = 0, num_splits = 0, num_units = 0, num_different = 0;
   for (int round = 0; round < rounds; ++round) {
     const int seq = round * kNumThreads + threadIdx.x;
-    int64_t cost = 0, splits = 0, round_total;
+    int64_t cost = 0, splits = 0, units = 0, round_total;
     if (seq < p.num_seqs) {
-      const SequenceCost sequence(p, seq, geometry.tile_rows);
-      cost = sequence.all(), splits = int64_t{sequence.num_units} * sequence.num_splits;
+      const SequenceCost sequence(p, geometry, seq);
+      cost = sequence.all(), units = sequence.num_units, splits = units * sequence.num_splits;
     }
     block_inclusive_sum(cost, &round_total);
     total += round_total;
     block_inclusive_sum(splits, &round_total);
     num_splits += round_total;
+    block_inclusive_sum(units, &round_total);
+    num_units += round_total;
   }
-  const PartSizes sizes(total, num_splits, geometry);
-  const int num_parts = num_splits == 0 ? 0 : sizes.num_parts();
+  for (int round = 0; round < rounds; ++round) {
+    const int seq = round * kNumThreads + threadIdx.x;
+    int64_t is_different = 0, round_total;
+    if (seq < p.num_seqs) {
+      const SequenceCost sequence(p, geometry, seq);
+      is_different = sequence.num_units > 0 && sequence.unit * num_units != total;
+    }
+    block_inclusive_sum(is_different, &round_total);
+    num_different += round_total;
+  }
+  // Alike in cost, and no more of them than splits.
+  int num_parts = static_cast<int>(min(num_splits, int64_t{geometry.max_parts}));
+  if (num_different == 0) num_parts = whole_parts(num_units, num_parts);
+  const auto begin_of = [&](int part) { return total * part / num_parts; };
   for (int i = threadIdx.x; i < geometry.max_parts; i += kNumThreads) plan.arrivals[i] = 0;
   for (int i = num_parts + threadIdx.x; i <= geometry.max_parts; i += kNumThreads) {
     plan.cuts[i] = {p.num_seqs, 0, 0, i, 0, 0, 0, 0};
@@ -145,11 +134,11 @@ __global__ void __launch_bounds__(kNumThreads)
   for (int round = 0; round < rounds && num_parts > 0; ++round) {
     const int first_seq = round * kNumThreads, seq = first_seq + threadIdx.x;
     int64_t round_total;
-    const int64_t cost = seq < p.num_seqs ? SequenceCost(p, seq, geometry.tile_rows).all() : 0;
+    const int64_t cost = seq < p.num_seqs ? SequenceCost(p, geometry, seq).all() : 0;
     ends[threadIdx.x] = before + block_inclusive_sum(cost, &round_total);
     __syncthreads();
     for (int i = threadIdx.x; i < num_parts; i += kNumThreads) {
-      const int64_t at = sizes.begin(i);
+      const int64_t at = begin_of(i);
       if (at < before || at >= before + round_total) continue;
       int low = 0, high = kNumThreads - 1;  // the first sequence that ends past it
       while (low < high) {
@@ -160,9 +149,9 @@ __global__ void __launch_bounds__(kNumThreads)
           low = middle + 1;
         }
       }
-      const SequenceCost found(p, first_seq + low, geometry.tile_rows);
+      const SequenceCost found(p, geometry, first_seq + low);
       plan.cuts[i] = cut_sequence(p, first_seq + low, found, at - (ends[low] - found.all()),
-                                  sizes.begin(i + 1) - at);
+                                  begin_of(i + 1) - at);
     }
     before += round_total;
     __syncthreads();

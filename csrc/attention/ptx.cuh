@@ -33,6 +33,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&matrices)[4], const v
                : "r"(shared_address(row)));
 }
 
+// The transpose of an 8 x 8 fragment.
+__device__ inline uint32_t transpose_matrix(uint32_t matrix) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+  return transposed;
+}
+
 // sums += a b, with a [16, 16], b [16, 8], sums [16, 8]. With g = lane / 4 and t = lane % 4:
 //   a[0], a[1]: rows g, g + 8 of columns 2t, 2t + 1; a[2], a[3]: the same of columns 2t + 8, 2t + 9
 //   b0, b1: column g of rows 2t, 2t + 1 and of rows 2t + 8, 2t + 9

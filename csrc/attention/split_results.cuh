@@ -9,25 +9,39 @@ namespace nano_vllm::cuda::decode_sm90 {
 
 constexpr int kConsumerWarps = 4;  // that multiply; each has a result of its own
 
-// A row's result over some tokens, held by a warp: lane l has columns l, l + 32 and so on of the
-// weighted values. Rounded step by step, so that a fold gives the same bits wherever it is made.
+// Four neighbouring columns of a row, moved by one instruction.
+using Columns4 = float[4];
+
+__device__ inline void load_columns(Columns4& to, const float* from) {
+  const float4 x = *reinterpret_cast<const float4*>(from);
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+__device__ inline float4 vector_of(const Columns4& x) { return {x[0], x[1], x[2], x[3]}; }
+
+// A row's result over some tokens, held by a warp: lane l has columns 4 l .. 4 l + 3 of each 128 of
+// the weighted values. Rounded step by step, so that a fold gives the same bits wherever it is
+// made.
 template <int kHeadDim>
 struct RowResult {
-  static constexpr int kColumns = ceil_div(kHeadDim, kWarpSize);
-  float max = -kInfinity, sum = 0, out[kColumns] = {};
+  static constexpr int kCount = ceil_div(kHeadDim, 4 * kWarpSize);
+  float max = -kInfinity, sum = 0;
+  Columns4 out[kCount] = {};
 
-  __device__ static int column(int i) { return threadIdx.x % kWarpSize + i * kWarpSize; }
-  __device__ static bool is_column(int i) {
-    return kHeadDim % kWarpSize == 0 || column(i) < kHeadDim;
+  __device__ static int column(int i) { return 4 * (threadIdx.x % kWarpSize + i * kWarpSize); }
+  __device__ static bool has(int i) {
+    return kHeadDim % (4 * kWarpSize) == 0 || column(i) < kHeadDim;
   }
   __device__ static float shift_of(float max) { return max == -kInfinity ? 0 : max; }
 
   // this = this * mine + next * its
-  __device__ void add(float next_sum, const float (&next_out)[kColumns], float mine, float its) {
+  __device__ void add(float next_sum, const Columns4 (&next_out)[kCount], float mine, float its) {
     sum = __fmaf_rn(sum, mine, __fmul_rn(next_sum, its));
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      out[i] = __fmaf_rn(out[i], mine, __fmul_rn(next_out[i], its));
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        out[i][j] = __fmaf_rn(out[i][j], mine, __fmul_rn(next_out[i][j], its));
+      }
     }
   }
 
@@ -37,12 +51,16 @@ struct RowResult {
     max = new_max;
   }
 
+  // To memory, aligned to four elements.
   template <class T>
   __device__ void write(T* row) const {
-    const float inverse = sum == 0 ? 0 : 1 / sum;
+    const float inverse = sum == 0 ? 0 : __fdividef(1, sum);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      if (is_column(i)) row[column(i)] = from_float<T>(out[i] * inverse);
+    for (int i = 0; i < kCount; ++i) {
+      if (!has(i)) continue;
+      __stcg(reinterpret_cast<uint2*>(row + column(i)),
+             make_uint2(pack<T>(out[i][0] * inverse, out[i][1] * inverse),
+                        pack<T>(out[i][2] * inverse, out[i][3] * inverse)));
     }
   }
 };
@@ -51,6 +69,8 @@ struct RowResult {
 template <int kHeadDim, int kTileRows>
 struct SplitResults {
   static constexpr int kRowStride = kHeadDim + 4;
+  static constexpr int kFloats =
+      kConsumerWarps * kTileRows * (kRowStride + 2) + kTileRows * (kHeadDim + 2);
   float* out;            // [kConsumerWarps, kTileRows, kRowStride]
   float* max_sum;        // [kConsumerWarps, kTileRows, 2]
   float* state;          // [kTileRows, kHeadDim]
@@ -63,31 +83,26 @@ struct SplitResults {
         state_max_sum(state + kTileRows * kHeadDim) {}
 
   // A warp's accumulators; rows at or past num_rows are not wanted.
-  __device__ void store(const float (&columns)[kHeadDim / 8][4], const RowStates& states,
-                        int num_rows) const {
-    using Columns = ValueColumns<kHeadDim>;
-    constexpr int kElements = Columns::kElements;
+  __device__ void store(const float (&columns)[kHeadDim / 16][kTileRows / 8][4],
+                        const QueryStates<kTileRows / 8>& states, int num_rows) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll
-    for (int half = 0; half < (kTileRows > 8 ? 2 : 1); ++half) {
-      const int row = lane / 4 + 8 * half;
-      if (row >= num_rows) continue;
-      float* to = out + (warp * kTileRows + row) * kRowStride + lane % 4 * 2 * kElements;
+    for (int n = 0; n < kTileRows / 8; ++n) {
 #pragma unroll
-      for (int group = 0; group < Columns::kGroups; ++group) {
+      for (int j = 0; j < 2; ++j) {
+        const int row = 8 * n + lane % 4 * 2 + j;
+        if (row >= num_rows) continue;
+        // Rows are kRowStride apart: the lanes' words lie in different banks.
+        float* to = out + (warp * kTileRows + row) * kRowStride + lane / 4;
 #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-#pragma unroll
-          for (int i = 0; i < kElements; i += 2) {
-            *reinterpret_cast<float2*>(to + group * 8 * kElements + side * kElements + i) =
-                make_float2(columns[group * kElements + i][2 * half + side],
-                            columns[group * kElements + i + 1][2 * half + side]);
-          }
+        for (int i = 0; i < kHeadDim / 16; ++i) {
+          to[16 * i] = columns[i][n][j];
+          to[16 * i + 8] = columns[i][n][2 + j];
         }
-      }
-      if (lane % 4 == 0) {
-        *reinterpret_cast<float2*>(max_sum + (warp * kTileRows + row) * 2) =
-            make_float2(states.max[half], states.sum[half]);
+        if (lane / 4 == 0) {
+          *reinterpret_cast<float2*>(max_sum + (warp * kTileRows + row) * 2) =
+              make_float2(states.max[n][j], states.sum[n][j]);
+        }
       }
     }
   }
@@ -104,12 +119,12 @@ struct SplitResults {
     }
 #pragma unroll
     for (int warp = 0; warp < kConsumerWarps; ++warp) {
-      float values[Result::kColumns];
+      Columns4 values[Result::kCount] = {};
 #pragma unroll
-      for (int i = 0; i < Result::kColumns; ++i) {
-        values[i] = Result::is_column(i)
-                        ? out[(warp * kTileRows + row) * kRowStride + Result::column(i)]
-                        : 0;
+      for (int i = 0; i < Result::kCount; ++i) {
+        if (Result::has(i)) {
+          load_columns(values[i], out + (warp * kTileRows + row) * kRowStride + Result::column(i));
+        }
       }
       const float weight = exp2_approx(of_warp[warp].x - Result::shift_of(merged.max));
       merged.add(of_warp[warp].y, values, 1, weight);
@@ -122,8 +137,8 @@ struct SplitResults {
     Result so_far;
     so_far.max = state_max_sum[row * 2], so_far.sum = state_max_sum[row * 2 + 1];
 #pragma unroll
-    for (int i = 0; i < Result::kColumns; ++i) {
-      if (Result::is_column(i)) so_far.out[i] = state[row * kHeadDim + Result::column(i)];
+    for (int i = 0; i < Result::kCount; ++i) {
+      if (Result::has(i)) load_columns(so_far.out[i], state + row * kHeadDim + Result::column(i));
     }
     return so_far;
   }
@@ -131,8 +146,10 @@ struct SplitResults {
   __device__ void store_state(int row, const RowResult<kHeadDim>& so_far) const {
     using Result = RowResult<kHeadDim>;
 #pragma unroll
-    for (int i = 0; i < Result::kColumns; ++i) {
-      if (Result::is_column(i)) state[row * kHeadDim + Result::column(i)] = so_far.out[i];
+    for (int i = 0; i < Result::kCount; ++i) {
+      if (!Result::has(i)) continue;
+      *reinterpret_cast<float4*>(state + row * kHeadDim + Result::column(i)) =
+          vector_of(so_far.out[i]);
     }
     __syncwarp();  // every lane has loaded what is now overwritten
     if (threadIdx.x % kWarpSize == 0) {
@@ -143,25 +160,25 @@ struct SplitResults {
 };
 
 // The fold of all splits of a row, from the workspace. Lane l looks after split l.
-template <int kHeadDim, class Slot>
-__device__ RowResult<kHeadDim> fold_splits(int count, int row, const Slot& slot_of) {
+template <int kHeadDim>
+__device__ RowResult<kHeadDim> fold_splits(int count, int row, const SplitSlots<kHeadDim>& slots) {
   using Result = RowResult<kHeadDim>;
   static_assert(kMaxPlannedSplits == kWarpSize);
-  constexpr int kAtOnce = 32 / Result::kColumns;
+  constexpr int kAtOnce = 16 / Result::kCount;
   const int lane = threadIdx.x % kWarpSize;
   float2 max_sum = make_float2(-kInfinity, 0);
-  if (lane < count) {
-    max_sum = __ldcg(reinterpret_cast<const float2*>(slot_of(lane).max_sum + row * 2));
-  }
-  float values[kAtOnce][Result::kColumns];
+  if (lane < count) max_sum = __ldcg(&slots.max_sum(lane, row));
+
+  Columns4 values[kAtOnce][Result::kCount] = {};
   const auto load_values = [&](int first) {
 #pragma unroll
     for (int s = 0; s < kAtOnce; ++s) {
-      const float* from = slot_of(first + s).out + row * kHeadDim;
 #pragma unroll
-      for (int i = 0; i < Result::kColumns; ++i) {
-        const bool is_there = first + s < count && Result::is_column(i);
-        values[s][i] = is_there ? __ldcg(from + Result::column(i)) : 0;
+      for (int i = 0; i < Result::kCount; ++i) {
+        if (first + s >= count || !Result::has(i)) continue;
+        const float4 x =
+            __ldcg(reinterpret_cast<const float4*>(slots.out(first + s, row) + Result::column(i)));
+        values[s][i][0] = x.x, values[s][i][1] = x.y, values[s][i][2] = x.z, values[s][i][3] = x.w;
       }
     }
   };
@@ -183,9 +200,10 @@ __device__ RowResult<kHeadDim> fold_splits(int count, int row, const Slot& slot_
 #pragma unroll
     for (int s = 0; s < kAtOnce; ++s) {
       const int split = first + s;
-      if (split >= count) break;
-      result.add(__shfl_sync(~0u, max_sum.y, split), values[s], __shfl_sync(~0u, mine, split),
-                 __shfl_sync(~0u, its, split));
+      if (split < count) {
+        result.add(__shfl_sync(~0u, max_sum.y, split), values[s], __shfl_sync(~0u, mine, split),
+                   __shfl_sync(~0u, its, split));
+      }
     }
   }
   return result;

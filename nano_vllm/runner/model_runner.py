@@ -164,8 +164,8 @@ def _choose_device(name: str) -> torch.device:
 
 def _choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
     if name == "auto":
-        # Where the checkpoint does not say, a GGUF for one, float16: its blocks' scales are float16,
-        # and bfloat16 would round the weights eight times as coarsely.
+        # A GGUF does not say. Its scales are float16, and bfloat16 would round the weights eight
+        # times as coarsely.
         name = model.dtype or ("float16" if device.type == "cuda" else "float32")
     if name not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {name!r}")

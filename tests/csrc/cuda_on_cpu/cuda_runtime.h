@@ -34,6 +34,9 @@ struct alignas(16) uint4 {
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -112,6 +115,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   return bits;
 }
 inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline int atomicAdd(int* address, int value) {
   const int old = *address;
   *address += value;
@@ -130,6 +134,11 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdividef(float x, float y) { return x / y; }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+template <class T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
 template <class T>
 T __ldcg(const T* address) {
   return *address;

@@ -40,6 +40,15 @@ inline void load_matrices_transposed(uint32_t (&matrices)[4], const void* row) {
   }
 }
 
+inline uint32_t transpose_matrix(uint32_t matrix) {
+  const auto rows = cuda_on_cpu::gather(matrix);
+  const int row = cuda_on_cpu::lane() / 4, column = cuda_on_cpu::lane() % 4 * 2;
+  const auto element = [&](int r, int c) {
+    return static_cast<uint16_t>(rows.value[4 * r + c / 2] >> 16 * (c % 2));
+  };
+  return pair_of(element(column, row), element(column + 1, row));
+}
+
 template <class T>
 void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {

@@ -1,4 +1,4 @@
-// What attention/bulk_copy.cuh says, on a CPU: copies arrive at once.
+// What attention/barrier.cuh says, on a CPU.
 #pragma once
 
 #include "attention/ptx.cuh"
@@ -38,11 +38,6 @@ struct Barrier {
 static_assert(sizeof(Barrier) == 8);
 
 inline void publish_barriers() {}
-
-inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
-  std::memcpy(to, from, bytes);
-  barrier.arrived(bytes);
-}
 
 inline int add_arrivals(int* counter, int count) { return atomicAdd(counter, count); }
 

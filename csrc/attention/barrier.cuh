@@ -1,5 +1,4 @@
-// Bulk copies to shared memory by the copy engine of sm_90, and the barriers that tell when they
-// have arrived (PTX ISA, "cp.async.bulk" and "mbarrier").
+// Barriers among threads, among blocks, and with the copy engine of sm_90 (PTX ISA, "mbarrier").
 #pragma once
 
 #include "attention/ptx.cuh"
@@ -44,15 +43,6 @@ struct Barrier {
 // Makes initialised barriers visible to the copy engine; a block barrier has to follow.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// `bytes` and both addresses are multiples of 16.
-__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(&barrier.state))
-      : "memory");
 }
 
 // Adds to a counter in global memory; what this thread, and those it has met at a barrier, wrote
