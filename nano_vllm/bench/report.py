@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -31,10 +32,20 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def report(benchmark: str, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Print the rows; all share the keys of the first."""
-    columns = list(rows[0])
-    cells = [[_text(row[column]) for column in columns] for row in rows]
+def report(
+    benchmark: str,
+    machine: dict[str, Any],
+    rows: list[dict[str, Any]],
+    table: list[dict[str, str]] | None = None,
+) -> None:
+    """Print the rows; all share the keys of the first.
+
+    Args:
+        table: the rows as people are to read them, if not as they are.
+    """
+    lines: Sequence[dict[str, Any]] = rows if table is None else table
+    columns = list(lines[0])
+    cells = [[_text(line[column]) for column in columns] for line in lines]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     for line in (columns, ["-" * width for width in widths], *cells):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,45 +15,64 @@ CALLS_PER_GRAPH = 20
 
 
 def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Seconds of one call: the median over repeats.
+    """Seconds of one call: the median over repeats. Arguments as for `repeat_timer`."""
+    return alternate([repeat_timer(calls, device)])[0]
+
+
+def alternate(timers: Sequence[Callable[[], float]]) -> list[float]:
+    """Medians of timers that take turns (first, second, first, second, ...), so that all find the
+    device as hot and its clock as low.
+    """
+    rounds = [[timer() for timer in timers] for _ in range(REPEATS)]
+    return [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+
+
+def repeat_timer(
+    calls: Sequence[Callable[[], object]], device: torch.device
+) -> Callable[[], float]:
+    """Warms the calls up and returns what runs all of them and says the seconds of one.
 
     Args:
         calls: the same work on different inputs, taken in turn, so that no call finds its inputs in
-            a cache. They
-            neither synchronise nor depend on one another.
+            a cache. They neither synchronise nor depend on one another.
         device: where the work runs.
     """
     for call in calls:
         call()
-    if device.type == "cuda":
-        return _cuda_graph_seconds(calls)
-    seconds = []
-    for _ in range(REPEATS):
+    return _graph_timer(calls) if device.type == "cuda" else _clock_timer(calls)
+
+
+def _clock_timer(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    def repeat() -> float:
         start = time.perf_counter()
         for call in calls:
             call()
-        seconds.append((time.perf_counter() - start) / len(calls))
-    return statistics.median(seconds)
+        return (time.perf_counter() - start) / len(calls)
+
+    return repeat
 
 
-def _cuda_graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
+def _graph_timer(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
     rounds = -(-CALLS_PER_GRAPH // len(calls))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a capture that fails leaves its own stream current; the outer one comes back regardless
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()
     graph.replay()
-    seconds = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / (rounds * len(calls)))
-    return statistics.median(seconds)
+    torch.cuda.synchronize()  # whatever fails on the device fails here
+    return lambda: _event_seconds(graph.replay) / (rounds * len(calls))
+
+
+def _event_seconds(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def input_sets(bytes_per_set: int, device: torch.device) -> int:
@@ -64,20 +85,21 @@ def input_sets(bytes_per_set: int, device: torch.device) -> int:
     return max(1, min(CALLS_PER_GRAPH, -(-3 * cache // max(1, bytes_per_set))))
 
 
+def free_bytes(device: torch.device) -> float:
+    """What can still be allocated on a GPU; a CPU's own grid is small."""
+    if device.type != "cuda":
+        return math.inf
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def _long_call_seconds(call: Callable[[], object], device: torch.device) -> float:
     """For calls of milliseconds, beside which a launch is nothing: one by one, not in a graph."""
     if device.type != "cuda":
         return median_seconds([call], device)
     call()
-    seconds = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(seconds)
+    return statistics.median(_event_seconds(call) for _ in range(REPEATS))
 
 
 def copy_ceiling(device: torch.device) -> float:

@@ -1,0 +1,81 @@
+"""One row of the kernels benchmark: as data, and as a line for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from nano_vllm.bench.attention_peers import AttentionPeer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all rows of one run share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    block_size: int
+    copy: float  # bytes per second, the device's own large copy
+    matmul: float  # floating-point operations per second, torch's own large product
+    peers: tuple[AttentionPeer, ...]
+
+    def row(
+        self,
+        kernel: str,
+        heads: object,
+        shape: str,
+        seconds: float,
+        *,
+        moved: int | None = None,
+        flops: int | None = None,
+        peers: dict[str, float | None] | None = None,
+    ) -> dict[str, Any]:
+        """A row of a kernel that is held against the copy or the matmul ceiling.
+
+        Args:
+            seconds: of one call of ours.
+            moved: bytes read and written; either this or `flops`.
+            flops: floating-point operations.
+            peers: seconds of one call by the peer's name; None where it has no time.
+        """
+        assert (moved is None) != (flops is None)
+        amount, ceiling = (moved, self.copy) if flops is None else (flops, self.matmul)
+        assert amount is not None
+        row: dict[str, Any] = {
+            "kernel": kernel,
+            "heads": str(heads),
+            "shape": shape,
+            "us": seconds * 1e6,
+            "rate": amount / seconds / (1e9 if flops is None else 1e12),
+            "unit": "GB/s" if flops is None else "TFLOP/s",
+            "of ceiling": amount / seconds / ceiling,
+        }
+        for peer in self.peers:
+            time = (peers or {}).get(peer.name)
+            row[f"{peer.name} us"] = None if time is None else time * 1e6
+            row[f"{peer.name} / ours"] = None if time is None else time / seconds
+        return row
+
+
+def table_line(row: dict[str, Any], peers: tuple[str, ...]) -> dict[str, str]:
+    """The row in fewer columns: the rate with its unit, a peer's us with (x), how many times
+    ours it is."""
+    line = {
+        "kernel": row["kernel"],
+        "heads": row["heads"],
+        "shape": row["shape"],
+        "us": _microseconds(row["us"]),
+        "rate": f"{row['rate']:.4g} {row['unit']}",
+        "of ceiling": f"{row['of ceiling']:.0%}",
+    }
+    for peer in peers:
+        time, ratio = row[f"{peer} us"], row[f"{peer} / ours"]
+        line[f"{peer} (x)"] = "-" if time is None else f"{_microseconds(time)} ({ratio:.2f})"
+    return line
+
+
+def _microseconds(us: float) -> str:
+    return f"{us:.1f}" if us < 1000 else f"{us:.0f}"

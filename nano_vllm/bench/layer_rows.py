@@ -1,0 +1,72 @@
+"""Times the kernels around attention: the cache's and the layers'."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from nano_vllm import ops
+from nano_vllm.bench.attention_grid import Heads
+from nano_vllm.bench.kernel_row import Setup
+from nano_vllm.bench.timing import alternate, input_sets, median_seconds, repeat_timer
+
+
+def cache_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
+    device, dtype, block_size = setup.device, setup.dtype, setup.block_size
+    kv_heads, head_dim = heads.num_kv_heads, heads.head_dim
+    tokens = 8192 if device.type == "cuda" else 2048
+    moved = 4 * tokens * kv_heads * head_dim * dtype.itemsize
+    calls = []
+    for _ in range(input_sets(moved, device)):
+        key, value = (
+            torch.randn(tokens, kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2)
+        )
+        pool = torch.empty(
+            2, tokens // block_size, kv_heads, block_size, head_dim, device=device, dtype=dtype
+        )
+        slots = torch.randperm(tokens, device=device)
+        keys, values = pool[0].transpose(1, 2), pool[1].transpose(1, 2)
+        calls.append(partial(ops.reshape_and_cache, key, value, keys, values, slots))
+    seconds = median_seconds(calls, device)
+    rows = [setup.row("reshape_and_cache", heads, f"{tokens} tokens", seconds, moved=moved)]
+
+    layers, pairs = 32, 256 if device.type == "cuda" else 16
+    pool = torch.randn(
+        layers, 2, 2 * pairs, kv_heads, block_size, head_dim, device=device, dtype=dtype
+    )
+    mapping = torch.randperm(2 * pairs, device=device).view(pairs, 2)
+    seconds = median_seconds([partial(ops.copy_blocks, pool, mapping)], device)
+    shape = f"{pairs} blocks x {layers} layers"
+    moved = pool.numel() * dtype.itemsize
+    return [*rows, setup.row("copy_blocks", heads, shape, seconds, moved=moved)]
+
+
+def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
+    """The peer of silu_and_mul is torch, if it is among the peers."""
+    device, dtype = setup.device, setup.dtype
+    tokens = 8192 if device.type == "cuda" else 1024
+    hidden = heads.num_heads * heads.head_dim
+    shape = f"{tokens} x {hidden}"
+    weight = torch.randn(hidden, device=device, dtype=dtype)
+    moved = 4 * tokens * hidden * dtype.itemsize
+    pairs = [
+        [torch.randn(tokens, hidden, device=device, dtype=dtype) for _ in range(2)]
+        for _ in range(input_sets(moved, device))
+    ]
+    norms = [partial(ops.fused_add_rms_norm, x, x, r, weight, 1e-5) for x, r in pairs]
+    seconds = median_seconds(norms, device)
+    rows = [setup.row("fused_add_rms_norm", heads, shape, seconds, moved=moved)]
+
+    moved = 3 * tokens * (hidden // 2) * dtype.itemsize
+    gates = [partial(ops.silu_and_mul, r.new_empty(tokens, hidden // 2), r) for _, r in pairs]
+    torchs = [partial(_torch_silu_and_mul, r) for _, r in pairs]
+    seconds, peer = alternate([repeat_timer(gates, device), repeat_timer(torchs, device)])
+    peers: dict[str, float | None] = {"torch": peer}
+    return [*rows, setup.row("silu_and_mul", heads, shape, seconds, moved=moved, peers=peers)]
+
+
+def _torch_silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up

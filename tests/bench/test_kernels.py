@@ -1,0 +1,56 @@
+"""The command as a whole, on a grid of two tiny shapes."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+
+import pytest
+
+from nano_vllm.bench import attention_grid, kernels, timing
+from nano_vllm.bench.attention_grid import decode, prefill
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_grid, "CPU_DECODES", [decode(2, 19)])
+    monkeypatch.setattr(attention_grid, "CPU_PREFILLS", [prefill(1, 9)])
+    monkeypatch.setattr(timing, "copy_ceiling", lambda device: 2e9)
+    monkeypatch.setattr(timing, "matmul_ceiling", lambda device, dtype: 3e12)
+    monkeypatch.setattr(timing, "REPEATS", 2)
+
+
+def run(*options: str) -> None:
+    parser = ArgumentParser()
+    kernels.add_arguments(parser)
+    kernels.run(parser.parse_args(["--device", "cpu", *options]))
+
+
+def test_last_line_is_all_of_it_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--models", "smollm2", "qwen3-0.6b", "--only", "attention")
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["copy GB/s"] == 2
+    assert result["matmul TFLOP/s"] == 3
+    assert result["peers"].startswith("torch ")
+    assert [(row["heads"], row["shape"]) for row in result["rows"]] == [
+        ("9/3x64", "2 x 19"),
+        ("9/3x64", "1 x 9"),
+        ("16/8x128", "2 x 19"),
+        ("16/8x128", "1 x 9"),
+    ]
+    for row in result["rows"]:
+        assert row["torch / ours"] == pytest.approx(row["torch us"] / row["us"])
+    assert len(err.splitlines()) == 4, "each row as soon as it is there"
+
+
+def test_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--only", "decode", "--peers")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["peers"] == "none"
+    assert not [key for key in result["rows"][0] if "ours" in key]
+
+
+def test_unknown_part_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match="--only 'x' is in none of the names"):
+        run("--only", "x")
