@@ -56,6 +56,8 @@ class EngineConfig:
     """Reuse the blocks of prompts that begin alike."""
     enable_chunked_prefill: bool = True
     """Split long prompts over steps, so that they do not stall running sequences."""
+    enforce_eager: bool = False
+    """Launch every kernel by itself, also where a step could be one CUDA graph."""
 
     def __post_init__(self) -> None:
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))

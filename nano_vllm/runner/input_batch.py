@@ -60,6 +60,10 @@ class InputBatch:
         self._buffer = (
             torch.empty_like(self._staging, device=device) if self._on_gpu else self._staging
         )
+        self._block_tables = torch.zeros(
+            (max_num_seqs, max_blocks_per_seq), dtype=torch.int32, device=device
+        )
+        """Of padded batches, whose tensors must not move."""
         self._copied = torch.cuda.Event() if self._on_gpu else None
         self._workspace = None
         if self._on_gpu:
@@ -68,21 +72,29 @@ class InputBatch:
             )
             self._workspace = torch.empty(numel, dtype=torch.float32, device=device)
 
-    def prepare(self, batch: Batch) -> ModelInput:
-        """Fill the staging buffer from the batch and send it to the device."""
+    def prepare(self, batch: Batch, padded_size: int | None = None) -> ModelInput:
+        """Fill the staging buffer from the batch and send it to the device.
+
+        Args:
+            batch: what to compute.
+            padded_size: for a batch of decodes, sequences to pad it to with ones that have nothing
+                to do. Batches of a padded size have their tensors always in the same memory, and
+                bounds that hold for all of them.
+        """
         scheduled = batch.scheduled
         num_tokens, num_seqs = batch.num_tokens, len(scheduled)
+        padded_tokens, padded_seqs = padded_size or num_tokens, padded_size or num_seqs
         width = max(len(s.sequence.block_table) for s in scheduled)
         if self._copied is not None:
             # the copy of the step before may still read the staging buffer
             self._copied.synchronize()
 
         layout = (
-            (torch.int64, (num_tokens,)),
-            (torch.int64, (num_tokens,)),
-            (torch.int64, (num_tokens,)),
-            (torch.int32, (num_seqs + 1,)),
-            (torch.int32, (num_seqs,)),
+            (torch.int64, (padded_tokens,)),
+            (torch.int64, (padded_tokens,)),
+            (torch.int64, (padded_tokens,)),
+            (torch.int32, (padded_seqs + 1,)),
+            (torch.int32, (padded_seqs,)),
             (torch.int32, (num_seqs, width)),
         )
         host, device = [], []
@@ -98,12 +110,26 @@ class InputBatch:
             [s.sequence.num_computed_tokens for s in scheduled],
             [s.num_tokens for s in scheduled],
             self.block_size,
-            *host,
+            host[0][:num_tokens],
+            host[1][:num_tokens],
+            host[2][:num_tokens],
+            host[3][: num_seqs + 1],
+            host[4][:num_seqs],
+            host[5],
         )
+        if padded_size is not None:
+            for array, value in zip(host[:3], (0, 0, -1), strict=True):
+                array[num_tokens:] = value
+            host[3][num_seqs + 1 :] = num_tokens
+            host[4][num_seqs:] = 0
         if self._copied is not None:
             self._buffer[:offset].copy_(self._staging[:offset], non_blocking=True)
             self._copied.record()
         input_ids, positions, slot_mapping, query_start_loc, seq_lens, block_tables = device
+        if padded_size is not None:
+            self._block_tables[:num_seqs, :width] = block_tables
+            block_tables = self._block_tables[:padded_size]
+            max_seq_len = self.max_blocks_per_seq * self.block_size
         if self._workspace is not None:
             ops.plan_attention(
                 self._workspace,

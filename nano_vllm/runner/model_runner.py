@@ -14,7 +14,8 @@ from nano_vllm.metrics import nvtx_range
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
-from nano_vllm.runner.input_batch import InputBatch
+from nano_vllm.runner.cuda_graphs import DecodeGraphs
+from nano_vllm.runner.input_batch import InputBatch, ModelInput
 from nano_vllm.runner.memory import num_kv_blocks
 from nano_vllm.sampling.logprobs import logprob_entries
 from nano_vllm.sampling.sampler import Sampler
@@ -79,6 +80,10 @@ class ModelRunner:
             self.kv_cache: KVCache | None = KVCache(
                 self.model_config, self.num_blocks, self.block_size, self.dtype, self.device
             )
+            self.graphs: DecodeGraphs | None = None
+            if self.device.type == "cuda" and not config.enforce_eager:
+                largest = min(config.max_num_seqs, self.max_num_batched_tokens)
+                self.graphs = DecodeGraphs(self._decode, largest)
         self.sampler = Sampler(seed=config.seed)
 
     @torch.inference_mode()
@@ -89,15 +94,30 @@ class ModelRunner:
             if batch.block_copies:
                 mapping = torch.tensor(batch.block_copies, dtype=torch.int64, device=self.device)
                 ops.copy_blocks(self.kv_cache.pool, mapping)
-            inputs = self.input_batch.prepare(batch)
+            graph_size = self.graphs.size_for(batch) if self.graphs is not None else None
+            inputs = self.input_batch.prepare(batch, graph_size)
+        if self.graphs is not None and graph_size is not None:
+            with nvtx_range("forward"):
+                logits = self.graphs.logits(inputs)
+            with nvtx_range("sample"):
+                rows = list(range(len(batch.scheduled)))
+                return StepResult(*self._sample(batch, rows, logits[: len(rows)]))
         with nvtx_range("forward"):
-            hidden = self.model(
-                inputs.input_ids, inputs.positions, self.kv_cache.layers, inputs.attention
-            )
+            hidden = self._forward(inputs)
         with nvtx_range("sample"):
-            return self._sample(batch, hidden)
+            return self._sample_last(batch, hidden)
 
-    def _sample(self, batch: Batch, hidden: torch.Tensor) -> StepResult:
+    def _forward(self, inputs: ModelInput) -> torch.Tensor:
+        assert self.kv_cache is not None
+        return self.model(
+            inputs.input_ids, inputs.positions, self.kv_cache.layers, inputs.attention
+        )
+
+    def _decode(self, inputs: ModelInput) -> torch.Tensor:
+        return self.model.compute_logits(self._forward(inputs))
+
+    def _sample_last(self, batch: Batch, hidden: torch.Tensor) -> StepResult:
+        """Where the last known token was computed; logits are computed for these rows alone."""
         last_rows, sampling_rows = [], []
         end = 0
         for row, scheduled in enumerate(batch.scheduled):
@@ -105,18 +125,25 @@ class ModelRunner:
             if scheduled.samples:
                 sampling_rows.append(row)
                 last_rows.append(end - 1)
-        sampled: list[SampledToken | None] = [None] * len(batch.scheduled)
-        failures: dict[int, str] = {}
+        logits = None
         if sampling_rows:
             index = torch.tensor(last_rows, device=self.device)
             logits = self.model.compute_logits(hidden.index_select(0, index))
-            tokens, failed = self.sampler(
-                logits, [batch.scheduled[row].sequence for row in sampling_rows]
-            )
-            failures = {sampling_rows[i]: reason for i, reason in failed.items()}
-            for row, token in zip(sampling_rows, tokens, strict=True):
-                sampled[row] = None if row in failures else token
+        sampled, failures = self._sample(batch, sampling_rows, logits)
         return StepResult(sampled, failures, self._prompt_logprobs(batch, hidden))
+
+    def _sample(
+        self, batch: Batch, rows: list[int], logits: torch.Tensor | None
+    ) -> tuple[list[SampledToken | None], dict[int, str]]:
+        """Tokens and failures of the batch's rows that have logits, [len(rows), vocab_size]."""
+        sampled: list[SampledToken | None] = [None] * len(batch.scheduled)
+        if logits is None:
+            return sampled, {}
+        tokens, failed = self.sampler(logits, [batch.scheduled[row].sequence for row in rows])
+        failures = {rows[i]: reason for i, reason in failed.items()}
+        for row, token in zip(rows, tokens, strict=True):
+            sampled[row] = None if row in failures else token
+        return sampled, failures
 
     def _prompt_logprobs(
         self, batch: Batch, hidden: torch.Tensor
@@ -143,6 +170,7 @@ class ModelRunner:
     def close(self) -> None:
         """Give all memory back; the runner cannot execute any more."""
         self.kv_cache = None
+        self.graphs = None
         del self.model, self.input_batch
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

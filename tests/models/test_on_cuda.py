@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from nano_vllm.sampling_params import SamplingParams
 from tests.models.checkpoints import SETTINGS, make_llama
 
 
-def generate(path: Path, device: str, dtype: str, prompts: list[list[int]]) -> list[list[int]]:
+def generate(
+    path: Path, device: str, dtype: str, prompts: list[list[int]], **options: Any
+) -> list[list[int]]:
     """Greedy tokens, in steps small enough for chunks and a pool small enough for preemption."""
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     with LLM(
@@ -20,9 +23,8 @@ def generate(path: Path, device: str, dtype: str, prompts: list[list[int]]) -> l
         device=device,
         dtype=dtype,
         skip_tokenizer_init=True,
-        num_blocks=24,
+        **({"num_blocks": 24, "max_num_batched_tokens": 32} | options),
         block_size=8,
-        max_num_batched_tokens=32,
         max_model_len=128,
     ) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -53,3 +55,19 @@ def test_sixteen_bits_begin_alike(tmp_path: Path) -> None:
     got = generate(tmp_path, "cuda", "bfloat16", prompts)
     alike = sum(a[:3] == b[:3] for a, b in zip(expected, got, strict=True))
     assert alike >= 12, f"{alike} of 16 begin alike"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_graphs_generate_what_eager_steps_do(tmp_path: Path, dtype: str) -> None:
+    """Eight sequences of one length, so that products have as many rows with a graph as without:
+    their bits are the same then.
+    """
+    make_llama(tmp_path, seed=4)
+    draw = random.Random(4)
+    prompts = [[draw.randrange(3, 199) for _ in range(30)] for _ in range(8)]
+    room = {"num_blocks": 200, "max_num_batched_tokens": 512}
+    expected = generate(tmp_path, "cuda", dtype, prompts, enforce_eager=True, **room)
+    assert generate(tmp_path, "cuda", dtype, prompts, **room) == expected
+    fewer = generate(tmp_path, "cuda", "float32", prompts[:5], **room)  # padded to eight
+    assert fewer == generate(tmp_path, "cpu", "float32", prompts[:5], **room)

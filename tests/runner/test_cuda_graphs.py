@@ -1,0 +1,85 @@
+"""Which steps become CUDA graphs, and the padded batches that they read."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from nano_vllm.batch import Batch, ScheduledSequence
+from nano_vllm.engine.llm import LLM
+from nano_vllm.runner.cuda_graphs import DecodeGraphs, graph_sizes
+from nano_vllm.runner.model_runner import ModelRunner
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sequence import Sequence
+from tests.models.checkpoints import make_llama
+
+
+def decode(num_computed: int = 5, num_prompt: int = 4, **params: int) -> ScheduledSequence:
+    """A sequence all of whose tokens but the last are computed."""
+    sequence = Sequence(0, "0", 0, list(range(num_prompt)), SamplingParams(**params))
+    sequence.token_ids += [7] * (num_computed + 1 - num_prompt)
+    sequence.num_computed_tokens = num_computed
+    return ScheduledSequence(sequence, 1, True)
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 300])
+def test_sizes_rise_to_the_largest(largest: int) -> None:
+    sizes = graph_sizes(largest)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == largest
+    assert all(b - a <= max(a, 16) for a, b in pairwise(sizes))
+
+
+def test_a_step_takes_the_next_size() -> None:
+    graphs = DecodeGraphs(lambda inputs: inputs.input_ids, max_num_seqs=20)
+    sizes = [graphs.size_for(Batch([decode() for _ in range(n)])) for n in (1, 3, 5, 16, 17, 20)]
+    assert sizes == [1, 4, 8, 16, 20, 20]
+    assert graphs.size_for(Batch([decode() for _ in range(21)])) is None
+
+
+def test_other_steps_have_no_graph() -> None:
+    graphs = DecodeGraphs(lambda inputs: inputs.input_ids, max_num_seqs=8)
+    chunk, silent = decode(), decode()
+    chunk.num_tokens = 2
+    silent.samples = False
+    for other in (chunk, silent, decode(num_computed=3, prompt_logprobs=1)):
+        assert graphs.size_for(Batch([decode(), other])) is None
+    assert graphs.size_for(Batch([decode(prompt_logprobs=1)])) == 1
+
+
+class PaddedRunner(ModelRunner):
+    """Pads its decodes as for a graph, and runs them without."""
+
+    num_padded = 0
+
+    def execute(self, batch: Batch):  # type: ignore[no-untyped-def]
+        if self.graphs is None:
+            self.graphs = DecodeGraphs(self._decode, 7)
+            self.graphs.logits = self._decode  # type: ignore[method-assign]
+        self.num_padded += self.graphs.size_for(batch) not in (None, len(batch.scheduled))
+        return super().execute(batch)
+
+
+def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_llama(tmp_path)
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, 199) for _ in range(n)] for n in (1, 9, 17, 33, 5)]
+
+    def generate() -> list[list[int]]:
+        with LLM(
+            str(tmp_path), device="cpu", dtype="float32", skip_tokenizer_init=True, max_num_seqs=7
+        ) as llm:
+            params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            if isinstance(llm.engine.runner, PaddedRunner):
+                assert llm.engine.runner.num_padded > 5
+        return [output.outputs[0].token_ids for output in outputs]
+
+    expected = generate()
+    monkeypatch.setattr("nano_vllm.runner.model_runner.ModelRunner", PaddedRunner)
+    torch.manual_seed(0)
+    assert generate() == expected
