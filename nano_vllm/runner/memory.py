@@ -70,6 +70,9 @@ def _activation_bytes(
     ) * dtype.itemsize
     per_row = model.vocab_size * (dtype.itemsize + 6 * 4)
     bound = max_num_batched_tokens * per_token + config.max_num_seqs * per_row
-    if not config.enforce_eager:  # a pool of their own for the graphs of decode steps
+    reserve = 256 * 2**20
+    if not config.enforce_eager:
+        # The graphs of decode steps have memory of their own, and the driver's for their nodes.
         bound += config.max_num_seqs * (per_token + model.vocab_size * dtype.itemsize)
-    return int(1.5 * bound) + 256 * 2**20
+        reserve += 256 * 2**20
+    return int(1.5 * bound) + reserve
