@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -49,6 +50,26 @@ class AttentionInputs:
 
     def _random(self, *size: int) -> torch.Tensor:
         return torch.randn(size, device=self.device, dtype=self.dtype)
+
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """Of `ops.paged_attention` behind `out`, the tensors ..."""
+        keys, values = self.pool.transpose(2, 3)
+        return (
+            self.query,
+            keys,
+            values,
+            self.block_tables,
+            self.query_start_loc,
+            self.seq_lens,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """... and the rest."""
+        return {
+            "max_query_len": self.shape.query_len,
+            "max_seq_len": max(self.shape.seq_lens),
+            "scale": self.scale,
+        }
 
     @property
     def scale(self) -> float:

@@ -90,15 +90,8 @@ def _paged_attention(
 ) -> torch.Tensor:
     ops.paged_attention(
         out,
-        inputs.query,
-        inputs.pool[0].transpose(1, 2),
-        inputs.pool[1].transpose(1, 2),
-        inputs.block_tables,
-        inputs.query_start_loc,
-        inputs.seq_lens,
-        max_query_len=inputs.shape.query_len,
-        max_seq_len=max(inputs.shape.seq_lens),
-        scale=inputs.scale,
+        *inputs.arguments(),
+        **inputs.options(),
         workspace=workspace,
         is_planned=workspace is not None,
     )

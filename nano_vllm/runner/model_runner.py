@@ -38,7 +38,7 @@ class ModelRunner:
         self.model_path: Path = resolve_model(config.model)
         self.model_config: ModelConfig = load_model_config(self.model_path, model_class)
         self.device = _choose_device(config.device)
-        self.dtype = _choose_dtype(config.dtype, self.model_config, self.device)
+        self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
         self.block_size = config.block_size
         self.max_model_len = _choose_max_model_len(config, self.model_config)
         self.max_num_batched_tokens = config.max_num_batched_tokens or max(
@@ -190,11 +190,12 @@ def _choose_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
 
 
-def _choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for by name; for auto the checkpoint's own, if it names one."""
     if name == "auto":
         # A GGUF does not say. Its scales are float16, and bfloat16 would round the weights eight
         # times as coarsely.
-        name = model.dtype or ("float16" if device.type == "cuda" else "float32")
+        name = stored or ("float16" if device.type == "cuda" else "float32")
     if name not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {name!r}")
     return getattr(torch, name)

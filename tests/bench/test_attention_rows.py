@@ -22,18 +22,7 @@ SHAPE = decode(3, 21)
 def result(inputs: AttentionInputs) -> torch.Tensor:
     """What the attention of these inputs is, by the reference."""
     out = torch.empty_like(inputs.query)
-    reference.paged_attention(
-        out,
-        inputs.query,
-        inputs.pool[0].transpose(1, 2),
-        inputs.pool[1].transpose(1, 2),
-        inputs.block_tables,
-        inputs.query_start_loc,
-        inputs.seq_lens,
-        max_query_len=inputs.shape.query_len,
-        max_seq_len=max(inputs.shape.seq_lens),
-        scale=inputs.scale,
-    )
+    reference.paged_attention(out, *inputs.arguments(), **inputs.options())
     return out
 
 

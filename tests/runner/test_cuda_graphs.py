@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_vllm.batch import Batch, ScheduledSequence
+from nano_vllm.batch import Batch, ScheduledSequence, StepResult
+from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
 from nano_vllm.runner.cuda_graphs import DecodeGraphs, graph_sizes
+from nano_vllm.runner.input_batch import ModelInput
 from nano_vllm.runner.model_runner import ModelRunner
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
@@ -51,35 +53,46 @@ def test_other_steps_have_no_graph() -> None:
     assert graphs.size_for(Batch([decode(prompt_logprobs=1)])) == 1
 
 
+class WithoutCapture(DecodeGraphs):
+    def logits(self, inputs: ModelInput) -> torch.Tensor:
+        return self._forward(inputs)
+
+
 class PaddedRunner(ModelRunner):
     """Pads its decodes as for a graph, and runs them without."""
 
-    num_padded = 0
+    def __init__(self, config: EngineConfig, progress: bool = False) -> None:
+        super().__init__(config, progress)
+        self.graphs = WithoutCapture(self._decode, 7)
+        self.decodes: set[tuple[int, int]] = set()
 
-    def execute(self, batch: Batch):  # type: ignore[no-untyped-def]
-        if self.graphs is None:
-            self.graphs = DecodeGraphs(self._decode, 7)
-            self.graphs.logits = self._decode  # type: ignore[method-assign]
-        self.num_padded += self.graphs.size_for(batch) not in (None, len(batch.scheduled))
+    def execute(self, batch: Batch) -> StepResult:
+        assert self.graphs is not None
+        size = self.graphs.size_for(batch)
+        if size is not None:
+            self.decodes.add((len(batch.scheduled), size))
         return super().execute(batch)
 
 
 def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five sequences that end one after the other: each size from five down to one."""
     make_llama(tmp_path)
     draw = random.Random(1)
     prompts = [[draw.randrange(3, 199) for _ in range(n)] for n in (1, 9, 17, 33, 5)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 8, 12, 16, 20)
+    ]
 
-    def generate() -> list[list[int]]:
+    def generate() -> tuple[list[list[int]], ModelRunner]:
         with LLM(
             str(tmp_path), device="cpu", dtype="float32", skip_tokenizer_init=True, max_num_seqs=7
         ) as llm:
-            params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
             outputs = llm.generate(prompts, params, use_tqdm=False)
-            if isinstance(llm.engine.runner, PaddedRunner):
-                assert llm.engine.runner.num_padded > 5
-        return [output.outputs[0].token_ids for output in outputs]
+            return [output.outputs[0].token_ids for output in outputs], llm.engine.runner
 
-    expected = generate()
+    expected, _ = generate()
     monkeypatch.setattr("nano_vllm.runner.model_runner.ModelRunner", PaddedRunner)
-    torch.manual_seed(0)
-    assert generate() == expected
+    tokens, runner = generate()
+    assert tokens == expected
+    assert isinstance(runner, PaddedRunner)
+    assert runner.decodes == {(5, 7), (4, 4), (3, 4), (2, 2), (1, 1)}
