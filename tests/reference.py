@@ -73,6 +73,31 @@ def reshape_and_cache(
             value_cache[slot // block_size, slot % block_size] = value[token]
 
 
+def rotary_reshape_and_cache(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    is_neox: bool = True,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> None:
+    """The ops it is made of, one after the other; norms are rounded, to the dtype of `value`."""
+    key = key.clone()
+    for heads, weight in ((query, query_norm_weight), (key, key_norm_weight)):
+        if weight is not None:
+            rms_norm(heads, heads, weight, norm_eps)
+            heads.copy_(heads.to(value.dtype))
+    rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
+    reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
     """One pair after the other."""
     swap_blocks(kv_cache, kv_cache, block_mapping)
@@ -109,7 +134,8 @@ def rotary_embedding(
 ) -> None:
     """(x, y) -> (x cos - y sin, y cos + x sin) for each pair of elements."""
     half = cos_sin_cache.shape[1] // 2
-    cos, sin = cos_sin_cache[positions].double()[:, None, :].split(half, dim=-1)
+    angles = cos_sin_cache[positions].double()[:, None, :]
+    cos, sin = angles[..., :half], angles[..., half:]
     for heads in (query, key):
         if is_neox:
             first, second = heads[..., :half], heads[..., half : 2 * half]

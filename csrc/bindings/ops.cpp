@@ -40,6 +40,10 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slot_mapping) -> ()");
+  library.def(
+      "rotary_reshape_and_cache(Tensor positions, Tensor(a!) query, Tensor key, Tensor value, "
+      "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, Tensor cos_sin_cache, "
+      "bool is_neox, Tensor? query_norm_weight, Tensor? key_norm_weight, float norm_eps) -> ()");
   library.def("copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()");
   library.def("swap_blocks(Tensor src_cache, Tensor(a!) dst_cache, Tensor block_mapping) -> ()");
   library.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
@@ -64,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("plan_attention", TORCH_BOX(&nano_vllm::plan_attention));
   library.impl("paged_attention", TORCH_BOX(&nano_vllm::paged_attention));
   library.impl("reshape_and_cache", TORCH_BOX(&nano_vllm::reshape_and_cache));
+  library.impl("rotary_reshape_and_cache", TORCH_BOX(&nano_vllm::rotary_reshape_and_cache));
   library.impl("copy_blocks", TORCH_BOX(&nano_vllm::copy_blocks));
   library.impl("swap_blocks", TORCH_BOX(&nano_vllm::swap_blocks));
   library.impl("rms_norm", TORCH_BOX(&nano_vllm::rms_norm));

@@ -1,7 +1,7 @@
 // CUDA rotary_embedding: a thread keeps its angles while it goes through the heads.
 #include <algorithm>
 
-#include "common/cuda_common.cuh"
+#include "layers/rotary_embedding.cuh"
 #include "layers/rotary_embedding.h"
 
 namespace nano_vllm::cuda {
@@ -11,10 +11,10 @@ constexpr int kNumThreads = 256;
 
 // Turns (x, y) by the angle.
 template <class T>
-__device__ void rotate(T& x, T& y, float cos, float sin) {
-  const float old_x = to_float(x), old_y = to_float(y);
-  x = from_float<T>(old_x * cos - old_y * sin);
-  y = from_float<T>(old_y * cos + old_x * sin);
+__device__ void rotate_pair(T& x, T& y, float cos, float sin) {
+  const T old_x = x;
+  x = rotate(x, y, cos, -sin);
+  y = rotate(y, old_x, cos, sin);
 }
 
 // Pairs of elements that a thread turns at once: two vectors of partners in neox order, one vector
@@ -46,14 +46,14 @@ __global__ void __launch_bounds__(kNumThreads) rotary_embedding_kernel(RotaryEmb
         Vec<T> x = load_elements<kIsAligned>(head + pair, half - pair);
         Vec<T> y = load_elements<kIsAligned>(head + half + pair, half - pair);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) rotate(x.value[i], y.value[i], cos[i], sin[i]);
+        for (int i = 0; i < kCount; ++i) rotate_pair(x.value[i], y.value[i], cos[i], sin[i]);
         store_elements<kIsAligned>(head + pair, x, half - pair);
         store_elements<kIsAligned>(head + half + pair, y, half - pair);
       } else {
         Vec<T> xy = load_elements<kIsAligned>(head + 2 * pair, 2 * (half - pair));
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          rotate(xy.value[2 * i], xy.value[2 * i + 1], cos[i], sin[i]);
+          rotate_pair(xy.value[2 * i], xy.value[2 * i + 1], cos[i], sin[i]);
         }
         store_elements<kIsAligned>(head + 2 * pair, xy, 2 * (half - pair));
       }

@@ -80,6 +80,23 @@ def run_cache_ops(dtype: torch.dtype, offset: int) -> None:
     pool = normal(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype, offset=offset)
     slot_mapping = torch.tensor([31, -1, 0, 8, 7], device="cuda")
     ops.reshape_and_cache(key, value, *pool[1], slot_mapping)
+    weight = normal(80, dtype=dtype, offset=offset)
+    positions = torch.tensor([9, 0, 4, 4, 1], device="cuda")
+    for rotary_dim in (80, 36, 0):
+        cos_sin_cache = normal(10, rotary_dim, dtype=torch.float32, offset=0)
+        for is_neox in (True, False):
+            for norm_weight in (weight, None):
+                ops.rotary_reshape_and_cache(
+                    positions,
+                    normal(5, 6, 80, dtype=dtype, offset=offset),
+                    key,
+                    value,
+                    *pool[1],
+                    slot_mapping,
+                    cos_sin_cache,
+                    is_neox=is_neox,
+                    query_norm_weight=norm_weight,
+                )
     mapping = torch.tensor([[0, 3], [1, 2]], device="cuda")
     ops.copy_blocks(pool, mapping)
     host = torch.zeros(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype).pin_memory()

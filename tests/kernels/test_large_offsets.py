@@ -83,6 +83,30 @@ def test_reshape_and_cache(device: str, seed: int) -> None:
         assert_equal_bits(rows, tokens)
 
 
+def test_rotary_reshape_and_cache(device: str, seed: int) -> None:
+    """Slots and rows far away, of the query and of its neighbours."""
+    draw = Draw(seed, device)
+    key_cache, value_cache = far_pool(device)[0]
+    slots = [(len(key_cache) - 8) * BLOCK_SIZE + 5, 3, len(key_cache) * BLOCK_SIZE - 1]
+    slot_mapping = torch.tensor(slots, device=device)
+    query = draw.normal(3, 4, HEAD_DIM, dtype=DTYPE)
+    key, value = (draw.normal(3, NUM_KV_HEADS, HEAD_DIM, dtype=DTYPE) for _ in range(2))
+    cos_sin_cache = draw.normal(10, HEAD_DIM, dtype=torch.float32)
+    positions = torch.tensor([9, 0, 4], device=device)
+    far = [far_rows(draw, tokens) for tokens in (query, key, value)]
+    ops.rotary_reshape_and_cache(
+        positions, *far, key_cache, value_cache, slot_mapping, cos_sin_cache
+    )
+    near = [torch.zeros(1, 3, NUM_KV_HEADS, HEAD_DIM, dtype=DTYPE, device=device) for _ in range(2)]
+    ops.rotary_reshape_and_cache(
+        positions, query, key, value, *near, torch.arange(3, device=device), cos_sin_cache
+    )
+    assert_equal_bits(far[0], query)
+    for cache, expected in zip((key_cache, value_cache), near, strict=True):
+        rows = cache[slot_mapping // BLOCK_SIZE, slot_mapping % BLOCK_SIZE]
+        assert_equal_bits(rows, expected[0])
+
+
 def test_slots_beyond_31_bits(device: str, seed: int) -> None:
     """Blocks that overlap in memory give slot numbers larger than the memory has elements."""
     draw = Draw(seed, device)
