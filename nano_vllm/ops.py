@@ -253,27 +253,6 @@ def fused_add_rms_norm(
     _ops.fused_add_rms_norm(out, input, residual, weight, eps)
 
 
-def rotary_embedding(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool = True,
-) -> None:
-    """Rotate queries and keys by their positions, in place (RoFormer, arXiv 2104.09864).
-
-    Args:
-        positions: [num_tokens], int64, each in [0, max_position).
-        query: [num_tokens, num_heads, head_dim].
-        key: [num_tokens, num_kv_heads, head_dim].
-        cos_sin_cache: [max_position, rotary_dim], float32; rotary_dim / 2 cosines, then as many
-            sines. Elements of a
-            head past rotary_dim stay as they are.
-        is_neox: pair element i with i + rotary_dim / 2; else (gptj) 2i with 2i + 1.
-    """
-    _ops.rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
-
-
 def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:
     """out = silu(gate) * up (SwiGLU, arXiv 2002.05202).
 

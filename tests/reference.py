@@ -88,14 +88,28 @@ def rotary_reshape_and_cache(
     key_norm_weight: torch.Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> None:
-    """The ops it is made of, one after the other; norms are rounded, to the dtype of `value`."""
+    """Norm, rotation and write, one after the other; norms are rounded, to the dtype of `value`."""
     key = key.clone()
     for heads, weight in ((query, query_norm_weight), (key, key_norm_weight)):
         if weight is not None:
             rms_norm(heads, heads, weight, norm_eps)
             heads.copy_(heads.to(value.dtype))
-    rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
+        _rotate(heads, cos_sin_cache[positions].double()[:, None, :], is_neox)
     reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
+def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor, is_neox: bool) -> None:
+    """(x, y) -> (x cos - y sin, y cos + x sin) for each pair of elements."""
+    half = cos_sin.shape[-1] // 2
+    cos, sin = cos_sin[..., :half], cos_sin[..., half:]
+    if is_neox:
+        first, second = heads[..., :half], heads[..., half : 2 * half]
+    else:
+        first, second = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
+    x, y = first.double(), second.double()
+    turned = x * cos - y * sin, y * cos + x * sin
+    first.copy_(turned[0])
+    second.copy_(turned[1])
 
 
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
@@ -123,28 +137,6 @@ def fused_add_rms_norm(
     """The norm is that of the sum as `residual` holds it, rounded to its dtype."""
     residual.copy_(residual.double() + input.double())
     rms_norm(out, residual, weight, eps)
-
-
-def rotary_embedding(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool = True,
-) -> None:
-    """(x, y) -> (x cos - y sin, y cos + x sin) for each pair of elements."""
-    half = cos_sin_cache.shape[1] // 2
-    angles = cos_sin_cache[positions].double()[:, None, :]
-    cos, sin = angles[..., :half], angles[..., half:]
-    for heads in (query, key):
-        if is_neox:
-            first, second = heads[..., :half], heads[..., half : 2 * half]
-        else:
-            first, second = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
-        x, y = first.double(), second.double()
-        turned = x * cos - y * sin, y * cos + x * sin
-        first.copy_(turned[0])
-        second.copy_(turned[1])
 
 
 def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:

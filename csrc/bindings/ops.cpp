@@ -50,10 +50,6 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def(
       "fused_add_rms_norm(Tensor(a!) out, Tensor input, Tensor(b!) residual, Tensor weight, float "
       "eps) -> ()");
-  library.def(
-      "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, Tensor cos_sin_cache, "
-      "bool is_neox) "
-      "-> ()");
   library.def("silu_and_mul(Tensor(a!) out, Tensor input) -> ()");
   library.def("gelu_and_mul(Tensor(a!) out, Tensor input, str approximate) -> ()");
   library.def("linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
@@ -73,7 +69,6 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("swap_blocks", TORCH_BOX(&nano_vllm::swap_blocks));
   library.impl("rms_norm", TORCH_BOX(&nano_vllm::rms_norm));
   library.impl("fused_add_rms_norm", TORCH_BOX(&nano_vllm::fused_add_rms_norm));
-  library.impl("rotary_embedding", TORCH_BOX(&nano_vllm::rotary_embedding));
   library.impl("silu_and_mul", TORCH_BOX(&nano_vllm::silu_and_mul));
   library.impl("gelu_and_mul", TORCH_BOX(&nano_vllm::gelu_and_mul));
   library.impl("linear", TORCH_BOX(&nano_vllm::linear));

@@ -35,8 +35,6 @@ void swap_blocks(const Tensor& src_cache, const Tensor& dst_cache, const Tensor&
 void rms_norm(const Tensor& out, const Tensor& input, const Tensor& weight, double eps);
 void fused_add_rms_norm(const Tensor& out, const Tensor& input, const Tensor& residual,
                         const Tensor& weight, double eps);
-void rotary_embedding(const Tensor& positions, const Tensor& query, const Tensor& key,
-                      const Tensor& cos_sin_cache, bool is_neox);
 void silu_and_mul(const Tensor& out, const Tensor& input);
 void gelu_and_mul(const Tensor& out, const Tensor& input, const std::string& approximate);
 void linear(const Tensor& out, const Tensor& input, const Tensor& weight,

@@ -6,7 +6,6 @@
 #include "cache/reshape_and_cache.cuh"
 #include "cache/rotary_reshape_and_cache.h"
 #include "layers/rms_norm.cuh"
-#include "layers/rotary_embedding.cuh"
 
 namespace nano_vllm::cuda {
 namespace {
@@ -127,6 +126,13 @@ __device__ void load_angles(float (&cos)[kSize], float (&sin)[kSize], const floa
       sin[i] = element < 2 * half ? angles[half + pair] : 0.0f;
     }
   }
+}
+
+// x of a pair (x, y) turned by an angle: rotate(x, y, cos, -sin), and y: rotate(y, x, cos, sin).
+// Which product is fused with the sum is fixed, so that every kernel here gives the same bits.
+template <class T>
+__device__ inline T rotate(T x, T partner, float cos, float sin) {
+  return from_float<T>(__fmaf_rn(to_float(x), cos, __fmul_rn(to_float(partner), sin)));
 }
 
 // Turns the elements that have partners.

@@ -21,7 +21,6 @@
 #include "layers/activation.h"
 #include "layers/linear.h"
 #include "layers/rms_norm.h"
-#include "layers/rotary_embedding.h"
 #include "quantization/quantized_linear.h"
 
 namespace nano_vllm::test {
@@ -193,7 +192,7 @@ void test_quantized_linear() {
   }
 }
 
-// --- norm, rotary, activations ---
+// --- norm, activations ---
 
 void test_rms_norm() {
   for (DType dtype : kDTypes) {
@@ -234,47 +233,6 @@ void test_rms_norm() {
                          size, 1e-5f});
           CHECK(in_place.same_bits(0, out, 0, size));
         }
-      }
-    }
-  }
-}
-
-void test_rotary_embedding() {
-  for (DType dtype : kDTypes) {
-    for (int rotary_dim : {2, 6, 16, 22, 64, 80}) {
-      for (bool is_neox : {false, true}) {
-        constexpr int kTokens = 5, kHeads = 3, kKvHeads = 2, kMaxPosition = 50;
-        const int head_dim = rotary_dim + 4, half = rotary_dim / 2;
-        std::vector<float> cache(kMaxPosition * rotary_dim);
-        for (float& x : cache) x = static_cast<float>(uniform(-1, 1));
-        const std::vector<int64_t> positions = {0, 49, 7, 7, 21};
-        Buffer query(dtype, kTokens * (kHeads * head_dim + 1)),
-            key(dtype, kTokens * kKvHeads * head_dim);
-        query.fill(-2, 2), key.fill(-2, 2);
-        const Buffer old_query = query, old_key = key;
-        cpu::rotary_embedding({dtype, positions.data(), query.data(), key.data(), cache.data(),
-                               kHeads * head_dim + 1, head_dim, kKvHeads * head_dim, head_dim,
-                               kTokens, kHeads, kKvHeads, rotary_dim, is_neox});
-        const auto is_right = [&](const Buffer& now, const Buffer& old, int64_t stride, int heads) {
-          bool right = true;
-          for (int64_t i = 0; i < now.numel(); ++i) {
-            const int64_t token = i / stride, at = i % stride % head_dim;
-            if (i % stride >= heads * head_dim || at >= rotary_dim) {
-              right = right && now[i] == old[i];
-              continue;
-            }
-            const int64_t pair = is_neox ? at % half : at / 2;
-            const bool is_first = is_neox ? at < half : at % 2 == 0;
-            const int64_t other = i + (is_neox ? half : 1) * (is_first ? 1 : -1);
-            const double cos = cache[positions[token] * rotary_dim + pair];
-            const double sin = cache[positions[token] * rotary_dim + half + pair];
-            const double expected = old[i] * cos + (is_first ? -old[other] : old[other]) * sin;
-            right = right && is_close(dtype, now[i], expected, 1e-6, 0.5);
-          }
-          return right;
-        };
-        CHECK(is_right(query, old_query, kHeads * head_dim + 1, kHeads));
-        CHECK(is_right(key, old_key, kKvHeads * head_dim, kKvHeads));
       }
     }
   }
@@ -513,7 +471,6 @@ int main() {
   test_linear();
   test_quantized_linear();
   test_rms_norm();
-  test_rotary_embedding();
   test_activation();
   test_reshape_and_cache();
   test_rotary_reshape_and_cache();

@@ -117,15 +117,6 @@ def run_layer_ops(dtype: torch.dtype, offset: int) -> None:
         ops.silu_and_mul(out, gate_up)
         ops.gelu_and_mul(out, gate_up)
         ops.gelu_and_mul(out, gate_up, "tanh")
-    positions = torch.tensor([9, 0, 4], device="cuda")
-    for rotary_dim in (80, 36):
-        cos_sin_cache = normal(10, rotary_dim, dtype=torch.float32, offset=0)
-        query, key = (
-            normal(3, 6, 80, dtype=dtype, offset=offset),
-            normal(3, 2, 80, dtype=dtype, offset=offset),
-        )
-        for is_neox in (True, False):
-            ops.rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
 
 
 if __name__ == "__main__":

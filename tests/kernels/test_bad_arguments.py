@@ -96,16 +96,6 @@ def fused_add_rms_norm_arguments() -> Arguments:
     return rms_norm_arguments() | {"residual": torch.zeros(7, 64)}
 
 
-def rotary_embedding_arguments() -> Arguments:
-    return {
-        "positions": torch.arange(7),
-        "query": torch.zeros(7, 6, 64),
-        "key": torch.zeros(7, 2, 64),
-        "cos_sin_cache": torch.zeros(20, 64),
-        "is_neox": True,
-    }
-
-
 def silu_and_mul_arguments() -> Arguments:
     return {"out": torch.zeros(7, 64), "input": torch.zeros(7, 128)}
 
@@ -132,7 +122,6 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "swap_blocks": swap_blocks_arguments,
     "rms_norm": rms_norm_arguments,
     "fused_add_rms_norm": fused_add_rms_norm_arguments,
-    "rotary_embedding": rotary_embedding_arguments,
     "silu_and_mul": silu_and_mul_arguments,
     "gelu_and_mul": gelu_and_mul_arguments,
     "linear": linear_arguments,
@@ -299,18 +288,6 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("residual", zeros(6, 64), "residual must have shape [7, 64], got [6, 64]"),
         ("residual", torch.Tensor.half, "residual must be float32, got float16"),
         ("residual", gapped, f"residual {GAPPED}"),
-    ],
-    "rotary_embedding": [
-        ("positions", torch.Tensor.int, "positions must be int64, got int32"),
-        ("positions", lambda positions: positions[:5], "positions must have shape [7], got [5]"),
-        ("query", torch.Tensor.half, "key must be float16, got float32"),
-        ("query", zeros(7, 384), "query must have shape [any, any, any], got [7, 384]"),
-        ("query", gapped, f"query {GAPPED}"),
-        ("key", zeros(7, 2, 32), "key must have shape [7, any, 64], got [7, 2, 32]"),
-        ("cos_sin_cache", torch.Tensor.half, "cos_sin_cache must be float32, got float16"),
-        ("cos_sin_cache", zeros(20, 63), "rotary_dim must be even and at most head_dim 64, got 63"),
-        ("cos_sin_cache", zeros(20, 66), "rotary_dim must be even and at most head_dim 64, got 66"),
-        ("cos_sin_cache", lambda cache: cache[:, :32], "cos_sin_cache must be contiguous"),
     ],
     "silu_and_mul": [
         ("input", torch.Tensor.double, f"input {FLOATS}, got float64"),

@@ -189,7 +189,7 @@ def test_rows_of_new_keys(device: str, seed: int) -> None:
 
 
 def test_rows_of_layers(device: str, seed: int) -> None:
-    """Norms, rotary embedding and activations."""
+    """Norms and activations."""
     draw = Draw(seed, device)
     input, residual = draw.normal(3, 128, dtype=DTYPE), draw.normal(3, 128, dtype=DTYPE)
     weight = draw.normal(128, dtype=DTYPE)
@@ -210,16 +210,6 @@ def test_rows_of_layers(device: str, seed: int) -> None:
         getattr(ops, op)(out[:, :64], far_rows(draw, input))
         getattr(reference, op)(expected[:, :64], input)
         assert_close(out[:, :64], expected[:, :64])
-
-    query, key = (draw.normal(3, heads, 64, dtype=DTYPE) for heads in (4, 2))
-    far_query, far_key = far_rows(draw, query), far_rows(draw, key)
-    cos_sin_cache = draw.normal(10, 64, dtype=torch.float32)
-    positions = torch.tensor([9, 0, 4], device=device)
-    ops.rotary_embedding(positions, far_query, far_key, cos_sin_cache)
-    expected_heads = query.double(), key.double()
-    reference.rotary_embedding(positions, *expected_heads, cos_sin_cache)
-    assert_close(far_query, expected_heads[0])
-    assert_close(far_key, expected_heads[1])
 
 
 def test_rows_of_linear(seed: int) -> None:

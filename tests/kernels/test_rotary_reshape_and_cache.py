@@ -95,16 +95,25 @@ class Inputs:
         self.write_with(ops, self.query, self.key, self.caches)
 
     def run_separately(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The query and the caches that the single ops give."""
+        """The query and the caches that come of `rms_norm`, a rotation of queries alone (the keys
+        taken for some) and `reshape_and_cache`.
+        """
         query, key = self.query.clone(), self.key.clone()
+        caches = [self.untouched.clone() for _ in range(2)]
         for name, heads in (("query", query), ("key", key)):
             weight = self.options.get(f"{name}_norm_weight")
             if weight is not None:
                 ops.rms_norm(heads, heads, weight, self.options["norm_eps"])
-        ops.rotary_embedding(
-            self.positions, query, key, self.cos_sin_cache, self.options["is_neox"]
-        )
-        caches = [self.untouched.clone() for _ in range(2)]
+            ops.rotary_reshape_and_cache(
+                self.positions,
+                heads,
+                self.key,
+                self.value,
+                *caches,
+                torch.full_like(self.slot_mapping, -1),
+                self.cos_sin_cache,
+                is_neox=self.options["is_neox"],
+            )
         ops.reshape_and_cache(key, self.value, *caches, self.slot_mapping)
         return query, caches
 
@@ -213,3 +222,18 @@ def test_no_tokens(device: str, dtype: torch.dtype, seed: int) -> None:
     inputs = Inputs(Draw(seed, device), dtype, Shape(0, 2, 1, 64, 64), True, "query key")
     inputs.run()
     assert_equal_bits(inputs.caches[0], inputs.untouched)
+
+
+@each_style
+def test_reference_is_complex_multiplication(seed: int, is_neox: bool) -> None:
+    draw = Draw(seed, "cpu")
+    inputs = Inputs(draw, torch.float64, Shape(5, 2, 1, 8, 8), is_neox, "")
+    query = inputs.query.clone()
+    pairs = (
+        query.unflatten(-1, (2, 4)).transpose(-1, -2) if is_neox else query.unflatten(-1, (4, 2))
+    )
+    turn = torch.complex(*inputs.cos_sin_cache[inputs.positions].double()[:, None].chunk(2, dim=-1))
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    expected = (turned.transpose(-1, -2) if is_neox else turned).flatten(-2)
+    inputs.write_with(reference, query, inputs.key, inputs.caches)
+    torch.testing.assert_close(query, expected)
