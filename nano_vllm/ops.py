@@ -146,6 +146,58 @@ def reshape_and_cache(
     _ops.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
 
 
+def rotary_reshape_and_cache(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    is_neox: bool = True,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> None:
+    """Rotate queries and keys by their positions (RoFormer, arXiv 2104.09864), the queries in
+    place, the keys on their way into the cache; write the values beside them.
+
+    With norm weights each head is normalised first, as `rms_norm` does it. Queries of padding
+    tokens are rotated too; `key` and `value` stay as they are.
+
+    Args:
+        positions: [num_tokens], int64, each in [0, max_position).
+        query: [num_tokens, num_heads, head_dim]; head_dim at most 256.
+        key: [num_tokens, num_kv_heads, head_dim].
+        value: [num_tokens, num_kv_heads, head_dim].
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        slot_mapping: [num_tokens], int64; block * block_size + row, negative for padding.
+        cos_sin_cache: [max_position, rotary_dim], float32; rotary_dim / 2 cosines, then as many
+            sines. Elements of a head past rotary_dim are not rotated.
+        is_neox: pair element i with i + rotary_dim / 2; else (gptj) 2i with 2i + 1.
+        query_norm_weight: [head_dim].
+        key_norm_weight: [head_dim].
+        norm_eps: added to the mean of squares.
+    """
+    _ops.rotary_reshape_and_cache(
+        positions,
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        cos_sin_cache,
+        is_neox,
+        query_norm_weight,
+        key_norm_weight,
+        norm_eps,
+    )
+
+
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
     """Copy KV blocks within a pool, all layers in one launch (copy-on-write).
 
@@ -199,27 +251,6 @@ def fused_add_rms_norm(
         eps: added to the mean of squares.
     """
     _ops.fused_add_rms_norm(out, input, residual, weight, eps)
-
-
-def rotary_embedding(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool = True,
-) -> None:
-    """Rotate queries and keys by their positions, in place (RoFormer, arXiv 2104.09864).
-
-    Args:
-        positions: [num_tokens], int64, each in [0, max_position).
-        query: [num_tokens, num_heads, head_dim].
-        key: [num_tokens, num_kv_heads, head_dim].
-        cos_sin_cache: [max_position, rotary_dim], float32; rotary_dim / 2 cosines, then as many
-            sines. Elements of a
-            head past rotary_dim stay as they are.
-        is_neox: pair element i with i + rotary_dim / 2; else (gptj) 2i with 2i + 1.
-    """
-    _ops.rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
 
 
 def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:

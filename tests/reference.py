@@ -73,6 +73,45 @@ def reshape_and_cache(
             value_cache[slot // block_size, slot % block_size] = value[token]
 
 
+def rotary_reshape_and_cache(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    is_neox: bool = True,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> None:
+    """Norm, rotation and write, one after the other; norms are rounded, to the dtype of `value`."""
+    key = key.clone()
+    for heads, weight in ((query, query_norm_weight), (key, key_norm_weight)):
+        if weight is not None:
+            rms_norm(heads, heads, weight, norm_eps)
+            heads.copy_(heads.to(value.dtype))
+        _rotate(heads, cos_sin_cache[positions].double()[:, None, :], is_neox)
+    reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
+def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor, is_neox: bool) -> None:
+    """(x, y) -> (x cos - y sin, y cos + x sin) for each pair of elements."""
+    half = cos_sin.shape[-1] // 2
+    cos, sin = cos_sin[..., :half], cos_sin[..., half:]
+    if is_neox:
+        first, second = heads[..., :half], heads[..., half : 2 * half]
+    else:
+        first, second = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
+    x, y = first.double(), second.double()
+    turned = x * cos - y * sin, y * cos + x * sin
+    first.copy_(turned[0])
+    second.copy_(turned[1])
+
+
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
     """One pair after the other."""
     swap_blocks(kv_cache, kv_cache, block_mapping)
@@ -98,27 +137,6 @@ def fused_add_rms_norm(
     """The norm is that of the sum as `residual` holds it, rounded to its dtype."""
     residual.copy_(residual.double() + input.double())
     rms_norm(out, residual, weight, eps)
-
-
-def rotary_embedding(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool = True,
-) -> None:
-    """(x, y) -> (x cos - y sin, y cos + x sin) for each pair of elements."""
-    half = cos_sin_cache.shape[1] // 2
-    cos, sin = cos_sin_cache[positions].double()[:, None, :].split(half, dim=-1)
-    for heads in (query, key):
-        if is_neox:
-            first, second = heads[..., :half], heads[..., half : 2 * half]
-        else:
-            first, second = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
-        x, y = first.double(), second.double()
-        turned = x * cos - y * sin, y * cos + x * sin
-        first.copy_(turned[0])
-        second.copy_(turned[1])
 
 
 def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -9,11 +10,14 @@
 #include "bindings/tensor_checks.h"
 #include "cache/copy_blocks.h"
 #include "cache/reshape_and_cache.h"
+#include "cache/rotary_reshape_and_cache.h"
 
 namespace nano_vllm {
 
-void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                       const Tensor& value_cache, const Tensor& slot_mapping) {
+namespace {
+
+ReshapeAndCacheParams params_of(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                                const Tensor& value_cache, const Tensor& slot_mapping) {
   ReshapeAndCacheParams params{};
   params.dtype = float_dtype("key", key);
   const ScalarType dtype = key.scalar_type();
@@ -45,8 +49,62 @@ void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key
   params.num_kv_heads = to_int32("num_kv_heads", num_kv_heads);
   params.head_dim = to_int32("head_dim", head_dim);
   params.block_size = to_int32("block_size", key_cache.size(1));
-  if (num_tokens == 0 || num_kv_heads == 0 || head_dim == 0) return;
+  return params;
+}
+
+}  // namespace
+
+void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                       const Tensor& value_cache, const Tensor& slot_mapping) {
+  const ReshapeAndCacheParams params = params_of(key, value, key_cache, value_cache, slot_mapping);
+  if (params.num_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0) return;
   NANO_VLLM_DISPATCH(reshape_and_cache, key, params);
+}
+
+void rotary_reshape_and_cache(const Tensor& positions, const Tensor& query, const Tensor& key,
+                              const Tensor& value, const Tensor& key_cache,
+                              const Tensor& value_cache, const Tensor& slot_mapping,
+                              const Tensor& cos_sin_cache, bool is_neox,
+                              const std::optional<Tensor>& query_norm_weight,
+                              const std::optional<Tensor>& key_norm_weight, double norm_eps) {
+  RotaryReshapeAndCacheParams params{};
+  (void)float_dtype("query", query);
+  const ScalarType dtype = query.scalar_type();
+  check_shape("query", query, {-1, -1, -1});
+  check_last_contiguous("query", query);
+  const int64_t num_tokens = query.size(0), head_dim = query.size(2);
+  check_tensor("key", key, query, dtype, {num_tokens, -1, head_dim});
+  params.kv = params_of(key, value, key_cache, value_cache, slot_mapping);
+  check_tensor("positions", positions, query, ScalarType::Long, {num_tokens});
+  check_tensor("cos_sin_cache", cos_sin_cache, query, ScalarType::Float, {-1, -1});
+  if (query_norm_weight.has_value()) {
+    check_tensor("query_norm_weight", *query_norm_weight, query, dtype, {head_dim});
+    params.query_norm_weight = query_norm_weight->const_data_ptr();
+  }
+  if (key_norm_weight.has_value()) {
+    check_tensor("key_norm_weight", *key_norm_weight, query, dtype, {head_dim});
+    params.key_norm_weight = key_norm_weight->const_data_ptr();
+  }
+  const int64_t rotary_dim = cos_sin_cache.size(1);
+  check(head_dim <= kMaxRotaryHeadDim, "head_dim must be at most ", kMaxRotaryHeadDim, ", got ",
+        head_dim);
+  check(key.size(1) > 0, "num_kv_heads must be positive, got ", key.size(1));
+  check(rotary_dim % 2 == 0 && rotary_dim <= head_dim,
+        "rotary_dim must be even and at most head_dim ", head_dim, ", got ", rotary_dim);
+  check(cos_sin_cache.is_contiguous(), "cos_sin_cache must be contiguous");
+  check(norm_eps >= 0, "norm_eps must be at least 0, got ", norm_eps);
+
+  params.query = query.mutable_data_ptr();
+  params.positions = static_cast<const int64_t*>(positions.const_data_ptr());
+  params.cos_sin_cache = static_cast<const float*>(cos_sin_cache.const_data_ptr());
+  params.query_stride_token = query.stride(0);
+  params.query_stride_head = query.stride(1);
+  params.num_heads = to_int32("num_heads", query.size(1));
+  params.rotary_dim = to_int32("rotary_dim", rotary_dim);
+  params.norm_eps = static_cast<float>(norm_eps);
+  params.is_neox = is_neox;
+  if (num_tokens == 0 || head_dim == 0) return;
+  NANO_VLLM_DISPATCH(rotary_reshape_and_cache, query, params);
 }
 
 namespace {

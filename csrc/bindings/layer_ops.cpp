@@ -9,7 +9,6 @@
 #include "layers/activation.h"
 #include "layers/linear.h"
 #include "layers/rms_norm.h"
-#include "layers/rotary_embedding.h"
 
 namespace nano_vllm {
 namespace {
@@ -96,37 +95,6 @@ void rms_norm(const Tensor& out, const Tensor& input, const Tensor& weight, doub
 void fused_add_rms_norm(const Tensor& out, const Tensor& input, const Tensor& residual,
                         const Tensor& weight, double eps) {
   normalise(out, input, &residual, weight, eps);
-}
-
-void rotary_embedding(const Tensor& positions, const Tensor& query, const Tensor& key,
-                      const Tensor& cos_sin_cache, bool is_neox) {
-  RotaryEmbeddingParams params{};
-  params.dtype = float_dtype("query", query);
-  check_shape("query", query, {-1, -1, -1});
-  check_last_contiguous("query", query);
-  check_tensor("key", key, query, query.scalar_type(), {query.size(0), -1, query.size(2)});
-  check_tensor("positions", positions, query, ScalarType::Long, {query.size(0)});
-  check_tensor("cos_sin_cache", cos_sin_cache, query, ScalarType::Float, {-1, -1});
-  const int64_t rotary_dim = cos_sin_cache.size(1);
-  check(rotary_dim % 2 == 0 && rotary_dim <= query.size(2),
-        "rotary_dim must be even and at most head_dim ", query.size(2), ", got ", rotary_dim);
-  check(cos_sin_cache.is_contiguous(), "cos_sin_cache must be contiguous");
-
-  params.positions = static_cast<const int64_t*>(positions.const_data_ptr());
-  params.query = query.mutable_data_ptr();
-  params.key = key.mutable_data_ptr();
-  params.cos_sin_cache = static_cast<const float*>(cos_sin_cache.const_data_ptr());
-  params.query_stride_token = query.stride(0);
-  params.query_stride_head = query.stride(1);
-  params.key_stride_token = key.stride(0);
-  params.key_stride_head = key.stride(1);
-  params.num_tokens = to_int32("num_tokens", query.size(0));
-  params.num_heads = to_int32("num_heads", query.size(1));
-  params.num_kv_heads = to_int32("num_kv_heads", key.size(1));
-  params.rotary_dim = to_int32("rotary_dim", rotary_dim);
-  params.is_neox = is_neox;
-  if (params.num_tokens == 0 || rotary_dim == 0) return;
-  NANO_VLLM_DISPATCH(rotary_embedding, query, params);
 }
 
 void silu_and_mul(const Tensor& out, const Tensor& input) {

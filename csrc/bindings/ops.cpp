@@ -40,16 +40,16 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slot_mapping) -> ()");
+  library.def(
+      "rotary_reshape_and_cache(Tensor positions, Tensor(a!) query, Tensor key, Tensor value, "
+      "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, Tensor cos_sin_cache, "
+      "bool is_neox, Tensor? query_norm_weight, Tensor? key_norm_weight, float norm_eps) -> ()");
   library.def("copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()");
   library.def("swap_blocks(Tensor src_cache, Tensor(a!) dst_cache, Tensor block_mapping) -> ()");
   library.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
   library.def(
       "fused_add_rms_norm(Tensor(a!) out, Tensor input, Tensor(b!) residual, Tensor weight, float "
       "eps) -> ()");
-  library.def(
-      "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, Tensor cos_sin_cache, "
-      "bool is_neox) "
-      "-> ()");
   library.def("silu_and_mul(Tensor(a!) out, Tensor input) -> ()");
   library.def("gelu_and_mul(Tensor(a!) out, Tensor input, str approximate) -> ()");
   library.def("linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
@@ -64,11 +64,11 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("plan_attention", TORCH_BOX(&nano_vllm::plan_attention));
   library.impl("paged_attention", TORCH_BOX(&nano_vllm::paged_attention));
   library.impl("reshape_and_cache", TORCH_BOX(&nano_vllm::reshape_and_cache));
+  library.impl("rotary_reshape_and_cache", TORCH_BOX(&nano_vllm::rotary_reshape_and_cache));
   library.impl("copy_blocks", TORCH_BOX(&nano_vllm::copy_blocks));
   library.impl("swap_blocks", TORCH_BOX(&nano_vllm::swap_blocks));
   library.impl("rms_norm", TORCH_BOX(&nano_vllm::rms_norm));
   library.impl("fused_add_rms_norm", TORCH_BOX(&nano_vllm::fused_add_rms_norm));
-  library.impl("rotary_embedding", TORCH_BOX(&nano_vllm::rotary_embedding));
   library.impl("silu_and_mul", TORCH_BOX(&nano_vllm::silu_and_mul));
   library.impl("gelu_and_mul", TORCH_BOX(&nano_vllm::gelu_and_mul));
   library.impl("linear", TORCH_BOX(&nano_vllm::linear));

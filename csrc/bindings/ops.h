@@ -23,14 +23,18 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                        const Tensor& value_cache, const Tensor& slot_mapping);
+void rotary_reshape_and_cache(const Tensor& positions, const Tensor& query, const Tensor& key,
+                              const Tensor& value, const Tensor& key_cache,
+                              const Tensor& value_cache, const Tensor& slot_mapping,
+                              const Tensor& cos_sin_cache, bool is_neox,
+                              const std::optional<Tensor>& query_norm_weight,
+                              const std::optional<Tensor>& key_norm_weight, double norm_eps);
 void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping);
 void swap_blocks(const Tensor& src_cache, const Tensor& dst_cache, const Tensor& block_mapping);
 
 void rms_norm(const Tensor& out, const Tensor& input, const Tensor& weight, double eps);
 void fused_add_rms_norm(const Tensor& out, const Tensor& input, const Tensor& residual,
                         const Tensor& weight, double eps);
-void rotary_embedding(const Tensor& positions, const Tensor& query, const Tensor& key,
-                      const Tensor& cos_sin_cache, bool is_neox);
 void silu_and_mul(const Tensor& out, const Tensor& input);
 void gelu_and_mul(const Tensor& out, const Tensor& input, const std::string& approximate);
 void linear(const Tensor& out, const Tensor& input, const Tensor& weight,

@@ -1,8 +1,7 @@
 // CUDA reshape_and_cache: a copy, in units as wide as pointers and strides allow.
 #include <algorithm>
 
-#include "cache/reshape_and_cache.h"
-#include "common/cuda_common.cuh"
+#include "cache/reshape_and_cache.cuh"
 
 namespace nano_vllm::cuda {
 namespace {
@@ -67,17 +66,6 @@ void launch(const ReshapeAndCacheParams& p, cudaStream_t stream) {
   reshape_and_cache_kernel<Unit><<<grid, block_dim, 0, stream>>>(
       key, value, p.slot_mapping, p.num_tokens, p.num_kv_heads, units_per_head, p.block_size);
   check_launch("reshape_and_cache");
-}
-
-template <class T>
-bool fits_vectors(const ReshapeAndCacheParams& p) {
-  return p.head_dim % Vec<T>::kSize == 0 &&
-         is_vec_aligned<T>(p.key, p.key_stride_token, p.key_stride_head) &&
-         is_vec_aligned<T>(p.value, p.value_stride_token, p.value_stride_head) &&
-         is_vec_aligned<T>(p.key_cache, p.key_cache_stride_block, p.key_cache_stride_token,
-                           p.key_cache_stride_head) &&
-         is_vec_aligned<T>(p.value_cache, p.value_cache_stride_block, p.value_cache_stride_token,
-                           p.value_cache_stride_head);
 }
 
 }  // namespace

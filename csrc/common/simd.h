@@ -55,6 +55,19 @@ NANO_VLLM_INLINE Float<kLanes> broadcast(float x) {
   return x - Float<kLanes>{};  // x - 0 is x, -0 too
 }
 
+// A product as it is rounded to float. Without this the compiler may fuse it into a sum that it
+// goes into, in one place but not in the other.
+template <class Vector>
+NANO_VLLM_INLINE Vector rounded(const Vector& product) {
+  Vector x = product;
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // (0, 1, 2, ...)
 template <int kLanes>
 NANO_VLLM_INLINE Int<kLanes> iota() {

@@ -1,7 +1,7 @@
 // CUDA rms_norm: a row's elements stay in registers between the sum and the product.
 #include <algorithm>
 
-#include "common/cuda_common.cuh"
+#include "layers/rms_norm.cuh"
 #include "layers/rms_norm.h"
 
 namespace nano_vllm::cuda {
@@ -40,8 +40,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p, 
       }
       store_elements<kIsAligned>(residual + at, vec, p.hidden_size - at);
     }
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) sum += to_float(vec.value[i]) * to_float(vec.value[i]);
+    sum = add_squares(sum, vec);
     return vec;
   };
   Vec<T> kept[kVecsPerThread];
@@ -52,15 +51,11 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p, 
   for (int64_t at = first + kVecsPerThread * step; at < p.hidden_size; at += step) read(at);
 
   sum = blockDim.x == kWarpSize ? warp_sum(sum) : block_sum(sum);
-  const float inverse = rsqrtf(sum / static_cast<float>(p.hidden_size) + p.eps);
+  const float inverse = inverse_rms(sum, p.hidden_size, p.eps);
 
-  const auto write = [&](int64_t at, Vec<T> vec) {
+  const auto write = [&](int64_t at, const Vec<T>& vec) {
     const Vec<T> w = load_elements<kIsAligned>(weight + at, p.hidden_size - at);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      vec.value[i] = from_float<T>(to_float(vec.value[i]) * inverse * to_float(w.value[i]));
-    }
-    store_elements<kIsAligned>(out + at, vec, p.hidden_size - at);
+    store_elements<kIsAligned>(out + at, normalise(vec, inverse, w), p.hidden_size - at);
   };
 #pragma unroll
   for (int j = 0; j < kVecsPerThread; ++j) {

@@ -31,10 +31,12 @@ class AttentionMetadata:
 
 
 class Attention:
-    """Writes a step's keys and values into the cache, then attends over it.
+    """Rotates a step's queries and keys, writes keys and values into the cache, then attends over
+    it.
 
     Args:
         head_dim: elements per head.
+        rope_is_neox: pair element i with i + rotary_dim / 2; else (gptj) 2i with 2i + 1.
         scale: multiplies query . key; by default 1 / sqrt(head_dim).
         sliding_window: tokens a query sees, itself included; None for all.
         softcap: bound of the scores, by tanh; 0 for none.
@@ -43,10 +45,12 @@ class Attention:
     def __init__(
         self,
         head_dim: int,
+        rope_is_neox: bool,
         scale: float | None = None,
         sliding_window: int | None = None,
         softcap: float = 0.0,
     ) -> None:
+        self.rope_is_neox = rope_is_neox
         self.scale = head_dim**-0.5 if scale is None else scale
         self.sliding_window = sliding_window or 0
         self.softcap = softcap
@@ -56,13 +60,24 @@ class Attention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
         cache: LayerCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim] -> as the
-        query.
+        query, which is rotated in place.
         """
-        ops.reshape_and_cache(key, value, *cache, metadata.slot_mapping)
+        ops.rotary_reshape_and_cache(
+            positions,
+            query,
+            key,
+            value,
+            *cache,
+            metadata.slot_mapping,
+            cos_sin,
+            is_neox=self.rope_is_neox,
+        )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         ops.paged_attention(
             out,

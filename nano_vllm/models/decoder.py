@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from nano_vllm import ops
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.activation import gated_activation
 from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache
@@ -38,8 +37,9 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(
             self.num_heads * head_dim, config.hidden_size, bias=config.attention_output_bias
         )
-        self.is_neox = config.rope_is_neox
-        self.attention = Attention(head_dim, sliding_window=config.sliding_window)
+        self.attention = Attention(
+            head_dim, config.rope_is_neox, sliding_window=config.sliding_window
+        )
 
     def forward(
         self,
@@ -51,8 +51,8 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         qkv = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        ops.rotary_embedding(positions, query, key, cos_sin, self.is_neox)
-        return self.o_proj(self.attention(query, key, value, cache, metadata).flatten(1))
+        out = self.attention(query, key, value, positions, cos_sin, cache, metadata)
+        return self.o_proj(out.flatten(1))
 
 
 class GatedMLP(nn.Module):

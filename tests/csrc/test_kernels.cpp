@@ -17,10 +17,10 @@
 #include "attention_case.h"
 #include "cache/copy_blocks.h"
 #include "cache/reshape_and_cache.h"
+#include "cache/rotary_reshape_and_cache.h"
 #include "layers/activation.h"
 #include "layers/linear.h"
 #include "layers/rms_norm.h"
-#include "layers/rotary_embedding.h"
 #include "quantization/quantized_linear.h"
 
 namespace nano_vllm::test {
@@ -192,7 +192,7 @@ void test_quantized_linear() {
   }
 }
 
-// --- norm, rotary, activations ---
+// --- norm, activations ---
 
 void test_rms_norm() {
   for (DType dtype : kDTypes) {
@@ -233,47 +233,6 @@ void test_rms_norm() {
                          size, 1e-5f});
           CHECK(in_place.same_bits(0, out, 0, size));
         }
-      }
-    }
-  }
-}
-
-void test_rotary_embedding() {
-  for (DType dtype : kDTypes) {
-    for (int rotary_dim : {2, 6, 16, 22, 64, 80}) {
-      for (bool is_neox : {false, true}) {
-        constexpr int kTokens = 5, kHeads = 3, kKvHeads = 2, kMaxPosition = 50;
-        const int head_dim = rotary_dim + 4, half = rotary_dim / 2;
-        std::vector<float> cache(kMaxPosition * rotary_dim);
-        for (float& x : cache) x = static_cast<float>(uniform(-1, 1));
-        const std::vector<int64_t> positions = {0, 49, 7, 7, 21};
-        Buffer query(dtype, kTokens * (kHeads * head_dim + 1)),
-            key(dtype, kTokens * kKvHeads * head_dim);
-        query.fill(-2, 2), key.fill(-2, 2);
-        const Buffer old_query = query, old_key = key;
-        cpu::rotary_embedding({dtype, positions.data(), query.data(), key.data(), cache.data(),
-                               kHeads * head_dim + 1, head_dim, kKvHeads * head_dim, head_dim,
-                               kTokens, kHeads, kKvHeads, rotary_dim, is_neox});
-        const auto is_right = [&](const Buffer& now, const Buffer& old, int64_t stride, int heads) {
-          bool right = true;
-          for (int64_t i = 0; i < now.numel(); ++i) {
-            const int64_t token = i / stride, at = i % stride % head_dim;
-            if (i % stride >= heads * head_dim || at >= rotary_dim) {
-              right = right && now[i] == old[i];
-              continue;
-            }
-            const int64_t pair = is_neox ? at % half : at / 2;
-            const bool is_first = is_neox ? at < half : at % 2 == 0;
-            const int64_t other = i + (is_neox ? half : 1) * (is_first ? 1 : -1);
-            const double cos = cache[positions[token] * rotary_dim + pair];
-            const double sin = cache[positions[token] * rotary_dim + half + pair];
-            const double expected = old[i] * cos + (is_first ? -old[other] : old[other]) * sin;
-            right = right && is_close(dtype, now[i], expected, 1e-6, 0.5);
-          }
-          return right;
-        };
-        CHECK(is_right(query, old_query, kHeads * head_dim + 1, kHeads));
-        CHECK(is_right(key, old_key, kKvHeads * head_dim, kKvHeads));
       }
     }
   }
@@ -355,6 +314,134 @@ void test_reshape_and_cache() {
   }
 }
 
+// Heads of rotary_dim + 4 elements, of which one more lies between two tokens.
+struct RotaryInputs {
+  static constexpr int kTokens = 5, kHeads = 3, kKvHeads = 2, kMaxPosition = 50, kBlockSize = 8;
+  static constexpr int kBlocks = 2;
+  DType dtype;
+  int rotary_dim, head_dim = rotary_dim + 4;
+  bool is_neox;
+  std::vector<int64_t> positions = {0, 49, 7, 7, 21}, slots = {15, 0, -1, 8, 3};
+  std::vector<float> angles = std::vector<float>(kMaxPosition * rotary_dim);
+  Buffer query{dtype, kTokens * stride(kHeads)}, key{dtype, kTokens * stride(kKvHeads)},
+      value{dtype, kTokens * stride(kKvHeads)};
+  Buffer query_weight{dtype, head_dim}, key_weight{dtype, head_dim};
+
+  RotaryInputs(DType dtype, int rotary_dim, bool is_neox)
+      : dtype(dtype), rotary_dim(rotary_dim), is_neox(is_neox) {
+    for (float& x : angles) x = static_cast<float>(uniform(-1, 1));
+    for (Buffer* buffer : {&query, &key, &value, &query_weight, &key_weight}) buffer->fill(-2, 2);
+  }
+
+  int64_t stride(int heads) const { return int64_t{heads} * head_dim + 1; }
+  // Heads first: [num_blocks, num_kv_heads, block_size, head_dim].
+  Buffer cache() const {
+    return Buffer(dtype, int64_t{kBlocks} * kKvHeads * kBlockSize * head_dim);
+  }
+  int64_t cached(int64_t slot, int64_t head, int64_t i) const {
+    return ((slot / kBlockSize * kKvHeads + head) * kBlockSize + slot % kBlockSize) * head_dim + i;
+  }
+
+  void run(Buffer& keys, Buffer& values, bool with_norm) {
+    const int64_t block = int64_t{kKvHeads} * kBlockSize * head_dim,
+                  head = int64_t{kBlockSize} * head_dim;
+    RotaryReshapeAndCacheParams p{};
+    p.kv = {dtype,
+            key.data(),
+            value.data(),
+            keys.data(),
+            values.data(),
+            slots.data(),
+            stride(kKvHeads),
+            head_dim,
+            stride(kKvHeads),
+            head_dim,
+            block,
+            head_dim,
+            head,
+            block,
+            head_dim,
+            head,
+            kTokens,
+            kKvHeads,
+            head_dim,
+            kBlockSize};
+    p.query = query.data(), p.positions = positions.data(), p.cos_sin_cache = angles.data();
+    p.query_norm_weight = with_norm ? query_weight.data() : nullptr;
+    p.key_norm_weight = with_norm ? key_weight.data() : nullptr;
+    p.query_stride_token = stride(kHeads), p.query_stride_head = head_dim;
+    p.num_heads = kHeads, p.rotary_dim = rotary_dim, p.norm_eps = 1e-5f, p.is_neox = is_neox;
+    cpu::rotary_reshape_and_cache(p);
+  }
+
+  // Element i of a head that begins at `start`, turned.
+  double turned(const Buffer& heads, int64_t token, int64_t start, int64_t i) const {
+    if (i >= rotary_dim) return heads[start + i];
+    const int64_t half = rotary_dim / 2, pair = is_neox ? i % half : i / 2;
+    const bool is_first = is_neox ? i < half : i % 2 == 0;
+    const int64_t partner = i + (is_neox ? half : 1) * (is_first ? 1 : -1);
+    const float* cos = angles.data() + positions[token] * rotary_dim;
+    const double sin = cos[half + pair];
+    return heads[start + i] * cos[pair] + heads[start + partner] * (is_first ? -sin : sin);
+  }
+};
+
+void test_rotary_reshape_and_cache() {
+  for (DType dtype : kDTypes) {
+    for (int rotary_dim : {2, 6, 16, 22, 64, 80}) {
+      for (bool is_neox : {false, true}) {
+        RotaryInputs in(dtype, rotary_dim, is_neox);
+        const RotaryInputs old = in;
+        Buffer keys = in.cache(), values = in.cache();
+        in.run(keys, values, false);
+        bool right = in.key == old.key && in.value == old.value, untouched = true;
+        for (int64_t token = 0; token < in.kTokens; ++token) {
+          const int64_t end = (token + 1) * in.stride(in.kHeads) - 1;
+          untouched = untouched && in.query[end] == old.query[end];
+          for (int64_t i = 0; i < in.kHeads * in.head_dim; ++i) {
+            const int64_t start = token * in.stride(in.kHeads) + i / in.head_dim * in.head_dim;
+            right =
+                right && is_close(dtype, in.query[start + i % in.head_dim],
+                                  in.turned(old.query, token, start, i % in.head_dim), 1e-6, 0.5);
+          }
+        }
+        CHECK(right);
+        Buffer turned_keys = in.cache(), copied_values = in.cache();
+        bool close = true;
+        for (int64_t token = 0; token < in.kTokens; ++token) {
+          for (int64_t i = 0; in.slots[token] >= 0 && i < in.kKvHeads * in.head_dim; ++i) {
+            const int64_t start = token * in.stride(in.kKvHeads) + i / in.head_dim * in.head_dim;
+            const int64_t at = in.cached(in.slots[token], i / in.head_dim, i % in.head_dim);
+            close = close && is_close(dtype, keys[at],
+                                      in.turned(in.key, token, start, i % in.head_dim), 1e-6, 0.5);
+            turned_keys.set(at, keys[at]);
+            copied_values.set(at, in.value[start + i % in.head_dim]);
+          }
+        }
+        CHECK(close);
+        CHECK(untouched);
+        CHECK(keys == turned_keys);  // NaN in the other slots
+        CHECK(values == copied_values);
+
+        // With norms: the bits of rms_norm and of the op without.
+        RotaryInputs in_one = old, in_two = old;
+        Buffer keys_one = in.cache(), keys_two = in.cache();
+        in_one.run(keys_one, values, true);
+        const auto norm = [&](Buffer& heads, Buffer& weight, int count) {
+          const int64_t row = in.stride(count), head = in.head_dim;
+          cpu::rms_norm({dtype, heads.data(), heads.data(), nullptr, weight.data(), row, head, row,
+                         head, 0, 0, in.kTokens, count, in.head_dim, 1e-5f});
+        };
+        norm(in_two.query, in_two.query_weight, in.kHeads);
+        norm(in_two.key, in_two.key_weight, in.kKvHeads);
+        in_two.run(keys_two, values, false);
+        CHECK(in_one.query == in_two.query);
+        CHECK(keys_one == keys_two);
+      }
+    }
+  }
+}
+
 void test_copy_blocks() {
   constexpr int64_t kPlanes = 4, kBlocks = 6, kBlockBytes = 48;
   constexpr int64_t kPlaneStride = kBlocks * 64;
@@ -384,9 +471,9 @@ int main() {
   test_linear();
   test_quantized_linear();
   test_rms_norm();
-  test_rotary_embedding();
   test_activation();
   test_reshape_and_cache();
+  test_rotary_reshape_and_cache();
   test_copy_blocks();
   return report_checks();
 }

@@ -80,6 +80,23 @@ def run_cache_ops(dtype: torch.dtype, offset: int) -> None:
     pool = normal(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype, offset=offset)
     slot_mapping = torch.tensor([31, -1, 0, 8, 7], device="cuda")
     ops.reshape_and_cache(key, value, *pool[1], slot_mapping)
+    weight = normal(80, dtype=dtype, offset=offset)
+    positions = torch.tensor([9, 0, 4, 4, 1], device="cuda")
+    for rotary_dim in (80, 36, 0):
+        cos_sin_cache = normal(10, rotary_dim, dtype=torch.float32, offset=0)
+        for is_neox in (True, False):
+            for norm_weight in (weight, None):
+                ops.rotary_reshape_and_cache(
+                    positions,
+                    normal(5, 6, 80, dtype=dtype, offset=offset),
+                    key,
+                    value,
+                    *pool[1],
+                    slot_mapping,
+                    cos_sin_cache,
+                    is_neox=is_neox,
+                    query_norm_weight=norm_weight,
+                )
     mapping = torch.tensor([[0, 3], [1, 2]], device="cuda")
     ops.copy_blocks(pool, mapping)
     host = torch.zeros(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype).pin_memory()
@@ -100,15 +117,6 @@ def run_layer_ops(dtype: torch.dtype, offset: int) -> None:
         ops.silu_and_mul(out, gate_up)
         ops.gelu_and_mul(out, gate_up)
         ops.gelu_and_mul(out, gate_up, "tanh")
-    positions = torch.tensor([9, 0, 4], device="cuda")
-    for rotary_dim in (80, 36):
-        cos_sin_cache = normal(10, rotary_dim, dtype=torch.float32, offset=0)
-        query, key = (
-            normal(3, 6, 80, dtype=dtype, offset=offset),
-            normal(3, 2, 80, dtype=dtype, offset=offset),
-        )
-        for is_neox in (True, False):
-            ops.rotary_embedding(positions, query, key, cos_sin_cache, is_neox)
 
 
 if __name__ == "__main__":

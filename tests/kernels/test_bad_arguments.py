@@ -57,6 +57,17 @@ def reshape_and_cache_arguments() -> Arguments:
     }
 
 
+def rotary_reshape_and_cache_arguments() -> Arguments:
+    return reshape_and_cache_arguments() | {
+        "positions": torch.arange(7),
+        "query": torch.zeros(7, 6, 64),
+        "cos_sin_cache": torch.zeros(20, 64),
+        "query_norm_weight": torch.zeros(64),
+        "key_norm_weight": torch.zeros(64),
+        "norm_eps": 1e-6,
+    }
+
+
 def copy_blocks_arguments() -> Arguments:
     return {
         "kv_cache": torch.zeros(3, 2, 9, 8, 2, 64),
@@ -85,16 +96,6 @@ def fused_add_rms_norm_arguments() -> Arguments:
     return rms_norm_arguments() | {"residual": torch.zeros(7, 64)}
 
 
-def rotary_embedding_arguments() -> Arguments:
-    return {
-        "positions": torch.arange(7),
-        "query": torch.zeros(7, 6, 64),
-        "key": torch.zeros(7, 2, 64),
-        "cos_sin_cache": torch.zeros(20, 64),
-        "is_neox": True,
-    }
-
-
 def silu_and_mul_arguments() -> Arguments:
     return {"out": torch.zeros(7, 64), "input": torch.zeros(7, 128)}
 
@@ -116,11 +117,11 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "paged_attention": paged_attention_arguments,
     "plan_attention": plan_attention_arguments,
     "reshape_and_cache": reshape_and_cache_arguments,
+    "rotary_reshape_and_cache": rotary_reshape_and_cache_arguments,
     "copy_blocks": copy_blocks_arguments,
     "swap_blocks": swap_blocks_arguments,
     "rms_norm": rms_norm_arguments,
     "fused_add_rms_norm": fused_add_rms_norm_arguments,
-    "rotary_embedding": rotary_embedding_arguments,
     "silu_and_mul": silu_and_mul_arguments,
     "gelu_and_mul": gelu_and_mul_arguments,
     "linear": linear_arguments,
@@ -210,6 +211,31 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("slot_mapping", torch.Tensor.int, "slot_mapping must be int64, got int32"),
         ("slot_mapping", gapped, f"slot_mapping {GAPPED}"),
     ],
+    "rotary_reshape_and_cache": [
+        ("query", torch.Tensor.double, f"query {FLOATS}, got float64"),
+        ("query", torch.Tensor.half, "key must be float16, got float32"),
+        ("query", zeros(7, 384), "query must have shape [any, any, any], got [7, 384]"),
+        ("query", gapped, f"query {GAPPED}"),
+        ("key", zeros(7, 2, 32), "key must have shape [7, any, 64], got [7, 2, 32]"),
+        ("key", zeros(7, 0, 64), "value must have shape [7, 0, 64], got [7, 2, 64]"),
+        ("key", gapped, f"key {GAPPED}"),
+        ("value", torch.Tensor.half, "value must be float32, got float16"),
+        ("key_cache", zeros(9, 8, 3, 64),
+         "key_cache must have shape [any, any, 2, 64], got [9, 8, 3, 64]"),
+        ("value_cache", gapped, f"value_cache {GAPPED}"),
+        ("slot_mapping", lambda slots: slots[:5], "slot_mapping must have shape [7], got [5]"),
+        ("positions", torch.Tensor.int, "positions must be int64, got int32"),
+        ("positions", lambda positions: positions[:5], "positions must have shape [7], got [5]"),
+        ("cos_sin_cache", torch.Tensor.half, "cos_sin_cache must be float32, got float16"),
+        ("cos_sin_cache", zeros(20, 63), "rotary_dim must be even and at most head_dim 64, got 63"),
+        ("cos_sin_cache", zeros(20, 66), "rotary_dim must be even and at most head_dim 64, got 66"),
+        ("cos_sin_cache", lambda cache: cache[:, :32], "cos_sin_cache must be contiguous"),
+        ("query_norm_weight", zeros(63), "query_norm_weight must have shape [64], got [63]"),
+        ("query_norm_weight", gapped, f"query_norm_weight {GAPPED}"),
+        ("key_norm_weight", torch.Tensor.half, "key_norm_weight must be float32, got float16"),
+        ("norm_eps", lambda _: -1e-6, "norm_eps must be at least 0, got -1e-06"),
+        ("norm_eps", lambda _: float("nan"), "norm_eps must be at least 0, got nan"),
+    ],
     "copy_blocks": [
         ("kv_cache", torch.Tensor.double, f"kv_cache {FLOATS}, got float64"),
         ("kv_cache", zeros(3, 9, 8, 2, 64),
@@ -262,18 +288,6 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("residual", zeros(6, 64), "residual must have shape [7, 64], got [6, 64]"),
         ("residual", torch.Tensor.half, "residual must be float32, got float16"),
         ("residual", gapped, f"residual {GAPPED}"),
-    ],
-    "rotary_embedding": [
-        ("positions", torch.Tensor.int, "positions must be int64, got int32"),
-        ("positions", lambda positions: positions[:5], "positions must have shape [7], got [5]"),
-        ("query", torch.Tensor.half, "key must be float16, got float32"),
-        ("query", zeros(7, 384), "query must have shape [any, any, any], got [7, 384]"),
-        ("query", gapped, f"query {GAPPED}"),
-        ("key", zeros(7, 2, 32), "key must have shape [7, any, 64], got [7, 2, 32]"),
-        ("cos_sin_cache", torch.Tensor.half, "cos_sin_cache must be float32, got float16"),
-        ("cos_sin_cache", zeros(20, 63), "rotary_dim must be even and at most head_dim 64, got 63"),
-        ("cos_sin_cache", zeros(20, 66), "rotary_dim must be even and at most head_dim 64, got 66"),
-        ("cos_sin_cache", lambda cache: cache[:, :32], "cos_sin_cache must be contiguous"),
     ],
     "silu_and_mul": [
         ("input", torch.Tensor.double, f"input {FLOATS}, got float64"),
@@ -348,6 +362,23 @@ def test_head_dim(device: str, head_dim: int) -> None:
         arguments[name] = arguments[name].new_zeros(*arguments[name].shape[:-1], head_dim)
     message = f"head_dim must be 64, 80, 96, 128, 192 or 256, got {head_dim}"
     assert_refused("paged_attention", to(device, arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "message"),
+    [
+        (2, 257, "head_dim must be at most 256, got 257"),
+        (0, 64, "num_kv_heads must be positive, got 0"),
+    ],
+)
+def test_rotary_heads(device: str, heads: int, head_dim: int, message: str) -> None:
+    arguments = rotary_reshape_and_cache_arguments()
+    arguments["query"] = torch.zeros(7, 6, head_dim)
+    for name in ("key", "value", "key_cache", "value_cache"):
+        arguments[name] = torch.zeros(*arguments[name].shape[:-2], heads, head_dim)
+    for name in ("query_norm_weight", "key_norm_weight"):
+        arguments[name] = torch.zeros(head_dim)
+    assert_refused("rotary_reshape_and_cache", to(device, arguments), message)
 
 
 @pytest.mark.parametrize("block_size", [0, 4, 12, 512])

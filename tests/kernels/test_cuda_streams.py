@@ -59,9 +59,17 @@ class DecodeStep:
             tensor.copy_(self.draw.normal(*tensor.shape, dtype=tensor.dtype))
 
     def run(self) -> None:
-        ops.rms_norm(self.query, self.query, self.weight, 1e-6)
-        ops.rotary_embedding(self.positions, self.query, self.key, self.cos_sin_cache)
-        ops.reshape_and_cache(self.key, self.value, *self.caches, self.slot_mapping)
+        ops.rotary_reshape_and_cache(
+            self.positions,
+            self.query,
+            self.key,
+            self.value,
+            *self.caches,
+            self.slot_mapping,
+            self.cos_sin_cache,
+            query_norm_weight=self.weight,
+            norm_eps=1e-6,
+        )
         ops.paged_attention(
             self.out,
             self.query,

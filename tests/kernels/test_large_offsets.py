@@ -83,6 +83,30 @@ def test_reshape_and_cache(device: str, seed: int) -> None:
         assert_equal_bits(rows, tokens)
 
 
+def test_rotary_reshape_and_cache(device: str, seed: int) -> None:
+    """Slots and rows far away, of the query and of its neighbours."""
+    draw = Draw(seed, device)
+    key_cache, value_cache = far_pool(device)[0]
+    slots = [(len(key_cache) - 8) * BLOCK_SIZE + 5, 3, len(key_cache) * BLOCK_SIZE - 1]
+    slot_mapping = torch.tensor(slots, device=device)
+    query = draw.normal(3, 4, HEAD_DIM, dtype=DTYPE)
+    key, value = (draw.normal(3, NUM_KV_HEADS, HEAD_DIM, dtype=DTYPE) for _ in range(2))
+    cos_sin_cache = draw.normal(10, HEAD_DIM, dtype=torch.float32)
+    positions = torch.tensor([9, 0, 4], device=device)
+    far = [far_rows(draw, tokens) for tokens in (query, key, value)]
+    ops.rotary_reshape_and_cache(
+        positions, *far, key_cache, value_cache, slot_mapping, cos_sin_cache
+    )
+    near = [torch.zeros(1, 3, NUM_KV_HEADS, HEAD_DIM, dtype=DTYPE, device=device) for _ in range(2)]
+    ops.rotary_reshape_and_cache(
+        positions, query, key, value, *near, torch.arange(3, device=device), cos_sin_cache
+    )
+    assert_equal_bits(far[0], query)
+    for cache, expected in zip((key_cache, value_cache), near, strict=True):
+        rows = cache[slot_mapping // BLOCK_SIZE, slot_mapping % BLOCK_SIZE]
+        assert_equal_bits(rows, expected[0])
+
+
 def test_slots_beyond_31_bits(device: str, seed: int) -> None:
     """Blocks that overlap in memory give slot numbers larger than the memory has elements."""
     draw = Draw(seed, device)
@@ -165,7 +189,7 @@ def test_rows_of_new_keys(device: str, seed: int) -> None:
 
 
 def test_rows_of_layers(device: str, seed: int) -> None:
-    """Norms, rotary embedding and activations."""
+    """Norms and activations."""
     draw = Draw(seed, device)
     input, residual = draw.normal(3, 128, dtype=DTYPE), draw.normal(3, 128, dtype=DTYPE)
     weight = draw.normal(128, dtype=DTYPE)
@@ -186,16 +210,6 @@ def test_rows_of_layers(device: str, seed: int) -> None:
         getattr(ops, op)(out[:, :64], far_rows(draw, input))
         getattr(reference, op)(expected[:, :64], input)
         assert_close(out[:, :64], expected[:, :64])
-
-    query, key = (draw.normal(3, heads, 64, dtype=DTYPE) for heads in (4, 2))
-    far_query, far_key = far_rows(draw, query), far_rows(draw, key)
-    cos_sin_cache = draw.normal(10, 64, dtype=torch.float32)
-    positions = torch.tensor([9, 0, 4], device=device)
-    ops.rotary_embedding(positions, far_query, far_key, cos_sin_cache)
-    expected_heads = query.double(), key.double()
-    reference.rotary_embedding(positions, *expected_heads, cos_sin_cache)
-    assert_close(far_query, expected_heads[0])
-    assert_close(far_key, expected_heads[1])
 
 
 def test_rows_of_linear(seed: int) -> None:

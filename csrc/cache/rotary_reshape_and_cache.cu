@@ -1,0 +1,308 @@
+// CUDA rotary_reshape_and_cache: a thread has the same vector of a few heads of one token, which
+// share its angles. All of a thread's loads are under way before it needs one: what depends on
+// another load is the angles alone, on the position.
+#include <algorithm>
+
+#include "cache/reshape_and_cache.cuh"
+#include "cache/rotary_reshape_and_cache.h"
+#include "layers/rms_norm.cuh"
+
+namespace nano_vllm::cuda {
+namespace {
+
+constexpr int kNumThreads = 256;
+constexpr int kVecsPerThread = 2;  // 32 bytes on their way for each thread
+
+using Params = RotaryReshapeAndCacheParams;
+
+// A token's heads are numbered: first those of the query, then of the key, then of the value.
+__device__ inline int num_heads_of(const Params& p) { return p.num_heads + 2 * p.kv.num_kv_heads; }
+
+__device__ inline bool is_turned(const Params& p, int head) {
+  return head < p.num_heads + p.kv.num_kv_heads;
+}
+
+template <class T>
+__device__ const T* norm_weight_of(const Params& p, int head) {
+  const void* weight = head < p.num_heads   ? p.query_norm_weight
+                       : is_turned(p, head) ? p.key_norm_weight
+                                            : nullptr;
+  return static_cast<const T*>(weight);
+}
+
+template <class T>
+__device__ const T* source_of(const Params& p, int64_t token, int head) {
+  const bool is_query = head < p.num_heads, is_key = !is_query && is_turned(p, head);
+  const void* base = is_query ? p.query : is_key ? p.kv.key : p.kv.value;
+  const int64_t stride_token = is_query ? p.query_stride_token
+                               : is_key ? p.kv.key_stride_token
+                                        : p.kv.value_stride_token;
+  const int64_t stride_head = is_query ? p.query_stride_head
+                              : is_key ? p.kv.key_stride_head
+                                       : p.kv.value_stride_head;
+  const int first = is_query ? 0 : is_key ? p.num_heads : p.num_heads + p.kv.num_kv_heads;
+  return static_cast<const T*>(base) + token * stride_token + (head - first) * stride_head;
+}
+
+// nullptr: nowhere.
+template <class T>
+__device__ T* destination_of(const Params& p, int64_t token, int64_t slot, int head) {
+  if (head < p.num_heads) {
+    return static_cast<T*>(p.query) + token * p.query_stride_token + head * p.query_stride_head;
+  }
+  if (slot < 0) return nullptr;
+  const int64_t block = slot / p.kv.block_size, row = slot % p.kv.block_size;
+  head -= p.num_heads;
+  if (head < p.kv.num_kv_heads) {
+    return static_cast<T*>(p.kv.key_cache) + block * p.kv.key_cache_stride_block +
+           row * p.kv.key_cache_stride_token + head * p.kv.key_cache_stride_head;
+  }
+  head -= p.kv.num_kv_heads;
+  return static_cast<T*>(p.kv.value_cache) + block * p.kv.value_cache_stride_block +
+         row * p.kv.value_cache_stride_token + head * p.kv.value_cache_stride_head;
+}
+
+// The vector from element `at` of a head. kIsAligned: past the end the last one, so that the load
+// hangs on no condition and the next one need not wait.
+template <bool kIsAligned, class T>
+__device__ Vec<T> load_own(const T* head, int at, int head_dim) {
+  return load_elements<kIsAligned>(head + (kIsAligned ? min(at, head_dim - Vec<T>::kSize) : at),
+                                   head_dim - at);
+}
+
+// neox: what its elements are paired with, as far as they have partners.
+template <bool kIsAligned, class T>
+__device__ Vec<T> load_partners(const T* head, int at, int head_dim, int half) {
+  if constexpr (kIsAligned) {
+    return load_own<true>(head, at < half ? at + half : at < 2 * half ? at - half : at, head_dim);
+  } else {
+    Vec<T> partners{};
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) {
+      const int element = at + i;
+      if (element < 2 * half) {
+        partners.value[i] = head[element < half ? element + half : element - half];
+      }
+    }
+    return partners;
+  }
+}
+
+template <int kCount>
+__device__ void load_floats(float (&floats)[kCount], const float* address) {
+  if constexpr (kCount % Vec<float>::kSize == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += Vec<float>::kSize) {
+      const Vec<float> vec = load_vec(address + i);
+#pragma unroll
+      for (int j = 0; j < Vec<float>::kSize; ++j) floats[i + j] = vec.value[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) floats[i] = address[i];
+  }
+}
+
+// Of the elements from `at`, which is less than 2 * half.
+template <bool kIsNeox, bool kIsAligned, int kSize>
+__device__ void load_angles(float (&cos)[kSize], float (&sin)[kSize], const float* angles, int at,
+                            int half) {
+  if constexpr (kIsAligned && kIsNeox) {
+    const float* pair = angles + (at < half ? at : at - half);
+    load_floats(cos, pair);
+    load_floats(sin, pair + half);
+  } else if constexpr (kIsAligned) {
+    float pair_cos[kSize / 2], pair_sin[kSize / 2];
+    load_floats(pair_cos, angles + at / 2);
+    load_floats(pair_sin, angles + half + at / 2);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) cos[i] = pair_cos[i / 2], sin[i] = pair_sin[i / 2];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int element = at + i;
+      const int pair = !kIsNeox ? element / 2 : element < half ? element : element - half;
+      cos[i] = element < 2 * half ? angles[pair] : 1.0f;
+      sin[i] = element < 2 * half ? angles[half + pair] : 0.0f;
+    }
+  }
+}
+
+// x of a pair (x, y) turned by an angle: rotate(x, y, cos, -sin), and y: rotate(y, x, cos, sin).
+// Which product is fused with the sum is fixed, so that every kernel here gives the same bits.
+template <class T>
+__device__ inline T rotate(T x, T partner, float cos, float sin) {
+  return from_float<T>(__fmaf_rn(to_float(x), cos, __fmul_rn(to_float(partner), sin)));
+}
+
+// Turns the elements that have partners.
+template <bool kIsNeox, bool kIsAligned, class T>
+__device__ Vec<T> rotate_vec(const Vec<T>& own, const Vec<T>& partners,
+                             const float (&cos)[Vec<T>::kSize], const float (&sin)[Vec<T>::kSize],
+                             int at, int half) {
+  Vec<T> out = own;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    if (!kIsAligned && at + i >= 2 * half) continue;
+    // Vectors begin at even elements and, if aligned, lie in one half.
+    const bool is_first = !kIsNeox ? i % 2 == 0 : (kIsAligned ? at : at + i) < half;
+    const T partner = kIsNeox ? partners.value[i] : own.value[i ^ 1];
+    out.value[i] = rotate(own.value[i], partner, cos[i], is_first ? -sin[i] : sin[i]);
+  }
+  return out;
+}
+
+// The sum over the threads along x, in the order that rms_norm has: lanes without elements count
+// as zeros there.
+__device__ inline float head_sum(float x) {
+  for (int offset = blockDim.x / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+// Resident on an SM at least: the registers are for half of the threads it can have. A norm takes
+// more registers, and without alignment nothing is quick.
+template <bool kHasNorm, bool kIsAligned>
+constexpr int kMinBlocks = kIsAligned && !kHasNorm ? 4 : 1;
+
+// Grid: tokens, blockDim.z at a time, x shares of a token's heads. The threads along x, a power of
+// two of one warp's, have one vector each of a head, or kHeadVecs where a head has more than 32;
+// those along y have the heads, several each.
+template <class T, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool kIsAligned>
+__global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHasNorm, kIsAligned>)
+    rotary_reshape_and_cache_kernel(Params p) {
+  constexpr int kSize = Vec<T>::kSize, kHeads = kVecsPerThread / kHeadVecs;
+  const int64_t token = int64_t{blockIdx.x} * blockDim.z + threadIdx.z;
+  if (token >= p.kv.num_tokens) return;  // a warp has but one token: all of its threads leave
+  const int first_head = blockIdx.y * blockDim.y + threadIdx.y;
+  const int head_step = gridDim.y * blockDim.y;
+  const int num_heads = num_heads_of(p), head_dim = p.kv.head_dim, half = p.rotary_dim / 2;
+  int at[kHeadVecs];
+#pragma unroll
+  for (int v = 0; v < kHeadVecs; ++v) at[v] = (v * blockDim.x + threadIdx.x) * kSize;
+
+  // Loads that wait for nothing. Threads without a head read the last one, a value.
+  const int64_t slot = p.kv.slot_mapping[token], position = p.positions[token];
+  const T* source[kHeads];
+#pragma unroll
+  for (int j = 0; j < kHeads; ++j) {
+    source[j] = source_of<T>(p, token, min(first_head + j * head_step, num_heads - 1));
+  }
+  Vec<T> own[kHeads][kHeadVecs], partners[kHeads][kHeadVecs];
+#pragma unroll
+  for (int j = 0; j < kHeads; ++j) {
+#pragma unroll
+    for (int v = 0; v < kHeadVecs; ++v) {
+      own[j][v] = load_own<kIsAligned>(source[j], at[v], head_dim);
+      if (kIsNeox) partners[j][v] = load_partners<kIsAligned>(source[j], at[v], head_dim, half);
+    }
+  }
+  __syncwarp();  // the query changes in place: a head's threads have all read before one writes
+
+  const float* angles = p.cos_sin_cache + position * p.rotary_dim;
+  float cos[kHeadVecs][kSize], sin[kHeadVecs][kSize];
+#pragma unroll
+  for (int v = 0; v < kHeadVecs; ++v) {
+    if (at[v] < 2 * half) load_angles<kIsNeox, kIsAligned>(cos[v], sin[v], angles, at[v], half);
+  }
+
+#pragma unroll
+  for (int j = 0; j < kHeads; ++j) {
+    const int head = first_head + j * head_step;
+    if constexpr (kHasNorm) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int v = 0; v < kHeadVecs; ++v) {
+        sum += head_sum(at[v] < head_dim ? add_squares(0.0f, own[j][v]) : 0.0f);
+      }
+      const T* weight = norm_weight_of<T>(p, head);
+      if (weight != nullptr) {
+        const float inverse = inverse_rms(sum, head_dim, p.norm_eps);
+#pragma unroll
+        for (int v = 0; v < kHeadVecs; ++v) {
+          own[j][v] = normalise(own[j][v], inverse, load_own<kIsAligned>(weight, at[v], head_dim));
+          if (kIsNeox) {
+            partners[j][v] = normalise(partners[j][v], inverse,
+                                       load_partners<kIsAligned>(weight, at[v], head_dim, half));
+          }
+        }
+      }
+    }
+    if (head >= num_heads) continue;
+    T* destination = destination_of<T>(p, token, slot, head);
+    if (destination == nullptr) continue;
+#pragma unroll
+    for (int v = 0; v < kHeadVecs; ++v) {
+      if (at[v] >= head_dim) continue;
+      Vec<T> out = own[j][v];
+      if (is_turned(p, head) && at[v] < 2 * half) {
+        out = rotate_vec<kIsNeox, kIsAligned>(out, partners[j][v], cos[v], sin[v], at[v], half);
+      }
+      store_elements<kIsAligned>(destination + at[v], out, head_dim - at[v]);
+    }
+  }
+}
+
+// Whether all may be moved in vectors, and a vector is turned whole or not at all.
+template <class T>
+bool is_aligned(const Params& p) {
+  const int half = p.rotary_dim / 2;
+  return fits_vectors<T>(p.kv) &&
+         is_vec_aligned<T>(p.query, p.query_stride_token, p.query_stride_head) &&
+         is_vec_aligned<T>(p.query_norm_weight) && is_vec_aligned<T>(p.key_norm_weight) &&
+         is_vec_aligned<float>(p.cos_sin_cache, half) &&
+         (p.is_neox ? half : p.rotary_dim) % Vec<T>::kSize == 0;
+}
+
+template <class T, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool kIsAligned>
+void launch(const Params& p, cudaStream_t stream) {
+  // blockDim.x * blockDim.y is a multiple of a warp.
+  const unsigned vecs = ceil_div(static_cast<unsigned>(p.kv.head_dim), unsigned{Vec<T>::kSize});
+  unsigned x = 1;
+  while (x * kHeadVecs < vecs) x *= 2;
+  const unsigned heads = static_cast<unsigned>(p.num_heads) + 2 * p.kv.num_kv_heads;
+  const unsigned heads_in_warp = kWarpSize / x;
+  // Warps of a token, and the blocks that share them.
+  const unsigned warps =
+      ceil_div(ceil_div(heads, unsigned{kVecsPerThread / kHeadVecs}), heads_in_warp);
+  const unsigned blocks = ceil_div(warps, unsigned{kNumThreads / kWarpSize});
+  const unsigned block_warps = ceil_div(warps, blocks);
+  const unsigned tokens = kNumThreads / kWarpSize / block_warps;
+  const dim3 grid(ceil_div(static_cast<unsigned>(p.kv.num_tokens), tokens), blocks);
+  rotary_reshape_and_cache_kernel<T, kHeadVecs, kIsNeox, kHasNorm, kIsAligned>
+      <<<grid, dim3(x, block_warps * heads_in_warp, tokens), 0, stream>>>(p);
+  check_launch("rotary_reshape_and_cache");
+}
+
+// Calls run(std::true_type or std::false_type) for each of the conditions, in their order.
+template <class Run>
+void dispatch_bools(const Run& run) {
+  run();
+}
+template <class Run, class... Bools>
+void dispatch_bools(const Run& run, bool first, Bools... rest) {
+  const auto with = [&](auto value) {
+    dispatch_bools([&](auto... values) { run(value, values...); }, rest...);
+  };
+  first ? with(std::true_type{}) : with(std::false_type{});
+}
+
+}  // namespace
+
+void rotary_reshape_and_cache(const RotaryReshapeAndCacheParams& params, cudaStream_t stream) {
+  if (params.kv.num_tokens == 0 || params.kv.head_dim == 0) return;
+  dispatch_dtype(params.kv.dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool has_norm = params.query_norm_weight != nullptr || params.key_norm_weight != nullptr;
+    const bool is_long = params.kv.head_dim > kWarpSize * Vec<T>::kSize;  // in float32 alone
+    dispatch_bools(
+        [&](auto is_neox, auto has_norm, auto is_aligned) {
+          if constexpr (sizeof(T) == sizeof(float)) {
+            if (is_long) return launch<T, 2, is_neox, has_norm, is_aligned>(params, stream);
+          }
+          launch<T, 1, is_neox, has_norm, is_aligned>(params, stream);
+        },
+        params.is_neox, has_norm, is_aligned<T>(params));
+  });
+}
+
+}  // namespace nano_vllm::cuda
