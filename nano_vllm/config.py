@@ -164,6 +164,8 @@ class ModelConfig:
     """A bias on the query, key and value projections."""
     attention_output_bias: bool = False
     """A bias on the projection behind attention."""
+    qk_norm: bool = False
+    """Query and key heads are RMS-normalised before they are rotated."""
     mlp_bias: bool = False
     sliding_window: int | None = None
     dtype: str | None = None

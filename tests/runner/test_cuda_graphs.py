@@ -17,7 +17,7 @@ from nano_vllm.runner.input_batch import ModelInput
 from nano_vllm.runner.model_runner import ModelRunner
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
-from tests.models.checkpoints import make_llama
+from tests.models.checkpoints import make_checkpoint
 
 
 def decode(num_computed: int = 5, num_prompt: int = 4, **params: int) -> ScheduledSequence:
@@ -76,7 +76,7 @@ class PaddedRunner(ModelRunner):
 
 def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five sequences that end one after the other: each size from five down to one."""
-    make_llama(tmp_path)
+    make_checkpoint(tmp_path)
     draw = random.Random(1)
     prompts = [[draw.randrange(3, 199) for _ in range(n)] for n in (1, 9, 17, 33, 5)]
     params = [
