@@ -19,7 +19,9 @@ class EngineConfig:
     """
 
     model: str = DEFAULT_MODEL
-    """A Hugging Face folder, a .gguf file or a hub id."""
+    """A Hugging Face folder, a .gguf file or a hub id; with load_format dummy also qwen3-0.6b,
+    qwen3-8b, llama-3.2-1b or llama-3.1-8b.
+    """
     tokenizer: str | None = None
     """Where the tokenizer is, if not with the model."""
     skip_tokenizer_init: bool = False

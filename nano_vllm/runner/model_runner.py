@@ -35,7 +35,7 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, progress: bool = False) -> None:
-        self.model_path: Path = resolve_model(config.model)
+        self.model_path: Path = resolve_model(config.model, config.load_format)
         self.model_config: ModelConfig = load_model_config(self.model_path, model_class)
         self.device = _choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
