@@ -47,7 +47,7 @@ class LapTimer:
         self, clock: Callable[[], float] = time.monotonic, start: float | None = None
     ) -> None:
         self._clock = clock
-        self._last = clock() if start is None else start
+        self._start = self._last = clock() if start is None else start
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
@@ -55,6 +55,11 @@ class LapTimer:
         now = self._clock()
         self.laps[name] = now - self._last
         self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds until the last lap's end."""
+        return self._last - self._start
 
 
 class _NvtxRange:

@@ -9,6 +9,7 @@ def test_laps_follow_one_another() -> None:
     timer.lap("first")
     timer.lap("second")
     assert timer.laps == {"first": 1.0, "second": 3.0}
+    assert timer.total == 4.0
 
 
 def test_the_first_lap_may_have_begun_elsewhere() -> None:
