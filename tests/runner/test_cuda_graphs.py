@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ class WithoutCapture(DecodeGraphs):
 class PaddedRunner(ModelRunner):
     """Pads its decodes as for a graph, and runs them without."""
 
-    def __init__(self, config: EngineConfig, progress: bool = False) -> None:
-        super().__init__(config, progress)
+    def __init__(self, config: EngineConfig, *options: Any) -> None:
+        super().__init__(config, *options)
         self.graphs = WithoutCapture(self._decode, 7)
         self.decodes: set[tuple[int, int]] = set()
 
