@@ -40,10 +40,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"error: {message}\n")
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of EngineConfig."""
+def add_engine_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """A flag for each field of EngineConfig; `defaults` where they differ from its own."""
     group = parser.add_argument_group("engine")
-    add_field_arguments(group, EngineConfig, [f.name for f in fields(EngineConfig)])
+    add_field_arguments(group, EngineConfig, [f.name for f in fields(EngineConfig)], **defaults)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

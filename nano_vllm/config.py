@@ -19,7 +19,9 @@ class EngineConfig:
     """
 
     model: str = DEFAULT_MODEL
-    """A Hugging Face folder, a .gguf file or a hub id."""
+    """A Hugging Face folder, a .gguf file or a hub id; with load_format dummy also qwen3-0.6b,
+    qwen3-8b, llama-3.2-1b or llama-3.1-8b.
+    """
     tokenizer: str | None = None
     """Where the tokenizer is, if not with the model."""
     skip_tokenizer_init: bool = False
@@ -164,6 +166,8 @@ class ModelConfig:
     """A bias on the query, key and value projections."""
     attention_output_bias: bool = False
     """A bias on the projection behind attention."""
+    qk_norm: bool = False
+    """Query and key heads are RMS-normalised before they are rotated."""
     mlp_bias: bool = False
     sliding_window: int | None = None
     dtype: str | None = None

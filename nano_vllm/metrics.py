@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,33 @@ class EngineMetrics:
     num_blocks: int = 0
     num_free_blocks: int = 0
     """Blocks that no sequence holds; some of them may serve as prefix cache."""
+
+
+class LapTimer:
+    """Seconds of phases that follow one another.
+
+    Args:
+        clock: seconds, from any start.
+        start: when the first phase began, by this clock; by default now.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, start: float | None = None
+    ) -> None:
+        self._clock = clock
+        self._start = self._last = clock() if start is None else start
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End a phase; the next one begins."""
+        now = self._clock()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds until the last lap's end."""
+        return self._last - self._start
 
 
 class _NvtxRange:

@@ -9,6 +9,8 @@ import sys
 BENCHMARKS = {
     "throughput": "output tokens per second over many requests, against peers",
     "latency": "time to the first token and time per output token, by batch size",
+    "prefill": "prompt tokens per second and TFLOP/s over long prompts",
+    "startup": "seconds from the start of a process to its first token, by part",
     "kernels": "GB/s and TFLOP/s of the kernels, against the device's ceilings and torch",
 }
 

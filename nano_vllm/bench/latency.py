@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from nano_vllm.cli import add_engine_arguments
+    from nano_vllm.bench.engine_run import add_run_arguments
+    from nano_vllm.bench.workload import positive
 
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--input-len", type=int, default=128, help="prompt tokens of each request")
-    parser.add_argument("--output-len", type=int, default=64, help="output tokens of each request")
-    add_engine_arguments(parser)
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[1, 8, 32, 128], metavar="N"
+    )
+    parser.add_argument(
+        "--input-len", type=positive, default=128, help="prompt tokens of each request [128]"
+    )
+    parser.add_argument(
+        "--output-len", type=positive, default=256, help="output tokens of each request [256]"
+    )
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from nano_vllm.bench.report import describe_machine, report
+    from nano_vllm.bench.engine_run import EngineRun
+    from nano_vllm.bench.report import report
+    from nano_vllm.bench.roofline import share
     from nano_vllm.bench.workload import Workload
     from nano_vllm.cli import engine_options
     from nano_vllm.engine.llm import LLM
 
     if args.output_len < 2:
         raise ValueError(f"--output-len must be at least 2, got {args.output_len}")
-    rows: list[dict[str, Any]] = []
+    input_len, output_len = (args.input_len,) * 2, (args.output_len,) * 2
+    times = []
     with LLM(**engine_options(args)) as llm:
-        runner = llm.engine.runner
+        engine = EngineRun.of(llm)
         for batch in args.batch_sizes:
             workload = Workload.random(
-                batch, args.input_len, args.output_len, runner.model_config.vocab_size, args.seed
+                batch, input_len, output_len, engine.config.vocab_size, args.seed
             )
-            first = workload.with_output_len(1).measure_llm(llm, 0.0)["wall s"]
-            whole = workload.measure_llm(llm, 0.0)["wall s"]
-            rows.append(
-                {
-                    "batch": batch,
-                    "first token ms": first * 1e3,
-                    "ms per output token": (whole - first) / (args.output_len - 1) * 1e3,
-                    "output tok/s": batch * args.output_len / whole,
-                }
-            )
-        machine = describe_machine(runner.device.type)
-        machine |= {
-            "model": runner.model_path.name,
-            "input": args.input_len,
-            "output": args.output_len,
-        }
-    report("latency", machine, rows)
+            first = workload.with_output_len(1).time_llm(llm, 0.0, args.repeats)
+            whole = workload.time_llm(llm, 0.0, args.repeats)
+            times.append((workload, statistics.median(first), whole))
+    roofline = engine.roofline()
+    steps = args.output_len - 1
+    rows: list[dict[str, Any]] = []
+    for workload, first_token, whole in times:
+        wall = statistics.median(whole)
+        per_token = (wall - first_token) / steps
+        decode = roofline.decode_seconds(workload)
+        rows.append(
+            {
+                "batch": len(workload.prompts),
+                "first token ms": first_token * 1e3,
+                "TPOT ms": per_token * 1e3,
+                "spread ms": (max(whole) - min(whole)) / steps * 1e3,
+                "output tok/s": workload.output_tokens / wall,
+                "floor ms": None if decode is None else decode / steps * 1e3,
+                "MBU": share(decode, per_token * steps),
+            }
+        )
+    lens = {"input": args.input_len, "output": args.output_len}
+    report("latency", engine.describe(roofline) | lens, rows)

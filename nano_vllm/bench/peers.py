@@ -8,19 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nano_vllm.bench.workload import REPEATS, Workload
+from nano_vllm.bench.workload import Workload
 
 
-def measure(peer: str, path: Path, device: str, workload: Workload) -> list[dict[str, Any]]:
-    """Rows of one peer; ValueError where it is not installed or cannot run this model."""
+def measure(
+    peer: str, path: Path, device: str, workload: Workload, repeats: int
+) -> list[dict[str, Any]]:
+    """Rows of one peer, medians; ValueError where it is not installed or cannot run this model."""
     if peer == "transformers":
         _require("transformers", "transformers")
         dtypes = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
-        return [_transformers(path, device, dtype, workload) for dtype in dtypes]
+        return [_transformers(path, device, dtype, workload, repeats) for dtype in dtypes]
     _require("llama_cpp", "llama-cpp-python")
     if path.suffix != ".gguf":
         raise ValueError(f"the peer llama.cpp needs a .gguf file, got {path}")
-    return [_llama_cpp(path, workload)]
+    return [_llama_cpp(path, workload, repeats)]
 
 
 def _require(module: str, package: str) -> None:
@@ -28,8 +30,10 @@ def _require(module: str, package: str) -> None:
         raise ValueError(f"the peer needs {package}: pip install {package}")
 
 
-def _transformers(path: Path, device: str, dtype: str, workload: Workload) -> dict[str, Any]:
-    """One static batch, greedy, with its own KV cache."""
+def _transformers(
+    path: Path, device: str, dtype: str, workload: Workload, repeats: int
+) -> dict[str, Any]:
+    """One static batch, all prompts and outputs of one length, greedy, with its own KV cache."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -39,15 +43,15 @@ def _transformers(path: Path, device: str, dtype: str, workload: Workload) -> di
     model = model.to(device).eval()
     inputs = torch.tensor(workload.prompts, device=device)
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
         with torch.inference_mode():
             model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 do_sample=False,
-                min_new_tokens=workload.output_len,
-                max_new_tokens=workload.output_len,
+                min_new_tokens=workload.output_lens[0],
+                max_new_tokens=workload.output_lens[0],
                 pad_token_id=0,
             )
         if device == "cuda":
@@ -57,12 +61,12 @@ def _transformers(path: Path, device: str, dtype: str, workload: Workload) -> di
     return {"engine": "transformers", "dtype": dtype} | figures
 
 
-def _llama_cpp(path: Path, workload: Workload) -> dict[str, Any]:
+def _llama_cpp(path: Path, workload: Workload, repeats: int) -> dict[str, Any]:
     """One request after the other: llama-cpp-python has no batched generation."""
     import torch
     from llama_cpp import Llama
 
-    context = max(map(len, workload.prompts)) + workload.output_len
+    context = max(workload.input_lens) + max(workload.output_lens)
     llama = Llama(
         str(path),
         n_ctx=context,
@@ -71,12 +75,12 @@ def _llama_cpp(path: Path, workload: Workload) -> dict[str, Any]:
         verbose=False,
     )
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
-        for prompt in workload.prompts:
+        for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True):
             llama.reset()
             tokens = llama.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
-            for _ in range(workload.output_len):
+            for _ in range(output_len):
                 next(tokens)
         seconds.append(time.perf_counter() - start)
     figures = workload.figures(statistics.median(seconds[1:]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import random
-import statistics
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,43 +12,62 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nano_vllm.engine.llm import LLM
 
-REPEATS = 3
+MAX_TOKEN_ID = 10_000
+"""Largest token id of a prompt, if the vocabulary has it."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of equal length, and how many tokens to generate for each."""
+    """Prompts, and how many tokens to generate for each."""
 
     prompts: list[list[int]]
-    output_len: int
+    output_lens: list[int]
 
     @classmethod
     def random(
-        cls, num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int
+        cls,
+        num_prompts: int,
+        input_len: tuple[int, int],
+        output_len: tuple[int, int],
+        vocab_size: int,
+        seed: int,
     ) -> Workload:
-        """Prompts of random token ids below 10,000 (or the vocabulary's size)."""
-        for name, value in (
-            ("num_prompts", num_prompts),
-            ("input_len", input_len),
-            ("output_len", output_len),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        """Uniform lengths and token ids.
+
+        Args:
+            num_prompts: at least 1.
+            input_len: tokens of a prompt, from and to, both included.
+            output_len: tokens to generate, likewise.
+            vocab_size: token ids are below it, and at most MAX_TOKEN_ID.
+            seed: of the draws: first each prompt, its length before its tokens, then the outputs.
+        """
+        if num_prompts < 1:
+            raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
+        for name, (low, high) in (("input_len", input_len), ("output_len", output_len)):
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be at least 1 and not fall, got {low}-{high}")
         draw = random.Random(seed)
-        top = min(vocab_size, 10_000)
-        prompts = [[draw.randrange(top) for _ in range(input_len)] for _ in range(num_prompts)]
-        return cls(prompts, output_len)
+        top = min(vocab_size - 1, MAX_TOKEN_ID)
+        prompts = [
+            [draw.randint(0, top) for _ in range(draw.randint(*input_len))]
+            for _ in range(num_prompts)
+        ]
+        return cls(prompts, [draw.randint(*output_len) for _ in prompts])
 
     def with_output_len(self, output_len: int) -> Workload:
-        return replace(self, output_len=output_len)
+        return replace(self, output_lens=[output_len] * len(self.prompts))
+
+    @property
+    def input_lens(self) -> list[int]:
+        return [len(prompt) for prompt in self.prompts]
 
     @property
     def input_tokens(self) -> int:
-        return sum(map(len, self.prompts))
+        return sum(self.input_lens)
 
     @property
     def output_tokens(self) -> int:
-        return len(self.prompts) * self.output_len
+        return sum(self.output_lens)
 
     def figures(self, seconds: float) -> dict[str, float]:
         """The figures of a run that took so long."""
@@ -57,17 +77,37 @@ class Workload:
             "wall s": seconds,
         }
 
-    def measure_llm(self, llm: LLM, temperature: float) -> dict[str, float]:
-        """Median of several runs after one that warms up; give the engine prefix caching off."""
+    def time_llm(self, llm: LLM, temperature: float, repeats: int) -> list[float]:
+        """Seconds of several runs, after one that warms up; give the engine prefix caching off."""
+        return [self.generate(llm, temperature) for _ in range(repeats + 1)][1:]
+
+    def generate(self, llm: LLM, temperature: float) -> float:
+        """Seconds of one run."""
         from nano_vllm.sampling_params import SamplingParams
 
-        params = SamplingParams(
-            temperature=temperature, max_tokens=self.output_len, ignore_eos=True, detokenize=False
-        )
-        seconds = []
-        for _ in range(REPEATS + 1):
-            start = time.perf_counter()
-            outputs = llm.generate(self.prompts, params, use_tqdm=False)
-            seconds.append(time.perf_counter() - start)
-            assert all(len(o.outputs[0].token_ids) == self.output_len for o in outputs)
-        return self.figures(statistics.median(seconds[1:]))
+        params = [
+            SamplingParams(
+                temperature=temperature, max_tokens=output_len, ignore_eos=True, detokenize=False
+            )
+            for output_len in self.output_lens
+        ]
+        start = time.perf_counter()
+        outputs = llm.generate(self.prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        assert [len(o.outputs[0].token_ids) for o in outputs] == self.output_lens
+        return seconds
+
+
+def length_range(text: str) -> tuple[int, int]:
+    """A command line's `64` or `100-1024`, as from and to."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be like 64 or 100-1024, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def positive(text: str) -> int:
+    """A command line's integer of at least 1."""
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)

@@ -89,7 +89,7 @@ class Engine:
         """
         from nano_vllm.runner.model_runner import ModelRunner
 
-        runner = ModelRunner(config, progress)
+        runner = ModelRunner(config, progress, clock)
         try:
             tokenizer = None
             if not config.skip_tokenizer_init:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nano_vllm import ops
+from nano_vllm.layers.norm import RMSNorm
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Key and value cache of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
@@ -31,8 +32,8 @@ class AttentionMetadata:
 
 
 class Attention:
-    """Rotates a step's queries and keys, writes keys and values into the cache, then attends over
-    it.
+    """Normalises (where a model does) and rotates a step's queries and keys, writes keys and values
+    into the cache, then attends over it.
 
     Args:
         head_dim: elements per head.
@@ -40,6 +41,11 @@ class Attention:
         scale: multiplies query . key; by default 1 / sqrt(head_dim).
         sliding_window: tokens a query sees, itself included; None for all.
         softcap: bound of the scores, by tanh; 0 for none.
+        query_norm: of each query head before it is rotated; None for none.
+        key_norm: of each key head, with the same eps.
+
+    A norm rounds to the model's dtype once, behind its weights. transformers rounds before them
+    too, which in 16 bits loses a little more; in float32 neither rounds.
     """
 
     def __init__(
@@ -49,11 +55,15 @@ class Attention:
         scale: float | None = None,
         sliding_window: int | None = None,
         softcap: float = 0.0,
+        query_norm: RMSNorm | None = None,
+        key_norm: RMSNorm | None = None,
     ) -> None:
         self.rope_is_neox = rope_is_neox
         self.scale = head_dim**-0.5 if scale is None else scale
         self.sliding_window = sliding_window or 0
         self.softcap = softcap
+        self.query_norm = query_norm
+        self.key_norm = key_norm
 
     def __call__(
         self,
@@ -77,6 +87,9 @@ class Attention:
             metadata.slot_mapping,
             cos_sin,
             is_neox=self.rope_is_neox,
+            query_norm_weight=None if self.query_norm is None else self.query_norm.weight,
+            key_norm_weight=None if self.key_norm is None else self.key_norm.weight,
+            norm_eps=0.0 if self.query_norm is None else self.query_norm.eps,
         )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         ops.paged_attention(

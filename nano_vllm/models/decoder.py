@@ -18,7 +18,9 @@ from nano_vllm.metrics import nvtx_range
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions and, in some models, norms of query and key
+    heads.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,8 +39,14 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(
             self.num_heads * head_dim, config.hidden_size, bias=config.attention_output_bias
         )
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.attention = Attention(
-            head_dim, config.rope_is_neox, sliding_window=config.sliding_window
+            head_dim,
+            config.rope_is_neox,
+            sliding_window=config.sliding_window,
+            query_norm=self.q_norm,
+            key_norm=self.k_norm,
         )
 
     def forward(

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 SUPPORTED = {
     "LlamaForCausalLM": "nano_vllm.models.llama",
     "MistralForCausalLM": "nano_vllm.models.llama",
+    "Qwen2ForCausalLM": "nano_vllm.models.qwen",
+    "Qwen3ForCausalLM": "nano_vllm.models.qwen",
 }
 """Architecture, as config.json's `architectures` has it -> the module of the class of that name."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from nano_vllm import ops
 from nano_vllm.batch import Batch, SampledToken, StepResult
 from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
-from nano_vllm.metrics import nvtx_range
+from nano_vllm.metrics import LapTimer, nvtx_range
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
@@ -34,8 +36,14 @@ class ModelRunner:
     Raises ValueError for a model that is not supported or a machine that cannot hold it.
     """
 
-    def __init__(self, config: EngineConfig, progress: bool = False) -> None:
-        self.model_path: Path = resolve_model(config.model)
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        timer = LapTimer(clock)
+        self.model_path: Path = resolve_model(config.model, config.load_format)
         self.model_config: ModelConfig = load_model_config(self.model_path, model_class)
         self.device = _choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
@@ -48,9 +56,11 @@ class ModelRunner:
         _check_quantization(config, self.model_path, self.device)
         cls = model_class(self.model_config.architecture)
         _check_head_dim(self.model_config, self.device)
+        timer.lap("config")
 
         with torch.no_grad():
             self.model = _build(cls, self.model_config, self.max_model_len, self.device, self.dtype)
+            timer.lap("build")
             load_weights(
                 self.model,
                 self.model_path,
@@ -60,6 +70,9 @@ class ModelRunner:
                 seed=config.seed,
                 progress=progress,
             )
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            timer.lap("weights")
             max_blocks_per_seq = -(-self.max_model_len // self.block_size)
             self.input_batch = InputBatch(
                 self.model_config,
@@ -85,6 +98,9 @@ class ModelRunner:
                 largest = min(config.max_num_seqs, self.max_num_batched_tokens)
                 self.graphs = DecodeGraphs(self._decode, largest)
         self.sampler = Sampler(seed=config.seed)
+        timer.lap("KV cache")
+        self.load_laps = timer.laps
+        """Seconds by phase."""
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:

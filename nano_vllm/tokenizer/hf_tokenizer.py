@@ -27,7 +27,10 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
     """Read tokenizer.json with what stands beside it; ValueError names the file at fault."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        raise ValueError(f"{path} is missing: the tokenizer must be in this form")
+        raise ValueError(
+            f"{path} is missing: the tokenizer must be in this form; tokenizer names another "
+            "place, skip_tokenizer_init does without"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself

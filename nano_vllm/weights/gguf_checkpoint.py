@@ -21,7 +21,9 @@ _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
+    "attn_q_norm": "self_attn.q_norm",
     "attn_k": "self_attn.k_proj",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -39,17 +41,21 @@ _MAX_THREADS = 8
 
 
 class GGUFCheckpoint:
-    """A llama-architecture GGUF; read, not mapped, so that it never counts as resident memory."""
+    """A GGUF of a supported architecture; read, not mapped, so that it never counts as resident
+    memory.
+    """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         file = GGUFFile(path)
         self._path = path
         self._head_dim = config.head_dim
+        # Qwen keeps the order of its Hugging Face checkpoint, and with it the neox pairs.
+        self._has_permuted_rows = config.architecture == "LlamaForCausalLM"
         self._tensors = {
             hf_name(t.name): t for t in file.tensors.values() if t.name not in _NOT_WEIGHTS
         }
         for tensor in self._tensors.values():
-            if _is_permuted(tensor) and tensor.shape[0] % config.head_dim:
+            if self._is_permuted(tensor) and tensor.shape[0] % config.head_dim:
                 raise ValueError(
                     f"{path}: tensor {tensor.name!r} has {tensor.shape[0]} rows, "
                     f"which heads of {config.head_dim} do not divide"
@@ -67,7 +73,7 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         num_rows = tensor.shape[0]
         rows = destination.view(num_rows, -1)
-        permuted = _is_permuted(tensor)
+        permuted = self._is_permuted(tensor)
         unit = self._head_dim if permuted else 1
         chunk = max(1, _CHUNK_ELEMENTS // (rows.shape[1] * unit)) * unit
 
@@ -89,7 +95,7 @@ class GGUFCheckpoint:
         weight = quantized_weight(
             blocks.reshape(num_rows, num_columns // GROUP_SIZE, -1), tensor.type_name
         )
-        if _is_permuted(tensor):
+        if self._is_permuted(tensor):
             for part in ("quants", "scales", "minima"):
                 setattr(weight, part, unpermute(getattr(weight, part), self._head_dim))
         return weight
@@ -110,6 +116,9 @@ class GGUFCheckpoint:
             raise ValueError(f"{self._path} is truncated: tensor {tensor.name!r} ends early")
         return data
 
+    def _is_permuted(self, tensor: GGUFTensor) -> bool:
+        return self._has_permuted_rows and tensor.name.split(".")[-2:-1] in (["attn_q"], ["attn_k"])
+
     def close(self) -> None:
         self._threads.shutdown()
         os.close(self._data)
@@ -124,10 +133,6 @@ def hf_name(name: str) -> str:
     if match is None or match[2] not in _LAYER_NAMES:
         return name
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{leaf}"
-
-
-def _is_permuted(tensor: GGUFTensor) -> bool:
-    return tensor.name.split(".")[-2:-1] in (["attn_q"], ["attn_k"])
 
 
 def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

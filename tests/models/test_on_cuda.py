@@ -10,7 +10,7 @@ import pytest
 
 from nano_vllm.engine.llm import LLM
 from nano_vllm.sampling_params import SamplingParams
-from tests.models.checkpoints import SETTINGS, make_llama
+from tests.models.checkpoints import SETTINGS, make_checkpoint
 
 
 def generate(
@@ -34,7 +34,7 @@ def generate(
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", SETTINGS)
 def test_greedy_tokens_equal_those_of_the_cpu(tmp_path: Path, name: str) -> None:
-    make_llama(tmp_path, seed=2, **SETTINGS[name])
+    make_checkpoint(tmp_path, seed=2, **SETTINGS[name])
     draw = random.Random(name)
     prompts = [
         [draw.randrange(3, 199) for _ in range(draw.choice((1, 8, 9, 40, 63)))] for _ in range(12)
@@ -48,7 +48,7 @@ def test_sixteen_bits_begin_alike(tmp_path: Path) -> None:
     """bfloat16 may flip a near tie, after which all differs: most sequences begin with the tokens
     of float32.
     """
-    make_llama(tmp_path, seed=3)
+    make_checkpoint(tmp_path, seed=3)
     draw = random.Random(3)
     prompts = [[draw.randrange(3, 199) for _ in range(40)] for _ in range(16)]
     expected = generate(tmp_path, "cpu", "float32", prompts)
@@ -63,7 +63,7 @@ def test_graphs_generate_what_eager_steps_do(tmp_path: Path, dtype: str) -> None
     """Eight sequences of one length, so that products have as many rows with a graph as without:
     their bits are the same then.
     """
-    make_llama(tmp_path, seed=4)
+    make_checkpoint(tmp_path, seed=4)
     draw = random.Random(4)
     prompts = [[draw.randrange(3, 199) for _ in range(30)] for _ in range(8)]
     room = {"num_blocks": 200, "max_num_batched_tokens": 512}
@@ -75,7 +75,7 @@ def test_graphs_generate_what_eager_steps_do(tmp_path: Path, dtype: str) -> None
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_graphs_of_few_sequences(tmp_path: Path, count: int) -> None:
     """Sizes that have a graph of their own, and others, padded to the next."""
-    make_llama(tmp_path, seed=5)
+    make_checkpoint(tmp_path, seed=5)
     draw = random.Random(5)
     prompts = [[draw.randrange(3, 199) for _ in range(20)] for _ in range(count)]
     expected = generate(tmp_path, "cpu", "float32", prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from nano_vllm.runner.input_batch import ModelInput
 from nano_vllm.runner.model_runner import ModelRunner
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
-from tests.models.checkpoints import make_llama
+from tests.models.checkpoints import make_checkpoint
 
 
 def decode(num_computed: int = 5, num_prompt: int = 4, **params: int) -> ScheduledSequence:
@@ -61,8 +62,8 @@ class WithoutCapture(DecodeGraphs):
 class PaddedRunner(ModelRunner):
     """Pads its decodes as for a graph, and runs them without."""
 
-    def __init__(self, config: EngineConfig, progress: bool = False) -> None:
-        super().__init__(config, progress)
+    def __init__(self, config: EngineConfig, *options: Any) -> None:
+        super().__init__(config, *options)
         self.graphs = WithoutCapture(self._decode, 7)
         self.decodes: set[tuple[int, int]] = set()
 
@@ -76,7 +77,7 @@ class PaddedRunner(ModelRunner):
 
 def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five sequences that end one after the other: each size from five down to one."""
-    make_llama(tmp_path)
+    make_checkpoint(tmp_path)
     draw = random.Random(1)
     prompts = [[draw.randrange(3, 199) for _ in range(n)] for n in (1, 9, 17, 33, 5)]
     params = [

@@ -95,5 +95,7 @@ def test_invalid(
 
 
 def test_unsupported_architecture(write_gguf: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match="'falcon' is not supported; supported: llama"):
+    with pytest.raises(
+        ValueError, match="'falcon' is not supported; supported: llama, qwen2, qwen3"
+    ):
         load_model_config(write_gguf(arch="falcon"))

