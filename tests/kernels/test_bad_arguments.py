@@ -252,7 +252,8 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("norm_eps", lambda _: float("nan"), "norm_eps must be at least 0, got nan"),
     ],
     "copy_blocks": [
-        ("kv_cache", torch.Tensor.double, "kv_cache must be float32, float16, bfloat16 or float8_e4m3fn, got float64"),
+        ("kv_cache", torch.Tensor.double,
+         "kv_cache must be float32, float16, bfloat16 or float8_e4m3fn, got float64"),
         ("kv_cache", zeros(3, 9, 8, 2, 64),
          "kv_cache must have shape [num_layers, 2, num_blocks, ...], got [3, 9, 8, 2, 64]"),
         ("kv_cache", gapped, "kv_cache must have dense blocks, got stride 2 where 1 is expected"),

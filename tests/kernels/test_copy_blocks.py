@@ -39,7 +39,7 @@ def pairs(draw: Draw, sources: list[int], destinations: list[int]) -> torch.Tens
     return torch.tensor(rows, dtype=torch.int64, device=draw.device).view(-1, 2)
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, FLOAT8), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8], ids=lambda dtype: str(dtype)[6:])
 @random_cases(8)
 def test_copy_blocks(device: str, dtype: torch.dtype, seed: int, case: int) -> None:
     draw = Draw(seed, device)
