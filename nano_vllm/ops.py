@@ -82,6 +82,8 @@ def paged_attention(
     softcap: float = 0.0,
     workspace: torch.Tensor | None = None,
     is_planned: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of variable-length queries over a paged KV cache (vLLM, arXiv 2309.06180).
 
@@ -94,8 +96,9 @@ def paged_attention(
         out: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; head_dim 64, 80, 96,
             128, 192 or 256.
         query: [num_tokens, num_heads, head_dim]; num_heads is a multiple of num_kv_heads.
-        key_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_size 8 to 256.
-        value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the query's dtype or
+            float8_e4m3fn; block_size 8 to 256.
+        value_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the same dtype.
         block_tables: [num_seqs, max_blocks_per_seq], int32; the block of each run of block_size
             tokens.
         query_start_loc: [num_seqs + 1], int32, ascending from 0.
@@ -108,6 +111,9 @@ def paged_attention(
         softcap: scores become softcap * tanh(score / softcap); 0 for off.
         workspace: float32, at least `paged_attention_workspace_numel` long; CUDA only.
         is_planned: whether `plan_attention` has filled the workspace; else that is done here.
+        k_scale: [num_kv_heads], float32, positive; multiplies the keys of a float8_e4m3fn cache;
+            None for 1.
+        v_scale: [num_kv_heads], likewise for the values.
     """
     _ops.paged_attention(
         out,
@@ -124,6 +130,8 @@ def paged_attention(
         softcap,
         workspace,
         is_planned,
+        k_scale,
+        v_scale,
     )
 
 
@@ -133,17 +141,25 @@ def reshape_and_cache(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Write new keys and values into their cache slots.
+
+    A float8_e4m3fn cache gets x / scale, rounded to nearest even and at most 448 in magnitude.
 
     Args:
         key: [num_tokens, num_kv_heads, head_dim].
         value: [num_tokens, num_kv_heads, head_dim].
-        key_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the keys' dtype or
+            float8_e4m3fn.
+        value_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the same dtype.
         slot_mapping: [num_tokens], int64; block * block_size + row, negative for padding.
+        k_scale: [num_kv_heads], float32, positive; for a float8_e4m3fn cache; None for 1.
+        v_scale: [num_kv_heads], likewise.
     """
-    _ops.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+    _ops.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
 
 
 def rotary_reshape_and_cache(
@@ -160,20 +176,24 @@ def rotary_reshape_and_cache(
     query_norm_weight: torch.Tensor | None = None,
     key_norm_weight: torch.Tensor | None = None,
     norm_eps: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Rotate queries and keys by their positions (RoFormer, arXiv 2104.09864), the queries in
     place, the keys on their way into the cache; write the values beside them.
 
     With norm weights each head is normalised first, as `rms_norm` does it. Queries of padding
-    tokens are rotated too; `key` and `value` stay as they are.
+    tokens are rotated too; `key` and `value` stay as they are. The cache gets what
+    `reshape_and_cache` would write of the rotated keys, rounded to their dtype.
 
     Args:
         positions: [num_tokens], int64, each in [0, max_position).
         query: [num_tokens, num_heads, head_dim]; head_dim at most 256.
         key: [num_tokens, num_kv_heads, head_dim].
         value: [num_tokens, num_kv_heads, head_dim].
-        key_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the keys' dtype or
+            float8_e4m3fn.
+        value_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the same dtype.
         slot_mapping: [num_tokens], int64; block * block_size + row, negative for padding.
         cos_sin_cache: [max_position, rotary_dim], float32; rotary_dim / 2 cosines, then as many
             sines. Elements of a head past rotary_dim are not rotated.
@@ -181,6 +201,8 @@ def rotary_reshape_and_cache(
         query_norm_weight: [head_dim].
         key_norm_weight: [head_dim].
         norm_eps: added to the mean of squares.
+        k_scale: [num_kv_heads], float32, positive; for a float8_e4m3fn cache; None for 1.
+        v_scale: [num_kv_heads], likewise.
     """
     _ops.rotary_reshape_and_cache(
         positions,
@@ -195,6 +217,8 @@ def rotary_reshape_and_cache(
         query_norm_weight,
         key_norm_weight,
         norm_eps,
+        k_scale,
+        v_scale,
     )
 
 

@@ -26,6 +26,8 @@ def paged_attention(
     softcap: float = 0.0,
     workspace: torch.Tensor | None = None,
     is_planned: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Softmax over the whole score matrix of one sequence after the other."""
     starts = query_start_loc.tolist()
@@ -34,8 +36,8 @@ def paged_attention(
         num_heads, query_len, _ = queries.shape
         if query_len == 0:
             continue
-        keys = _cached_tokens(key_cache, block_tables[s], seq_len, num_heads)
-        values = _cached_tokens(value_cache, block_tables[s], seq_len, num_heads)
+        keys = _cached_tokens(key_cache, k_scale, block_tables[s], seq_len, num_heads)
+        values = _cached_tokens(value_cache, v_scale, block_tables[s], seq_len, num_heads)
         scores = queries @ keys.transpose(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -49,12 +51,18 @@ def paged_attention(
 
 
 def _cached_tokens(
-    cache: torch.Tensor, block_table: torch.Tensor, seq_len: int, num_heads: int
+    cache: torch.Tensor,
+    scale: torch.Tensor | None,
+    block_table: torch.Tensor,
+    seq_len: int,
+    num_heads: int,
 ) -> torch.Tensor:
     """The cache of one sequence, a head per query head: [num_heads, seq_len, head_dim]."""
     _, block_size, num_kv_heads, _ = cache.shape
     blocks = block_table[: -(-seq_len // block_size)].long()
     tokens = cache[blocks].flatten(0, 1)[:seq_len].double()
+    if scale is not None:
+        tokens = tokens * scale.double()[:, None]
     return tokens.repeat_interleave(num_heads // num_kv_heads, dim=1).transpose(0, 1)
 
 
@@ -64,13 +72,24 @@ def reshape_and_cache(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """One token after the other."""
     block_size = key_cache.shape[1]
+    keys = key if k_scale is None else key.double() / k_scale.double()[:, None]
+    values = value if v_scale is None else value.double() / v_scale.double()[:, None]
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
-            key_cache[slot // block_size, slot % block_size] = key[token]
-            value_cache[slot // block_size, slot % block_size] = value[token]
+            at = slot // block_size, slot % block_size
+            key_cache[at] = _representable(keys[token], key_cache.dtype)
+            value_cache[at] = _representable(values[token], value_cache.dtype)
+
+
+def _representable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is too large for float8 becomes its largest; torch would make it NaN."""
+    return x.double().clamp(-448, 448).to(dtype) if dtype == torch.float8_e4m3fn else x
 
 
 def rotary_reshape_and_cache(
@@ -87,6 +106,8 @@ def rotary_reshape_and_cache(
     query_norm_weight: torch.Tensor | None = None,
     key_norm_weight: torch.Tensor | None = None,
     norm_eps: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Norm, rotation and write, one after the other; norms are rounded, to the dtype of `value`."""
     key = key.clone()
@@ -95,7 +116,9 @@ def rotary_reshape_and_cache(
             rms_norm(heads, heads, weight, norm_eps)
             heads.copy_(heads.to(value.dtype))
         _rotate(heads, cos_sin_cache[positions].double()[:, None, :], is_neox)
-    reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+    reshape_and_cache(
+        key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor, is_neox: bool) -> None:

@@ -53,15 +53,25 @@ void dispatch_head_dim(int head_dim, const Run& run) {
   fail("paged_attention: head_dim must be 64, 80, 96, 128, 192 or 256, got ", head_dim);
 }
 
-// dispatch_head_dim with the 16-bit element type of dtype: run(T{}, integral_constant).
+// Calls run(T{}) or, for caches of float8, run(Float8E4M3{}).
+template <class T, class Run>
+void dispatch_cache(const AttentionLaunch& p, const Run& run) {
+  if (p.cache_dtype == DType::kFloat8E4M3) {
+    run(Float8E4M3{});
+  } else {
+    run(T{});
+  }
+}
+
+// dispatch_head_dim with the 16-bit element type of dtype and the caches':
+// run(T{}, Cache{}, integral_constant).
 template <class Run>
 void dispatch_16_bit(const AttentionLaunch& p, const Run& run) {
   dispatch_head_dim(p.head_dim, [&](auto head_dim) {
-    if (p.dtype == DType::kFloat16) {
-      run(__half{}, head_dim);
-    } else {
-      run(__nv_bfloat16{}, head_dim);
-    }
+    const auto with = [&](auto element) {
+      dispatch_cache<decltype(element)>(p, [&](auto cache) { run(element, cache, head_dim); });
+    };
+    p.dtype == DType::kFloat16 ? with(__half{}) : with(__nv_bfloat16{});
   });
 }
 

@@ -20,14 +20,25 @@ struct CacheMap {
 // One of the two caches.
 struct CacheLayout {
   const void* cache;
-  int64_t stride_block, stride_token, stride_head;
+  int64_t stride_block, stride_token, stride_head, row_bytes;  // in bytes
   int num_kv_heads;
 
   static CacheLayout keys(const AttentionLaunch& p) {
-    return {p.key_cache, p.key_stride_block, p.key_stride_token, p.key_stride_head, p.num_kv_heads};
+    const int64_t element = static_cast<int64_t>(size_of(p.cache_dtype));
+    return {p.key_cache,
+            p.key_stride_block * element,
+            p.key_stride_token * element,
+            p.key_stride_head * element,
+            p.head_dim * element,
+            p.num_kv_heads};
   }
   static CacheLayout values(const AttentionLaunch& p) {
-    return {p.value_cache, p.value_stride_block, p.value_stride_token, p.value_stride_head,
+    const int64_t element = static_cast<int64_t>(size_of(p.cache_dtype));
+    return {p.value_cache,
+            p.value_stride_block * element,
+            p.value_stride_token * element,
+            p.value_stride_head * element,
+            p.head_dim * element,
             p.num_kv_heads};
   }
 
@@ -37,23 +48,22 @@ struct CacheLayout {
 
   // The copy engine wants multiples of 16 bytes. Steps of at least a row keep the coordinates of
   // any memory there is below 2^31.
-  bool can_map(int head_dim) const {
+  bool can_map() const {
     return reinterpret_cast<uintptr_t>(cache) % 16 == 0 && stride_token > 0 &&
-           stride_token % 8 == 0 && step() % 8 == 0 && step() >= head_dim;
+           stride_token % 16 == 0 && step() % 16 == 0 && step() >= row_bytes;
   }
 
   // Blocks are not counted: their numbers come from block_tables, and -1 is outside in any case.
   template <class Tile>
-  CacheMap map(DType dtype, int block_size, int box_tokens) const {
-    const uint64_t element = size_of(dtype);
+  CacheMap map(int block_size, int box_tokens) const {
     const BoxedTensor tensor = {
         cache,
         {Tile::kBlockColumns, 8, Tile::kColumnBlocks, static_cast<uint64_t>(block_size / 8),
          uint64_t{1} << 31},
-        {stride_token * element, Tile::kBlockColumns * element, 8 * stride_token * element,
-         step() * element},
+        {static_cast<uint64_t>(stride_token), Tile::kRowBytes,
+         8 * static_cast<uint64_t>(stride_token), static_cast<uint64_t>(step())},
         {Tile::kBlockColumns, 8, Tile::kColumnBlocks, static_cast<uint32_t>(box_tokens / 8), 1}};
-    return {make_tensor_map(tensor, dtype, Tile::kSwizzle), static_cast<int>(stride_block / step()),
+    return {make_tensor_map(tensor, Tile::kSwizzle), static_cast<int>(stride_block / step()),
             num_kv_heads == 1 ? 0 : static_cast<int>(stride_head / step())};
   }
 };

@@ -172,8 +172,9 @@ DEFINE_BOTH_TYPES(256, 128, "128", "129", "130", "131", "132", "133")
 #undef SUMS_8
 // clang-format on
 
-// The driver's encoder, found at run time: the library does not link the driver.
-inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, DType dtype, int swizzle_bytes) {
+// Of 16-bit elements, whatever they are. The driver's encoder, found at run time: the library does
+// not link the driver.
+inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, int swizzle_bytes) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -185,15 +186,14 @@ inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, DType dtype, int s
   }();
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encode(
-      &map,
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      5, const_cast<void*>(tensor.base), tensor.size, tensor.stride, tensor.box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-      : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                            : CU_TENSOR_MAP_SWIZZLE_32B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(tensor.base), tensor.size,
+             tensor.stride, tensor.box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+             : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+             : swizzle_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                   : CU_TENSOR_MAP_SWIZZLE_NONE,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor map: error ",
         static_cast<int>(result));
   return map;

@@ -1,24 +1,27 @@
 // Tiles of query, key and value rows in shared memory, and how they get there from the paged cache.
 #pragma once
 
+#include "attention/float8.cuh"
 #include "attention/ptx.cuh"
 #include "attention/sequence_rows.cuh"
 
 namespace nano_vllm::cuda {
 
-// Whether 16-byte vectors may be moved; decided by addresses and strides, on the host.
+// Whether 16-byte vectors, or what becomes one, may be moved; decided by addresses and strides, on
+// the host.
 struct Alignment {
   bool query, caches, out;
 };
 
 template <class T>
 Alignment alignment_of(const PagedAttentionParams& p) {
-  return {
-      is_vec_aligned<T>(p.query, p.query_stride_token, p.query_stride_head),
-      is_vec_aligned<T>(p.key_cache, p.key_stride_block, p.key_stride_token, p.key_stride_head) &&
-          is_vec_aligned<T>(p.value_cache, p.value_stride_block, p.value_stride_token,
-                            p.value_stride_head),
-      is_vec_aligned<T>(p.out, p.out_stride_token, p.out_stride_head)};
+  const size_t chunk_bytes = Vec<T>::kSize * size_of(p.cache_dtype);
+  return {is_vec_aligned<T>(p.query, p.query_stride_token, p.query_stride_head),
+          reinterpret_cast<uintptr_t>(p.key_cache) % chunk_bytes == 0 &&
+              reinterpret_cast<uintptr_t>(p.value_cache) % chunk_bytes == 0 &&
+              is_vec_aligned<T>(nullptr, p.key_stride_block, p.key_stride_token, p.key_stride_head,
+                                p.value_stride_block, p.value_stride_token, p.value_stride_head),
+          is_vec_aligned<T>(p.out, p.out_stride_token, p.out_stride_head)};
 }
 
 // Rows of kHeadDim elements end to end, in chunks of 16 bytes.
@@ -82,9 +85,9 @@ __device__ inline void load_query(T* tile, const PagedAttentionParams& p, const 
 }
 
 // Where a sequence's tokens lie in the key or the value cache, for one KV head.
-template <class T>
+template <class Cache>
 struct PagedRows {
-  const T* cache;  // block 0, row 0 of the head
+  const Cache* cache;  // block 0, row 0 of the head
   int64_t stride_block, stride_token;
   const int32_t* block_table;
   int block_size;
@@ -92,7 +95,7 @@ struct PagedRows {
 
   __device__ static PagedRows keys(const PagedAttentionParams& p, int seq, int kv_head,
                                    bool is_aligned) {
-    return {static_cast<const T*>(p.key_cache) + kv_head * p.key_stride_head,
+    return {static_cast<const Cache*>(p.key_cache) + kv_head * p.key_stride_head,
             p.key_stride_block,
             p.key_stride_token,
             p.block_tables + seq * p.block_tables_stride,
@@ -102,7 +105,7 @@ struct PagedRows {
 
   __device__ static PagedRows values(const PagedAttentionParams& p, int seq, int kv_head,
                                      bool is_aligned) {
-    return {static_cast<const T*>(p.value_cache) + kv_head * p.value_stride_head,
+    return {static_cast<const Cache*>(p.value_cache) + kv_head * p.value_stride_head,
             p.value_stride_block,
             p.value_stride_token,
             p.block_tables + seq * p.block_tables_stride,
@@ -114,8 +117,8 @@ struct PagedRows {
 // Tokens that surely lie in one block, if the first is a multiple: block_size is one too.
 constexpr int kRunTokens = 8;
 
-template <class Layout, int kTokens, int kNumThreads, bool kIsAligned, class T>
-__device__ inline void load_tokens(T* tile, const PagedRows<T>& rows, int first_token,
+template <class Layout, int kTokens, int kNumThreads, bool kIsAligned, class T, class Cache>
+__device__ inline void load_tokens(T* tile, const PagedRows<Cache>& rows, int first_token,
                                    TokenRange valid, int thread) {
   constexpr int kNumRuns = kTokens / kRunTokens;
   constexpr int kNumCopies = kTokens * Layout::kChunks / kNumThreads;
@@ -130,23 +133,46 @@ __device__ inline void load_tokens(T* tile, const PagedRows<T>& rows, int first_
     run_offset = rows.block_table[index] * rows.stride_block +
                  (run_token - index * rows.block_size) * rows.stride_token;
   }
+  // Gives run each of the thread's chunks: its number, its place in the tile and in the cache, and
+  // whether its token is valid.
+  const auto for_each_chunk = [&](const auto& run) {
 #pragma unroll(kIsAligned ? kNumCopies : 1)
-  for (int i = 0; i < kNumCopies; ++i) {
-    const int row = (i * kNumThreads + thread) / Layout::kChunks;
-    const int chunk = (i * kNumThreads + thread) % Layout::kChunks;
-    const T* from = rows.cache + __shfl_sync(~0u, run_offset, row / kRunTokens) +
-                    row % kRunTokens * rows.stride_token + chunk * Layout::kChunkSize;
-    const int token = first_token + row;
-    copy_chunk<kIsAligned>(tile + Layout::offset(row, chunk), from,
-                           token >= valid.begin && token < valid.end);
+    for (int i = 0; i < kNumCopies; ++i) {
+      const int row = (i * kNumThreads + thread) / Layout::kChunks;
+      const int chunk = (i * kNumThreads + thread) % Layout::kChunks;
+      const Cache* from = rows.cache + __shfl_sync(~0u, run_offset, row / kRunTokens) +
+                          row % kRunTokens * rows.stride_token + chunk * Layout::kChunkSize;
+      const int token = first_token + row;
+      run(i, tile + Layout::offset(row, chunk), from, token >= valid.begin && token < valid.end);
+    }
+  };
+  if constexpr (std::is_same_v<T, Cache>) {
+    for_each_chunk([&](int, T* to, const Cache* from, bool is_valid) {
+      copy_chunk<kIsAligned>(to, from, is_valid);
+    });
+  } else if constexpr (kIsAligned) {
+    Float8Chunk<T> chunks[kNumCopies];  // all under way before one is waited for
+    for_each_chunk([&](int i, T*, const Cache* from, bool is_valid) {
+      chunks[i] = Float8Chunk<T>::template load<true>(from, is_valid);
+    });
+#pragma unroll
+    for (int i = 0; i < kNumCopies; ++i) {
+      const int chunk = i * kNumThreads + thread;
+      store_vec(tile + Layout::offset(chunk / Layout::kChunks, chunk % Layout::kChunks),
+                chunks[i].widened());
+    }
+  } else {
+    for_each_chunk([&](int, T* to, const Cache* from, bool is_valid) {
+      store_vec(to, Float8Chunk<T>::template load<false>(from, is_valid).widened());
+    });
   }
 }
 
 // Tokens first_token .. first_token + kTokens - 1 (first_token a multiple of kRunTokens), copied by
 // kNumThreads threads in whole warps. Those that are not valid become zeros, read from nowhere:
 // what lies there may be NaN, and a weight of zero would not stop it.
-template <class Layout, int kTokens, int kNumThreads, class T>
-__device__ inline void load_tokens(T* tile, const PagedRows<T>& rows, int first_token,
+template <class Layout, int kTokens, int kNumThreads, class T, class Cache>
+__device__ inline void load_tokens(T* tile, const PagedRows<Cache>& rows, int first_token,
                                    TokenRange valid, int thread) {
   if (rows.is_aligned) {
     load_tokens<Layout, kTokens, kNumThreads, true>(tile, rows, first_token, valid, thread);

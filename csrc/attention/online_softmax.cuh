@@ -14,8 +14,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 struct ScoreTransform {
   float scale, softcap;  // softcap in powers of two; 0 = off
 
-  __device__ explicit ScoreTransform(const PagedAttentionParams& p)
-      : scale(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E),
+  __device__ explicit ScoreTransform(const PagedAttentionParams& p, float key_scale)
+      : scale((p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E) * key_scale),
         softcap(p.softcap * kLog2E) {}
 
   template <int kCount>
@@ -135,17 +135,6 @@ __device__ inline void rescale_rows(float (&out)[kColumnTiles][4], const float (
   for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) out[i][j] *= rescale[j / 2];
-  }
-}
-
-template <class T>
-__device__ inline uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 packed = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(packed);
-  } else {
-    const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(packed);
   }
 }
 

@@ -14,13 +14,17 @@ namespace nano_vllm {
 // position p attends to positions max(0, p - sliding_window + 1) .. p. Token t of a sequence lies
 // in block block_tables[s][t / block_size], row t % block_size. Rows past seq_lens[s] may hold
 // anything, NaN included, and never reach the result. Query rows at or past
-// query_start_loc[num_seqs] are padding: their output is not written.
+// query_start_loc[num_seqs] are padding: their output is not written. What a cache of kFloat8E4M3
+// holds counts times the scale of its head.
 struct PagedAttentionParams {
-  DType dtype;                     // of query, out and both caches
+  DType dtype;                     // of query and out
+  DType cache_dtype;               // of both caches: dtype or kFloat8E4M3
   void* out;                       // [num_tokens, num_heads, head_dim]
   const void* query;               // [num_tokens, num_heads, head_dim]
   const void* key_cache;           // [num_blocks, block_size, num_kv_heads, head_dim]
   const void* value_cache;         // [num_blocks, block_size, num_kv_heads, head_dim]
+  const float* key_scale;          // [num_kv_heads], positive; nullptr for 1
+  const float* value_scale;        // [num_kv_heads], likewise
   const int32_t* block_tables;     // [num_seqs, max_blocks_per_seq]
   const int32_t* query_start_loc;  // [num_seqs + 1]
   const int32_t* seq_lens;         // [num_seqs]

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention/paged_attention.h"
+#include "cache/store_head.h"
 #include "common/dot_tile.h"
 #include "common/parallel.h"
 #include "common/simd_math.h"
@@ -69,7 +70,7 @@ struct TaskScratch {
         span(partial_at(values + kTileKeys * d + kMaxRows * (d + 2), kMaxRows, d)) {}
 };
 
-template <class T>
+template <class T, class Cache>
 class Attention {
  public:
   Attention(const PagedAttentionParams& params, const Task& task)
@@ -77,6 +78,8 @@ class Attention {
     query_start_ = p_.query_start_loc[task.seq];
     const int64_t query_len = p_.query_start_loc[task.seq + 1] - query_start_;
     first_position_ = p_.seq_lens[task.seq] - query_len;
+    score_scale_ = p_.scale * scale_of_head(p_.key_scale, task.kv_head);
+    value_scale_ = scale_of_head(p_.value_scale, task.kv_head);
   }
 
   template <int kLanes>
@@ -135,7 +138,7 @@ class Attention {
       T* out = static_cast<T*>(p_.out) + token(row) * p_.out_stride_token +
                head(row) * p_.out_stride_head;
       const float* from = total.out + row * int64_t{p_.head_dim};
-      const float inverse = total.sum[row] == 0 ? 0 : 1 / total.sum[row];
+      const float inverse = total.sum[row] == 0 ? 0 : value_scale_ / total.sum[row];
       for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
         simd::store(out + d, simd::load<kLanes>(from + d) * inverse);
       }
@@ -158,8 +161,8 @@ class Attention {
     return {std::max<int64_t>(first - tile, 0), std::min<int64_t>(position + 1 - tile, kTileKeys)};
   }
 
-  template <int kLanes>
-  NANO_VLLM_INLINE void copy_row(const T* from, float* to) const {
+  template <int kLanes, class Element>
+  NANO_VLLM_INLINE void copy_row(const Element* from, float* to) const {
     for (int64_t d = 0; d < p_.head_dim; d += kLanes)
       simd::store(to + d, simd::load<kLanes>(from + d));
   }
@@ -169,11 +172,12 @@ class Attention {
     return simd::exp(simd::broadcast<kLanes>(x))[0];
   }
 
-  NANO_VLLM_INLINE const T* cache_row(const void* cache, int64_t stride_block, int64_t stride_token,
-                                      int64_t stride_head, int64_t position) const {
+  NANO_VLLM_INLINE const Cache* cache_row(const void* cache, int64_t stride_block,
+                                          int64_t stride_token, int64_t stride_head,
+                                          int64_t position) const {
     const int32_t* block_table = p_.block_tables + task_.seq * p_.block_tables_stride;
     const uint32_t block_size = p_.block_size, at = static_cast<uint32_t>(position);
-    return static_cast<const T*>(cache) + block_table[at / block_size] * stride_block +
+    return static_cast<const Cache*>(cache) + block_table[at / block_size] * stride_block +
            at % block_size * stride_token + task_.kv_head * stride_head;
   }
 
@@ -181,11 +185,11 @@ class Attention {
   // pattern.
   NANO_VLLM_INLINE void prefetch(int64_t position) const {
     if (position >= task_.key_end) return;
-    const T* key = cache_row(p_.key_cache, p_.key_stride_block, p_.key_stride_token,
-                             p_.key_stride_head, position);
-    const T* value = cache_row(p_.value_cache, p_.value_stride_block, p_.value_stride_token,
-                               p_.value_stride_head, position);
-    constexpr int kLineElements = 64 / sizeof(T);
+    const Cache* key = cache_row(p_.key_cache, p_.key_stride_block, p_.key_stride_token,
+                                 p_.key_stride_head, position);
+    const Cache* value = cache_row(p_.value_cache, p_.value_stride_block, p_.value_stride_token,
+                                   p_.value_stride_head, position);
+    constexpr int kLineElements = 64 / sizeof(Cache);
     for (int64_t d = 0; d < p_.head_dim; d += kLineElements) {
       __builtin_prefetch(key + d);
       __builtin_prefetch(value + d);
@@ -199,8 +203,8 @@ class Attention {
                                   int64_t stride_head, int64_t tile, int64_t begin, int64_t end,
                                   float* scratch, const float** rows) const {
     for (int64_t lane = begin; lane < end; ++lane) {
-      const T* source = cache_row(cache, stride_block, stride_token, stride_head, tile + lane);
-      if constexpr (std::is_same_v<T, float>) {
+      const Cache* source = cache_row(cache, stride_block, stride_token, stride_head, tile + lane);
+      if constexpr (std::is_same_v<Cache, float>) {
         rows[lane] = source;
       } else {
         copy_row<kLanes>(source, scratch + lane * p_.head_dim);
@@ -265,7 +269,7 @@ class Attention {
     Float scores[kTileKeys / kLanes];
     Float max_lanes = simd::broadcast<kLanes>(result.max[row]);
     for (int i = 0; i < kTileKeys / kLanes; ++i) {
-      Float x = simd::load<kLanes>(scratch.scores + row * kTileKeys + i * kLanes) * p_.scale;
+      Float x = simd::load<kLanes>(scratch.scores + row * kTileKeys + i * kLanes) * score_scale_;
       if (p_.softcap != 0) x = simd::tanh(x * (1 / p_.softcap)) * p_.softcap;
       const auto lane = simd::iota<kLanes>() + i * kLanes;
       const auto is_seen =
@@ -342,15 +346,17 @@ class Attention {
   int64_t group_;           // query heads of a KV head
   int64_t query_start_;     // first query row of the sequence
   int64_t first_position_;  // of that row
+  float score_scale_;       // multiplies query . key as it is stored
+  float value_scale_;       // multiplies a value as it is stored
 };
 
 // A task from its query to its output.
-template <class T>
+template <class T, class Cache>
 struct AttendTask {
   template <int kLanes>
   static NANO_VLLM_INLINE void run(const PagedAttentionParams& p, const Task& task,
                                    const TaskScratch& scratch) {
-    const Attention<T> attention(p, task);
+    const Attention<T, Cache> attention(p, task);
     attention.template load_query<kLanes>(scratch);
     attention.template clear<kLanes>(scratch.total);
     for (int64_t span = 0; span < task.num_spans(); ++span) {
@@ -362,24 +368,24 @@ struct AttendTask {
 };
 
 // One span of a split task.
-template <class T>
+template <class T, class Cache>
 struct AttendSpan {
   template <int kLanes>
   static NANO_VLLM_INLINE void run(const PagedAttentionParams& p, const Task& task, int64_t span,
                                    const TaskScratch& scratch, const Partial& result) {
-    const Attention<T> attention(p, task);
+    const Attention<T, Cache> attention(p, task);
     attention.template load_query<kLanes>(scratch);
     attention.template attend_span<kLanes>(task.first_span() + span, scratch, result);
   }
 };
 
 // The spans of a split task put together.
-template <class T>
+template <class T, class Cache>
 struct MergeSpans {
   template <int kLanes>
   static NANO_VLLM_INLINE void run(const PagedAttentionParams& p, const Task& task, float* partials,
                                    const TaskScratch& scratch) {
-    const Attention<T> attention(p, task);
+    const Attention<T, Cache> attention(p, task);
     attention.template clear<kLanes>(scratch.total);
     for (int64_t span = 0; span < task.num_spans(); ++span) {
       float* memory = partials + (task.partial + span * task.num_rows) * (p.head_dim + 2);
@@ -422,7 +428,7 @@ TaskScratch task_scratch(int64_t head_dim) {
 }
 
 // Few tasks with many keys: the spans are shared among the threads, too.
-template <class T>
+template <class T, class Cache>
 void attend_in_spans(const PagedAttentionParams& p, std::vector<Task>& tasks) {
   struct SpanOfTask {
     int64_t task, span;
@@ -440,31 +446,33 @@ void attend_in_spans(const PagedAttentionParams& p, std::vector<Task>& tasks) {
   parallel_tasks(static_cast<int64_t>(spans.size()), [&](int64_t i) {
     const Task& task = tasks[spans[i].task];
     float* memory = partials + (task.partial + spans[i].span * task.num_rows) * (p.head_dim + 2);
-    simd::run<AttendSpan<T>>(p, task, spans[i].span, task_scratch(p.head_dim),
-                             partial_at(memory, task.num_rows, p.head_dim));
+    simd::run<AttendSpan<T, Cache>>(p, task, spans[i].span, task_scratch(p.head_dim),
+                                    partial_at(memory, task.num_rows, p.head_dim));
   });
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    simd::run<MergeSpans<T>>(p, tasks[i], partials, task_scratch(p.head_dim));
+    simd::run<MergeSpans<T, Cache>>(p, tasks[i], partials, task_scratch(p.head_dim));
   });
 }
 
-template <class T>
+template <class T, class Cache>
 void attend(const PagedAttentionParams& p) {
   std::vector<Task> tasks = make_tasks(p);
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   const int threads = num_threads();
   if (threads > 1 && num_tasks < kTasksPerThread * threads && p.max_seq_len > kSpanKeys) {
-    return attend_in_spans<T>(p, tasks);
+    return attend_in_spans<T, Cache>(p, tasks);
   }
   parallel_tasks(num_tasks, [&](int64_t i) {
-    simd::run<AttendTask<T>>(p, tasks[i], task_scratch(p.head_dim));
+    simd::run<AttendTask<T, Cache>>(p, tasks[i], task_scratch(p.head_dim));
   });
 }
 
 }  // namespace
 
 void paged_attention(const PagedAttentionParams& params) {
-  dispatch_dtype(params.dtype, [&](auto element) { attend<decltype(element)>(params); });
+  dispatch_dtypes(params.dtype, params.cache_dtype, [&](auto element, auto cached) {
+    attend<decltype(element), decltype(cached)>(params);
+  });
 }
 
 }  // namespace nano_vllm::cpu

@@ -90,7 +90,7 @@ struct WarpResults {
 // split of one KV head's tokens. Its warps take 16 tokens each in turn, through rings of their own
 // and without a barrier, and merge at the end. The result goes to out if the sequence has one
 // split, else to the workspace.
-template <class T, int kHeadDim>
+template <class T, class Cache, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
     decode_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   using Shape = DecodeShape<T, kHeadDim>;
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kNumThreads)
   const auto first_token = [&](int tile) {
     return tokens.begin + (tile * kNumWarps + warp) * kTileTokens;
   };
-  const PagedRows<T> keys = PagedRows<T>::keys(p, seq, kv_head, alignment.caches);
-  const PagedRows<T> values = PagedRows<T>::values(p, seq, kv_head, alignment.caches);
+  const auto keys = PagedRows<Cache>::keys(p, seq, kv_head, alignment.caches);
+  const auto values = PagedRows<Cache>::values(p, seq, kv_head, alignment.caches);
   const TokenRange valid{visible.begin, tokens.end};
   // Fills slot item % kSlots; item 2 i is key tile i, item 2 i + 1 value tile i. Each item is one
   // group of copies, empty past the last tile, so that waiting can count groups.
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kNumThreads)
     for (int depth = 0; depth < kDepthTiles; ++depth) load_query_fragment(depth);
   }
 
-  const ScoreTransform transform(p);
+  const ScoreTransform transform(p, scale_of_head<Cache>(p.key_scale, kv_head));
   RowStates states;
   float out[2 * kDepthTiles][4] = {};
   int item = 0, slot_index = 0;
@@ -215,9 +215,11 @@ __global__ void __launch_bounds__(kNumThreads)
   results.store(out, states);
   __syncthreads();
   const int num_rows = min(kTileRows, rows.group - first_row);
+  const float value_scale = scale_of_head<Cache>(p.value_scale, kv_head);
   for (int i = threadIdx.x; i < num_rows * kHeadDim; i += kNumThreads) {
     const int row = i / kHeadDim, column = i % kHeadDim;
-    const auto merged = results.merge(row, column);
+    auto merged = results.merge(row, column);
+    merged.out *= value_scale;
     if (splits.count == 1) {
       T* const to = static_cast<T*>(p.out) +
                     rows.offset(first_row + row, kv_head, p.out_stride_token, p.out_stride_head);
@@ -236,12 +238,13 @@ __global__ void __launch_bounds__(kNumThreads)
 }  // namespace
 
 void launch_decode(const AttentionLaunch& p, cudaStream_t stream) {
-  dispatch_16_bit(p, [&](auto element, auto head_dim) {
+  dispatch_16_bit(p, [&](auto element, auto cache, auto head_dim) {
     using T = decltype(element);
+    using Cache = decltype(cache);
     constexpr int kHeadDim = head_dim;
     const int row_tiles = ceil_div(p.num_heads / p.num_kv_heads, kTileRows);
     const dim3 grid(p.num_seqs, p.num_kv_heads * row_tiles, max_kv_splits(p));
-    launch_kernel("paged_attention decode", decode_kernel<T, kHeadDim>, grid, kNumThreads,
+    launch_kernel("paged_attention decode", decode_kernel<T, Cache, kHeadDim>, grid, kNumThreads,
                   DecodeShape<T, kHeadDim>::kSharedBytes, stream, p, alignment_of<T>(p));
   });
 }

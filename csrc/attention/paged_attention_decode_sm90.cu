@@ -4,7 +4,7 @@
 
 #include "attention/attention_kernels.cuh"
 #include "attention/cache_map.cuh"
-#include "attention/decode_operands.cuh"
+#include "attention/decode_operands_float8.cuh"
 #include "attention/decode_plan.cuh"
 #include "attention/split_results.cuh"
 
@@ -16,12 +16,15 @@ constexpr int kNumThreads = kConsumers + kWarpSize;  // and a warp that copies
 constexpr int kWarpTokens = kStageTokens / kConsumerWarps;
 static_assert(kWarpTokens == 16);  // the K of an mma
 
-template <class T_, int kHeadDim_, int kTileRows_>
+template <class T_, class Cache_, int kHeadDim_, int kTileRows_>
 struct Shape {
   using T = T_;
+  using Cache = Cache_;
   static constexpr int kHeadDim = kHeadDim_, kTileRows = kTileRows_;
-  using Tile = SwizzledTile<kHeadDim>;  // keys or values of a stage
-  using Query = QueryFragments<T, kHeadDim, kTileRows>;
+  using Tile = CacheTile<Cache, kHeadDim>;  // keys or values of a stage
+  using Query = std::conditional_t<kIsFloat8<Cache>, Float8QueryFragments<T, kHeadDim, kTileRows>,
+                                   QueryFragments<T, kHeadDim, kTileRows>>;
+  using Weight = std::conditional_t<kIsFloat8<Cache>, __half, T>;
   using Results = SplitResults<kHeadDim, kTileRows>;
   static constexpr size_t kTileBytes = Tile::bytes(kStageTokens);
   static constexpr size_t kQueryBytes = kTileRows * Query::kRowStride;
@@ -29,7 +32,7 @@ struct Shape {
   // an SM's 228 KiB, of which each block takes 1 KiB for the system.
   static constexpr int kBlocksPerSm = plan_blocks_per_sm(kHeadDim);
   static constexpr size_t kBudget = 228 * 1024 / kBlocksPerSm - 1024;
-  static constexpr int kMaxSlots = 16;
+  static constexpr int kMaxSlots = 32 / sizeof(Cache);
   static constexpr size_t kFixedBytes =
       sizeof(float) * Results::kFloats + 2 * kQueryBytes + (2 * kMaxSlots + 4) * sizeof(Barrier);
   static constexpr int kSlots =
@@ -186,11 +189,12 @@ template <class Shape>
 __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& geometry,
                               const DecodePlan& plan, const Part& part, Shared<Shape>& shared) {
   using T = typename Shape::T;
+  using Cache = typename Shape::Cache;
+  using Weight = typename Shape::Weight;
   constexpr int kHeadDim = Shape::kHeadDim, kTileRows = Shape::kTileRows;
   constexpr int kCount = kTileRows / 8;  // of queries in a matrix product
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const typename Shape::Results results(shared.results);
-  const ScoreTransform transform(p);
   RingPosition<Shape::kSlots> at;
   RingPosition<2> next_query;
 
@@ -215,6 +219,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
         const int num_rows = min(kTileRows, rows.num_rows() - first_row);
         const bool is_whole = first_split == 0 && last_split == splits.count;
         const int owner = part.owner(first_split);
+        const ScoreTransform transform(p, scale_of_head<Cache>(p.key_scale, kv_head));
         typename Shape::Query query;
         with_buffer(shared.queries, shared.query_full, shared.query_empty, next_query,
                     [&](const unsigned char* rows) { query.load(rows, num_rows); });
@@ -245,7 +250,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
                 token < seen_by_all.begin || token + kWarpTokens > seen_by_all.end;
             float scores[kCount][4];
             with_next_tile([&](const unsigned char* keys) {
-              multiply_keys<T, kHeadDim, kTileRows>(scores, query, keys, warp * kWarpTokens);
+              multiply_keys(scores, query, keys, warp * kWarpTokens);
             });
 #pragma unroll
             for (int n = 0; n < kCount; ++n) transform.apply(scores[n]);
@@ -283,21 +288,34 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
             uint32_t weights[kCount][2];
 #pragma unroll
             for (int n = 0; n < kCount; ++n) {
-              weights[n][0] = transpose_matrix(pack<T>(scores[n][0], scores[n][1]));
-              weights[n][1] = transpose_matrix(pack<T>(scores[n][2], scores[n][3]));
+              weights[n][0] = transpose_matrix(pack<Weight>(scores[n][0], scores[n][1]));
+              weights[n][1] = transpose_matrix(pack<Weight>(scores[n][2], scores[n][3]));
             }
             with_next_tile([&](const unsigned char* values) {
               const int first_row = warp * kWarpTokens;
-              if (is_masked) {
-                multiply_values<T, kHeadDim, kCount, true>(out, weights, values, first_row, keep);
-              } else {
-                multiply_values<T, kHeadDim, kCount, false>(out, weights, values, first_row, keep);
-              }
+              const auto multiply = [&](auto masked) {
+                if constexpr (kIsFloat8<Cache>) {
+                  multiply_float8_values<kHeadDim, kCount, masked>(out, weights, values, first_row,
+                                                                   keep);
+                } else {
+                  multiply_values<T, kHeadDim, kCount, masked>(out, weights, values, first_row,
+                                                               keep);
+                }
+              };
+              is_masked ? multiply(std::true_type{}) : multiply(std::false_type{});
             });
           }
           states.finish();
 
-          results.store(out, states, num_rows);
+          if constexpr (kIsFloat8<Cache>) {
+            const float value_scale = scale_of_head<Cache>(p.value_scale, kv_head);
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 16 * kCount; ++i) {
+#pragma unroll
+              for (float& x : out[i / kCount][i % kCount]) x *= value_scale;
+            }
+          }
+          results.template store<kIsFloat8<Cache>>(out, states, num_rows);
           sync_consumers();
 #pragma unroll 1
           for (int row = warp; row < num_rows; row += kConsumerWarps) {
@@ -378,7 +396,7 @@ __global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1, Shape::kBlocksPerSm
 template <class Shape>
 void launch(const AttentionLaunch& p, const DecodeGeometry& geometry, cudaStream_t stream) {
   const auto map_of = [&](const CacheLayout& cache) {
-    return cache.map<typename Shape::Tile>(p.dtype, p.block_size, geometry.run_tokens);
+    return cache.map<typename Shape::Tile>(p.block_size, geometry.run_tokens);
   };
   launch_dependent_kernel("paged_attention decode", decode_kernel<Shape>, dim3(geometry.max_parts),
                           kNumThreads, sizeof(Shared<Shape>), stream, p, geometry,
@@ -386,7 +404,7 @@ void launch(const AttentionLaunch& p, const DecodeGeometry& geometry, cudaStream
 }
 
 inline bool has_kernels() {
-  static const bool has = has_code(decode_kernel<Shape<__half, 128, 8>>, kNumThreads);
+  static const bool has = has_code(decode_kernel<Shape<__half, __half, 128, 8>>, kNumThreads);
   return has;
 }
 
@@ -394,21 +412,22 @@ inline bool has_kernels() {
 
 bool can_decode_sm90(const AttentionLaunch& p) {
   return p.dtype != DType::kFloat32 && compute_capability() == 90 && decode_sm90::has_kernels() &&
-         CacheLayout::keys(p).can_map(p.head_dim) && CacheLayout::values(p).can_map(p.head_dim) &&
+         CacheLayout::keys(p).can_map() && CacheLayout::values(p).can_map() &&
          is_vec_aligned<__half>(p.query, p.query_stride_token, p.query_stride_head) &&
          is_vec_aligned<__half>(p.out, p.out_stride_token, p.out_stride_head);
 }
 
 void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream) {
   using namespace decode_sm90;
-  dispatch_16_bit(p, [&](auto element, auto head_dim) {
+  dispatch_16_bit(p, [&](auto element, auto cache, auto head_dim) {
     using T = decltype(element);
+    using Cache = decltype(cache);
     constexpr int kHeadDim = head_dim;
     const DecodeGeometry geometry(p);
     if (geometry.tile_rows == 8) {
-      launch<Shape<T, kHeadDim, 8>>(p, geometry, stream);
+      launch<Shape<T, Cache, kHeadDim, 8>>(p, geometry, stream);
     } else {
-      launch<Shape<T, kHeadDim, 16>>(p, geometry, stream);
+      launch<Shape<T, Cache, kHeadDim, 16>>(p, geometry, stream);
     }
   });
 }

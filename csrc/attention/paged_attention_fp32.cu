@@ -31,7 +31,7 @@ struct Softcap {
 // Attends rows first_row .. first_row + kTileRows - 1 over the tokens. Warp w has rows w,
 // w + kNumWarps, ... to itself; a lane has one token's scores and every 32nd column of the outputs.
 // The result goes to out, or to the workspace if it is one of several splits.
-template <int kHeadDim, int kTileRows>
+template <class Cache, int kHeadDim, int kTileRows>
 __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment,
                        const SequenceRows& rows, int seq, int kv_head, int first_row,
                        TokenRange visible, TokenRange tokens, int split, int num_splits) {
@@ -49,8 +49,8 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
   const auto is_column = [&](int c) {
     return kHeadDim % kWarpSize == 0 || c * kWarpSize + lane < kHeadDim;
   };
-  const auto keys = PagedRows<float>::keys(p, seq, kv_head, alignment.caches);
-  const auto values = PagedRows<float>::values(p, seq, kv_head, alignment.caches);
+  const auto keys = PagedRows<Cache>::keys(p, seq, kv_head, alignment.caches);
+  const auto values = PagedRows<Cache>::values(p, seq, kv_head, alignment.caches);
   load_query<typename Shape::QueryLayout, kTileRows, kNumThreads>(query_tile, p, rows, kv_head,
                                                                   first_row, alignment.query);
 
@@ -65,6 +65,7 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
 
   const TokenRange valid{visible.begin, tokens.end};
   const Softcap softcap{p.softcap};
+  const float scale = p.scale * scale_of_head<Cache>(p.key_scale, kv_head);
 #pragma unroll 1
   for (int token = tokens.begin; token < tokens.end; token += kTileTokens) {
     __syncthreads();  // no warp uses the tiles before any more
@@ -92,7 +93,7 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
       const bool is_seen = token + lane >= seen[r].begin && token + lane < seen[r].end;
-      const float score = is_seen ? softcap(scores[r] * p.scale) * kLog2E : -kInfinity;
+      const float score = is_seen ? softcap(scores[r] * scale) * kLog2E : -kInfinity;
       const float new_max = fmaxf(max[r], warp_max(score));
       const float shift = new_max == -kInfinity ? 0 : new_max;
       const float rescale = exp2f(max[r] - shift), weight = exp2f(score - shift);
@@ -123,6 +124,7 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
     }
   }
 
+  const float value_scale = scale_of_head<Cache>(p.value_scale, kv_head);
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const float row_sum = warp_sum(sum[r]);
@@ -133,7 +135,7 @@ __device__ void attend(const PagedAttentionParams& p, const Alignment& alignment
                           ? partial.out
                           : static_cast<float*>(p.out) +
                                 rows.offset(row, kv_head, p.out_stride_token, p.out_stride_head);
-    const float factor = num_splits > 1 ? 1 : row_sum == 0 ? 0 : 1 / row_sum;
+    const float factor = value_scale * (num_splits > 1 ? 1 : row_sum == 0 ? 0 : 1 / row_sum);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       if (is_column(c)) to[c * kWarpSize + lane] = out[r][c] * factor;
@@ -149,7 +151,7 @@ constexpr int kDecodeRows = 8;
 
 // Grid: sequences x (KV heads, times the row tiles of a larger group) x splits, as in
 // paged_attention_decode.cu.
-template <int kHeadDim>
+template <class Cache, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
     decode_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   const SequenceRows rows(p, blockIdx.x);
@@ -158,9 +160,9 @@ __global__ void __launch_bounds__(kNumThreads)
   const KvSplits splits(visible);
   const int split = blockIdx.z, row_tiles = ceil_div(rows.group, kDecodeRows);
   if (split >= splits.count) return;
-  attend<kHeadDim, kDecodeRows>(p, alignment, rows, blockIdx.x, blockIdx.y / row_tiles,
-                                blockIdx.y % row_tiles * kDecodeRows, visible, splits.tokens(split),
-                                split, splits.count);
+  attend<Cache, kHeadDim, kDecodeRows>(p, alignment, rows, blockIdx.x, blockIdx.y / row_tiles,
+                                       blockIdx.y % row_tiles * kDecodeRows, visible,
+                                       splits.tokens(split), split, splits.count);
 }
 
 // Rows of a block: as many as fit 99 KiB of shared memory beside the tiles.
@@ -168,7 +170,7 @@ template <int kHeadDim>
 constexpr int kPrefillRows = kHeadDim <= 192 ? 32 : 16;
 
 // Grid: row tiles (see PrefillTile) x KV heads, as in paged_attention_prefill.cu.
-template <int kHeadDim>
+template <class Cache, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
     prefill_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   constexpr int kTileRows = kPrefillRows<kHeadDim>;
@@ -180,8 +182,8 @@ __global__ void __launch_bounds__(kNumThreads)
   const int last_row = min(tile.first_row + kTileRows, rows.num_rows()) - 1;
   const TokenRange visible = rows.visible(tile.first_row, last_row, p.sliding_window);
   const TokenRange tokens{visible.begin / kTileTokens * kTileTokens, visible.end};
-  attend<kHeadDim, kTileRows>(p, alignment, rows, tile.seq, blockIdx.y, tile.first_row, visible,
-                              tokens, 0, 1);
+  attend<Cache, kHeadDim, kTileRows>(p, alignment, rows, tile.seq, blockIdx.y, tile.first_row,
+                                     visible, tokens, 0, 1);
 }
 
 }  // namespace
@@ -191,9 +193,11 @@ void launch_decode_fp32(const AttentionLaunch& p, cudaStream_t stream) {
     constexpr int kHeadDim = head_dim;
     const int row_tiles = ceil_div(p.num_heads / p.num_kv_heads, kDecodeRows);
     const dim3 grid(p.num_seqs, p.num_kv_heads * row_tiles, max_kv_splits(p));
-    launch_kernel("paged_attention fp32 decode", decode_kernel<kHeadDim>, grid, kNumThreads,
-                  Fp32Shape<kHeadDim, kDecodeRows>::kSharedBytes, stream, p,
-                  alignment_of<float>(p));
+    dispatch_cache<float>(p, [&](auto cache) {
+      launch_kernel("paged_attention fp32 decode", decode_kernel<decltype(cache), kHeadDim>, grid,
+                    kNumThreads, Fp32Shape<kHeadDim, kDecodeRows>::kSharedBytes, stream, p,
+                    alignment_of<float>(p));
+    });
   });
 }
 
@@ -203,8 +207,11 @@ void launch_prefill_fp32(const AttentionLaunch& p, cudaStream_t stream) {
     constexpr int kTileRows = kPrefillRows<kHeadDim>;
     const int64_t tiles = PrefillTile::max_tiles(p, kTileRows);
     const dim3 grid(grid_x("paged_attention fp32 prefill", tiles), p.num_kv_heads);
-    launch_kernel("paged_attention fp32 prefill", prefill_kernel<kHeadDim>, grid, kNumThreads,
-                  Fp32Shape<kHeadDim, kTileRows>::kSharedBytes, stream, p, alignment_of<float>(p));
+    dispatch_cache<float>(p, [&](auto cache) {
+      launch_kernel("paged_attention fp32 prefill", prefill_kernel<decltype(cache), kHeadDim>, grid,
+                    kNumThreads, Fp32Shape<kHeadDim, kTileRows>::kSharedBytes, stream, p,
+                    alignment_of<float>(p));
+    });
   });
 }
 

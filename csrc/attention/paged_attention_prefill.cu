@@ -26,7 +26,7 @@ struct PrefillShape {
 // start at multiples of kTileTokens from the sequence's beginning and are taken in order: a row's
 // bits do not depend on the chunk it came in. While a block multiplies keys, its values are on the
 // way, and the next keys while it multiplies values. The result goes to out.
-template <class T, int kHeadDim>
+template <class T, class Cache, int kHeadDim>
 __global__ void __launch_bounds__(kNumThreads)
     prefill_kernel(const __grid_constant__ AttentionLaunch p, Alignment alignment) {
   using Shape = PrefillShape<T, kHeadDim>;
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kNumThreads)
   T* const query_tile = reinterpret_cast<T*>(shared);
   T* const key_tile = query_tile + Shape::kQuerySize;
   T* const value_tile = key_tile + Shape::kTileSize;
-  const PagedRows<T> keys = PagedRows<T>::keys(p, row_tile.seq, kv_head, alignment.caches);
-  const PagedRows<T> values = PagedRows<T>::values(p, row_tile.seq, kv_head, alignment.caches);
+  const auto keys = PagedRows<Cache>::keys(p, row_tile.seq, kv_head, alignment.caches);
+  const auto values = PagedRows<Cache>::values(p, row_tile.seq, kv_head, alignment.caches);
 
   // What all rows of the block, those of the warp, and each row of the lane see.
   const TokenRange visible =
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kNumThreads)
   const int row_beside = lane / 16 * 8 + lane % 8, chunk_beside = lane / 8 % 2;
   T* const warp_query = query_tile + warp * Shape::kWarpRows * kHeadDim;
 
-  const ScoreTransform transform(p);
+  const ScoreTransform transform(p, scale_of_head<Cache>(p.key_scale, kv_head));
   RowStates states[kWarpTiles];
   float out[kWarpTiles][2 * kDepthTiles][4] = {};
 #pragma unroll 1
@@ -170,6 +170,7 @@ __global__ void __launch_bounds__(kNumThreads)
     }
   }
 
+  const float value_scale = scale_of_head<Cache>(p.value_scale, kv_head);
   // Through the warp's own query rows, which no other warp reads, to whole chunks of out.
 #pragma unroll
   for (int m = 0; m < kWarpTiles; ++m) {
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kNumThreads)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = states[m].sum[half];
-      const float inverse = sum == 0 ? 0 : 1 / sum;
+      const float inverse = sum == 0 ? 0 : value_scale / sum;
 #pragma unroll
       for (int i = 0; i < 2 * kDepthTiles; ++i) {
         T* const to = warp_query + Layout::offset(16 * m + 8 * half + lane / 4, i);
@@ -204,13 +205,14 @@ __global__ void __launch_bounds__(kNumThreads)
 }  // namespace
 
 void launch_prefill(const AttentionLaunch& p, cudaStream_t stream) {
-  dispatch_16_bit(p, [&](auto element, auto head_dim) {
+  dispatch_16_bit(p, [&](auto element, auto cache, auto head_dim) {
     using T = decltype(element);
+    using Cache = decltype(cache);
     constexpr int kHeadDim = head_dim;
     using Shape = PrefillShape<T, kHeadDim>;
     const int64_t tiles = PrefillTile::max_tiles(p, Shape::kTileRows);
     const dim3 grid(grid_x("paged_attention prefill", tiles), p.num_kv_heads);
-    launch_kernel("paged_attention prefill", prefill_kernel<T, kHeadDim>, grid, kNumThreads,
+    launch_kernel("paged_attention prefill", prefill_kernel<T, Cache, kHeadDim>, grid, kNumThreads,
                   Shape::kSharedBytes, stream, p, alignment_of<T>(p));
   });
 }

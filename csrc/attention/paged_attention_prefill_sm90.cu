@@ -292,7 +292,7 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
   const int warp_row = (threadIdx.x / kWarpSize - kWarpgroupSize / kWarpSize) * 16;
   const int own_barrier = 1 + warpgroup;
 
-  const auto transform = ScoreTransform(p);
+  const auto transform = ScoreTransform(p, 1);
   const float scale = Shape::kHasSoftcap ? 1 : transform.scale;
   RingPosition<Shape::kQueryTiles> query;
   RingPosition<Shape::kStages> stage;
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
 // Calls run(Shape{}).
 template <class Run>
 void dispatch_shape(const AttentionLaunch& p, const Run& run) {
-  dispatch_16_bit(p, [&](auto element, auto head_dim) {
+  dispatch_16_bit(p, [&](auto element, auto, auto head_dim) {
     if (p.softcap > 0) {
       run(Shape<decltype(element), head_dim, true>{});
     } else {
@@ -523,7 +523,8 @@ bool can_prefill_sm90(const AttentionLaunch& p) {
          p.num_heads / p.num_kv_heads <= GroupDivisor::kMaxGroup &&
          is_vec_aligned<__half>(p.query, p.query_stride_token, p.query_stride_head) &&
          is_vec_aligned<__half>(p.out, p.out_stride_token, p.out_stride_head) &&
-         CacheLayout::keys(p).can_map(p.head_dim) && CacheLayout::values(p).can_map(p.head_dim);
+         CacheLayout::keys(p).can_map() && CacheLayout::values(p).can_map() &&
+         p.cache_dtype == p.dtype;
 }
 
 void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream) {
@@ -535,9 +536,8 @@ void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream) {
     launch_plan_prefill(p, plan, Shape::kTileRows, stream);
 
     const int box_tokens = std::gcd(p.block_size, Shape::kTileTokens);
-    const CacheMaps maps = {CacheLayout::keys(p).map<Tile>(p.dtype, p.block_size, box_tokens),
-                            CacheLayout::values(p).map<Tile>(p.dtype, p.block_size, box_tokens),
-                            box_tokens};
+    const CacheMaps maps = {CacheLayout::keys(p).map<Tile>(p.block_size, box_tokens),
+                            CacheLayout::values(p).map<Tile>(p.block_size, box_tokens), box_tokens};
     const int64_t max_items = PrefillTile::max_tiles(p, Shape::kTileRows) * p.num_kv_heads;
     const auto num_blocks = std::min<int64_t>(max_items, num_multiprocessors());
     launch_dependent_kernel("paged_attention prefill", prefill_sm90_kernel<Shape>,

@@ -82,7 +82,9 @@ struct SplitResults {
         state(max_sum + kConsumerWarps * kTileRows * 2),
         state_max_sum(state + kTileRows * kHeadDim) {}
 
-  // A warp's accumulators; rows at or past num_rows are not wanted.
+  // A warp's accumulators; rows at or past num_rows are not wanted. Of each 16 columns a lane has
+  // l / 4 and the one 8 further or, if neighbours, 2 (l / 4) and the next.
+  template <bool kNeighbours>
   __device__ void store(const float (&columns)[kHeadDim / 16][kTileRows / 8][4],
                         const QueryStates<kTileRows / 8>& states, int num_rows) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -93,11 +95,11 @@ struct SplitResults {
         const int row = 8 * n + lane % 4 * 2 + j;
         if (row >= num_rows) continue;
         // Rows are kRowStride apart: the lanes' words lie in different banks.
-        float* to = out + (warp * kTileRows + row) * kRowStride + lane / 4;
+        float* to = out + (warp * kTileRows + row) * kRowStride + lane / 4 * (kNeighbours ? 2 : 1);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 16; ++i) {
           to[16 * i] = columns[i][n][j];
-          to[16 * i + 8] = columns[i][n][2 + j];
+          to[16 * i + (kNeighbours ? 1 : 8)] = columns[i][n][2 + j];
         }
         if (lane / 4 == 0) {
           *reinterpret_cast<float2*>(max_sum + (warp * kTileRows + row) * 2) =

@@ -21,13 +21,18 @@ struct RingPosition {
 
 // A tile of rows of kColumns 16-bit elements as the copy engine's box puts it and wgmma reads it:
 // [8-row group][column block][8 rows][kSwizzle bytes], where the 16-byte chunks of a row are
-// exchanged by address bits 7 and up: no eight rows of a chunk share a bank.
+// exchanged by address bits 7 and up: no eight rows of a chunk share a bank. Rows of an odd number
+// of chunks are in different banks as they are: one block of columns, nothing exchanged (16).
 template <int kColumns>
 struct SwizzledTile {
-  static constexpr int kSwizzle = kColumns % 64 == 0 ? 128 : kColumns % 32 == 0 ? 64 : 32;
-  static constexpr int kBlockColumns = kSwizzle / 2;
+  static constexpr int kSwizzle = kColumns % 64 == 0   ? 128
+                                  : kColumns % 32 == 0 ? 64
+                                  : kColumns % 16 == 0 ? 32
+                                                       : 16;
+  static constexpr int kBlockColumns = kSwizzle > 16 ? kSwizzle / 2 : kColumns;
   static constexpr int kColumnBlocks = kColumns / kBlockColumns;
-  static constexpr int kBlockBytes = 8 * kSwizzle;
+  static constexpr int kRowBytes = 2 * kBlockColumns;  // of a row in a block
+  static constexpr int kBlockBytes = 8 * kRowBytes;
   static constexpr int kGroupBytes = kColumnBlocks * kBlockBytes;
   static constexpr int kChunks = kColumns / 8;
 
@@ -37,10 +42,16 @@ struct SwizzledTile {
 
   // In bytes.
   __device__ static int offset(int row, int chunk) {
-    constexpr int kBlockChunks = kSwizzle / 16;
+    constexpr int kBlockChunks = kRowBytes / 16;
     const int in_block = chunk % kBlockChunks ^ row % 8 * kSwizzle / 128;
-    return row / 8 * kGroupBytes + chunk / kBlockChunks * kBlockBytes + row % 8 * kSwizzle +
+    return row / 8 * kGroupBytes + chunk / kBlockChunks * kBlockBytes + row % 8 * kRowBytes +
            16 * in_block;
+  }
+  // Of an even chunk or, where is_next is 1, of the next one, which differ in one address bit; of
+  // the last chunk, of an odd number, in both cases.
+  __device__ static int offset(int row, int even_chunk, int is_next) {
+    if constexpr (kSwizzle > 16) return offset(row, even_chunk) ^ 16 * is_next;
+    return offset(row, even_chunk) + (even_chunk + 1 < kChunks ? 16 * is_next : 0);
   }
 
   // The tile as a matrix whose K (the dimension summed over) runs along the columns ...
@@ -65,6 +76,10 @@ struct SwizzledTile {
            uint64_t{kGroupBytes >> 4} << 32 | kMode << 62;
   }
 };
+
+// Rows of a cache; two elements of float8 count as one of 16 bits.
+template <class Cache, int kHeadDim>
+using CacheTile = SwizzledTile<kHeadDim* static_cast<int>(sizeof(Cache)) / 2>;
 
 // What a tensor map describes: five dimensions, the first contiguous, strides in bytes.
 struct BoxedTensor {

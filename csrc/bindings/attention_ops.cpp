@@ -68,16 +68,22 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
                      const Tensor& value_cache, const Tensor& block_tables,
                      const Tensor& query_start_loc, const Tensor& seq_lens, int64_t max_query_len,
                      int64_t max_seq_len, double scale, int64_t sliding_window, double softcap,
-                     const std::optional<Tensor>& workspace, bool is_planned) {
+                     const std::optional<Tensor>& workspace, bool is_planned,
+                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   PagedAttentionParams params{};
   params.dtype = float_dtype("query", query);
   const ScalarType dtype = query.scalar_type();
   check_shape("query", query, {-1, -1, -1});
   check_last_contiguous("query", query);
   check_tensor("out", out, query, dtype, {query.size(0), query.size(1), query.size(2)});
-  check_tensor("key_cache", key_cache, query, dtype, {-1, -1, -1, query.size(2)});
-  check_tensor("value_cache", value_cache, query, dtype,
+  check_device("key_cache", key_cache, query);
+  params.cache_dtype = cache_dtype("key_cache", key_cache, params.dtype);
+  check_tensor("key_cache", key_cache, query, scalar_type_of(params.cache_dtype),
+               {-1, -1, -1, query.size(2)});
+  check_tensor("value_cache", value_cache, query, key_cache.scalar_type(),
                {key_cache.size(0), key_cache.size(1), key_cache.size(2), query.size(2)});
+  params.key_scale = cache_scale("k_scale", k_scale, key_cache);
+  params.value_scale = cache_scale("v_scale", v_scale, value_cache);
   set_sequences(params, query, query_start_loc, seq_lens);
   check_tensor("block_tables", block_tables, query, ScalarType::Int, {seq_lens.size(0), -1});
 

@@ -17,7 +17,9 @@ namespace nano_vllm {
 namespace {
 
 ReshapeAndCacheParams params_of(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                                const Tensor& value_cache, const Tensor& slot_mapping) {
+                                const Tensor& value_cache, const Tensor& slot_mapping,
+                                const std::optional<Tensor>& k_scale,
+                                const std::optional<Tensor>& v_scale) {
   ReshapeAndCacheParams params{};
   params.dtype = float_dtype("key", key);
   const ScalarType dtype = key.scalar_type();
@@ -25,9 +27,14 @@ ReshapeAndCacheParams params_of(const Tensor& key, const Tensor& value, const Te
   check_last_contiguous("key", key);
   const int64_t num_tokens = key.size(0), num_kv_heads = key.size(1), head_dim = key.size(2);
   check_tensor("value", value, key, dtype, {num_tokens, num_kv_heads, head_dim});
-  check_tensor("key_cache", key_cache, key, dtype, {-1, -1, num_kv_heads, head_dim});
-  check_tensor("value_cache", value_cache, key, dtype,
+  check_device("key_cache", key_cache, key);
+  params.cache_dtype = cache_dtype("key_cache", key_cache, params.dtype);
+  check_tensor("key_cache", key_cache, key, scalar_type_of(params.cache_dtype),
+               {-1, -1, num_kv_heads, head_dim});
+  check_tensor("value_cache", value_cache, key, key_cache.scalar_type(),
                {key_cache.size(0), key_cache.size(1), num_kv_heads, head_dim});
+  params.key_scale = cache_scale("k_scale", k_scale, key_cache);
+  params.value_scale = cache_scale("v_scale", v_scale, value_cache);
   check_tensor("slot_mapping", slot_mapping, key, ScalarType::Long, {num_tokens});
 
   params.key = key.const_data_ptr();
@@ -55,8 +62,10 @@ ReshapeAndCacheParams params_of(const Tensor& key, const Tensor& value, const Te
 }  // namespace
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                       const Tensor& value_cache, const Tensor& slot_mapping) {
-  const ReshapeAndCacheParams params = params_of(key, value, key_cache, value_cache, slot_mapping);
+                       const Tensor& value_cache, const Tensor& slot_mapping,
+                       const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  const ReshapeAndCacheParams params =
+      params_of(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale);
   if (params.num_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0) return;
   NANO_VLLM_DISPATCH(reshape_and_cache, key, params);
 }
@@ -66,7 +75,9 @@ void rotary_reshape_and_cache(const Tensor& positions, const Tensor& query, cons
                               const Tensor& value_cache, const Tensor& slot_mapping,
                               const Tensor& cos_sin_cache, bool is_neox,
                               const std::optional<Tensor>& query_norm_weight,
-                              const std::optional<Tensor>& key_norm_weight, double norm_eps) {
+                              const std::optional<Tensor>& key_norm_weight, double norm_eps,
+                              const std::optional<Tensor>& k_scale,
+                              const std::optional<Tensor>& v_scale) {
   RotaryReshapeAndCacheParams params{};
   (void)float_dtype("query", query);
   const ScalarType dtype = query.scalar_type();
@@ -74,7 +85,7 @@ void rotary_reshape_and_cache(const Tensor& positions, const Tensor& query, cons
   check_last_contiguous("query", query);
   const int64_t num_tokens = query.size(0), head_dim = query.size(2);
   check_tensor("key", key, query, dtype, {num_tokens, -1, head_dim});
-  params.kv = params_of(key, value, key_cache, value_cache, slot_mapping);
+  params.kv = params_of(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale);
   check_tensor("positions", positions, query, ScalarType::Long, {num_tokens});
   check_tensor("cos_sin_cache", cos_sin_cache, query, ScalarType::Float, {-1, -1});
   if (query_norm_weight.has_value()) {
@@ -141,7 +152,10 @@ Pool pool_of(const char* name, const Tensor& cache) {
 
 CopyBlocksParams params_of(const char* src_name, const Tensor& src, const char* dst_name,
                            const Tensor& dst, const Tensor& block_mapping) {
-  (void)float_dtype(src_name, src);
+  const ScalarType dtype = src.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+            dtype == ScalarType::Float8_e4m3fn,
+        src_name, " must be float32, float16, bfloat16 or float8_e4m3fn, got ", name_of(dtype));
   check_dtype(dst_name, dst, src.scalar_type());
   check_dtype("block_mapping", block_mapping, ScalarType::Long);
   const Pool from = pool_of(src_name, src), to = pool_of(dst_name, dst);

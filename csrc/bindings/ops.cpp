@@ -36,14 +36,16 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
       "block_tables, "
       "Tensor query_start_loc, Tensor seq_lens, int max_query_len, int max_seq_len, float scale, "
       "int sliding_window, "
-      "float softcap, Tensor(b!)? workspace, bool is_planned) -> ()");
+      "float softcap, Tensor(b!)? workspace, bool is_planned, Tensor? k_scale, Tensor? v_scale) "
+      "-> ()");
   library.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slot_mapping) -> ()");
+      "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()");
   library.def(
       "rotary_reshape_and_cache(Tensor positions, Tensor(a!) query, Tensor key, Tensor value, "
       "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, Tensor cos_sin_cache, "
-      "bool is_neox, Tensor? query_norm_weight, Tensor? key_norm_weight, float norm_eps) -> ()");
+      "bool is_neox, Tensor? query_norm_weight, Tensor? key_norm_weight, float norm_eps, "
+      "Tensor? k_scale, Tensor? v_scale) -> ()");
   library.def("copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()");
   library.def("swap_blocks(Tensor src_cache, Tensor(a!) dst_cache, Tensor block_mapping) -> ()");
   library.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");

@@ -19,16 +19,20 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
                      const Tensor& value_cache, const Tensor& block_tables,
                      const Tensor& query_start_loc, const Tensor& seq_lens, int64_t max_query_len,
                      int64_t max_seq_len, double scale, int64_t sliding_window, double softcap,
-                     const std::optional<Tensor>& workspace, bool is_planned);
+                     const std::optional<Tensor>& workspace, bool is_planned,
+                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale);
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                       const Tensor& value_cache, const Tensor& slot_mapping);
+                       const Tensor& value_cache, const Tensor& slot_mapping,
+                       const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale);
 void rotary_reshape_and_cache(const Tensor& positions, const Tensor& query, const Tensor& key,
                               const Tensor& value, const Tensor& key_cache,
                               const Tensor& value_cache, const Tensor& slot_mapping,
                               const Tensor& cos_sin_cache, bool is_neox,
                               const std::optional<Tensor>& query_norm_weight,
-                              const std::optional<Tensor>& key_norm_weight, double norm_eps);
+                              const std::optional<Tensor>& key_norm_weight, double norm_eps,
+                              const std::optional<Tensor>& k_scale,
+                              const std::optional<Tensor>& v_scale);
 void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping);
 void swap_blocks(const Tensor& src_cache, const Tensor& dst_cache, const Tensor& block_mapping);
 

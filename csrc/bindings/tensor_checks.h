@@ -7,6 +7,7 @@
 
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "common/error.h"
@@ -44,6 +45,8 @@ inline const char* name_of(ScalarType type) {
       return "float16";
     case ScalarType::BFloat16:
       return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Double:
       return "float64";
     case ScalarType::Int:
@@ -77,9 +80,31 @@ inline DType float_dtype(const char* name, const Tensor& tensor) {
   }
 }
 
+inline ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return ScalarType::Float;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat8E4M3:
+      break;
+  }
+  return ScalarType::Float8_e4m3fn;
+}
+
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
   check(tensor.scalar_type() == expected, name, " must be ", name_of(expected), ", got ",
         name_of(tensor.scalar_type()));
+}
+
+// Of a cache for what is computed in `dtype`.
+inline DType cache_dtype(const char* name, const Tensor& cache, DType dtype) {
+  if (cache.scalar_type() == ScalarType::Float8_e4m3fn) return DType::kFloat8E4M3;
+  check(cache.scalar_type() == scalar_type_of(dtype), name, " must be ", name_of(dtype), " or ",
+        name_of(DType::kFloat8E4M3), ", got ", name_of(cache.scalar_type()));
+  return dtype;
 }
 
 // The last dimension is contiguous; one of size 1 is so whatever its stride says.
@@ -110,6 +135,17 @@ inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& l
   check_dtype(name, tensor, dtype);
   check_shape(name, tensor, shape);
   check_last_contiguous(name, tensor);
+}
+
+// The scales of a cache's heads, which one of float8_e4m3fn alone has; nullptr where there are
+// none.
+inline const float* cache_scale(const char* name, const std::optional<Tensor>& scale,
+                                const Tensor& cache) {
+  if (!scale.has_value()) return nullptr;
+  check(cache.scalar_type() == ScalarType::Float8_e4m3fn, name,
+        " is for caches of float8_e4m3fn, got one of ", name_of(cache.scalar_type()));
+  check_tensor(name, *scale, cache, ScalarType::Float, {cache.size(2)});
+  return static_cast<const float*>(scale->const_data_ptr());
 }
 
 inline int32_t to_int32(const char* name, int64_t value) {

@@ -9,13 +9,17 @@
 namespace nano_vllm {
 
 // Token i goes to block slot_mapping[i] / block_size, row slot_mapping[i] % block_size; a negative
-// slot is padding.
+// slot is padding. A cache of kFloat8E4M3 gets the elements divided by the scale of their head,
+// rounded to nearest even; what exceeds its range becomes the largest number of that sign.
 struct ReshapeAndCacheParams {
-  DType dtype;
+  DType dtype;                  // of key and value
+  DType cache_dtype;            // of both caches: dtype or kFloat8E4M3
   const void* key;              // [num_tokens, num_kv_heads, head_dim]
   const void* value;            // [num_tokens, num_kv_heads, head_dim]
   void* key_cache;              // [num_blocks, block_size, num_kv_heads, head_dim]
   void* value_cache;            // [num_blocks, block_size, num_kv_heads, head_dim]
+  const float* key_scale;       // [num_kv_heads], positive; nullptr for 1; for kFloat8E4M3 alone
+  const float* value_scale;     // [num_kv_heads], likewise
   const int64_t* slot_mapping;  // [num_tokens]
 
   // Strides in elements; head_dim is contiguous everywhere.

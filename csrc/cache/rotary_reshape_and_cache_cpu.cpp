@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cache/rotary_reshape_and_cache.h"
+#include "cache/store_head.h"
 #include "common/parallel.h"
 #include "layers/rms_norm_vector.h"
 #include "layers/rotary_vector.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // less is not worth waking a thread for
 
-template <class T, bool kIsNeox>
+template <class T, class Cache, bool kIsNeox>
 struct RotaryReshapeAndCache {
   template <int kLanes>
   static NANO_VLLM_INLINE void normalise_head(T* out, const T* head, const void* weight,
@@ -43,13 +44,16 @@ struct RotaryReshapeAndCache {
       const int64_t block = slot / kv.block_size, row = slot % kv.block_size;
       const T* key = static_cast<const T*>(kv.key) + token * kv.key_stride_token;
       const T* value = static_cast<const T*>(kv.value) + token * kv.value_stride_token;
-      T* cached_key = static_cast<T*>(kv.key_cache) + block * kv.key_cache_stride_block +
-                      row * kv.key_cache_stride_token;
-      T* cached_value = static_cast<T*>(kv.value_cache) + block * kv.value_cache_stride_block +
-                        row * kv.value_cache_stride_token;
+      Cache* cached_key = static_cast<Cache*>(kv.key_cache) + block * kv.key_cache_stride_block +
+                          row * kv.key_cache_stride_token;
+      Cache* cached_value = static_cast<Cache*>(kv.value_cache) +
+                            block * kv.value_cache_stride_block + row * kv.value_cache_stride_token;
+      T turned[kMaxRotaryHeadDim];  // what a cache of another dtype is then given
       for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
         const T* source = key + head * kv.key_stride_head;
-        T* out = cached_key + head * kv.key_cache_stride_head;
+        Cache* cached = cached_key + head * kv.key_cache_stride_head;
+        T* out = turned;
+        if constexpr (std::is_same_v<T, Cache>) out = cached;
         if (p.key_norm_weight != nullptr) {
           normalise_head<kLanes>(out, source, p.key_norm_weight, p);
           source = out;
@@ -57,10 +61,14 @@ struct RotaryReshapeAndCache {
           std::memcpy(out + 2 * half, source + 2 * half, head_bytes - 2 * half * sizeof(T));
         }
         rotate_head<kLanes, kIsNeox>(out, source, angles, angles + half, half);
+        if constexpr (!std::is_same_v<T, Cache>) {
+          store_head<kLanes>(cached, turned, kv.head_dim, scale_of_head(kv.key_scale, head));
+        }
       }
       for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
-        std::memcpy(cached_value + head * kv.value_cache_stride_head,
-                    value + head * kv.value_stride_head, head_bytes);
+        store_head<kLanes>(cached_value + head * kv.value_cache_stride_head,
+                           value + head * kv.value_stride_head, kv.head_dim,
+                           scale_of_head(kv.value_scale, head));
       }
     }
   }
@@ -72,13 +80,14 @@ void rotary_reshape_and_cache(const RotaryReshapeAndCacheParams& params) {
   const int64_t token_elements =
       (int64_t{params.num_heads} + 2 * int64_t{params.kv.num_kv_heads}) * params.kv.head_dim;
   const int64_t grain = kGrainElements / (token_elements + 1) + 1;
-  dispatch_dtype(params.kv.dtype, [&](auto element) {
+  dispatch_dtypes(params.kv.dtype, params.kv.cache_dtype, [&](auto element, auto cached) {
     using T = decltype(element);
+    using Cache = decltype(cached);
     parallel_for(params.kv.num_tokens, grain, [&](int64_t begin, int64_t end) {
       if (params.is_neox) {
-        simd::run<RotaryReshapeAndCache<T, true>>(params, begin, end);
+        simd::run<RotaryReshapeAndCache<T, Cache, true>>(params, begin, end);
       } else {
-        simd::run<RotaryReshapeAndCache<T, false>>(params, begin, end);
+        simd::run<RotaryReshapeAndCache<T, Cache, false>>(params, begin, end);
       }
     });
   });

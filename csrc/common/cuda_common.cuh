@@ -33,6 +33,18 @@ __device__ inline T from_float(float x) {
   }
 }
 
+// Two 16-bit elements as one register holds them.
+template <class T>
+__device__ inline uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 packed = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(packed);
+  } else {
+    const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(packed);
+  }
+}
+
 // 16 bytes of T, moved by one instruction.
 template <class T>
 struct alignas(16) Vec {
@@ -133,7 +145,10 @@ void dispatch_dtype(DType dtype, Run&& run) {
       return run(__half{});
     case DType::kBFloat16:
       return run(__nv_bfloat16{});
+    case DType::kFloat8E4M3:
+      break;
   }
+  fail("nothing is computed in ", name_of(dtype));
 }
 
 // An attribute of the current device, asked for once.

@@ -31,6 +31,7 @@ struct Vectors {
   typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
   typedef uint32_t Uint __attribute__((vector_size(kLanes * 4)));
   typedef uint16_t Short __attribute__((vector_size(kLanes * 2)));
+  typedef uint8_t Byte __attribute__((vector_size(kLanes)));
 };
 
 template <int kLanes>

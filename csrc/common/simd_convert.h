@@ -1,11 +1,12 @@
-// float16 and bfloat16 in memory, float32 in registers: loads that widen and stores that round to
-// nearest even. NaN stays NaN.
+// float16, bfloat16 and float8_e4m3 in memory, float32 in registers: loads that widen and stores
+// that round to nearest even. NaN stays NaN; what is too large for float8_e4m3 becomes its largest.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "common/error.h"
 #include "common/simd.h"
 #include "common/types.h"
 
@@ -28,12 +29,27 @@ void dispatch_dtype(DType dtype, const Run& run) {
       return run(Float16{});
     case DType::kBFloat16:
       return run(BFloat16{});
+    case DType::kFloat8E4M3:
+      break;
   }
+  fail("nothing is computed in ", name_of(dtype));
+}
+
+// Calls run(T{}, Cache{}) with the element types of dtype and of a cache of cache_dtype.
+template <class Run>
+void dispatch_dtypes(DType dtype, DType cache_dtype, const Run& run) {
+  dispatch_dtype(dtype, [&](auto element) {
+    if (cache_dtype == DType::kFloat8E4M3) {
+      run(element, Float8E4M3{});
+    } else {
+      run(element, element);
+    }
+  });
 }
 
 namespace simd {
 
-// --- in portable vector code, on 16-bit values in 32-bit lanes ---
+// --- in portable vector code, on narrow values in 32-bit lanes ---
 
 template <class Uint>
 NANO_VLLM_INLINE Uint widen(const Uint& half, Float16) {
@@ -47,6 +63,15 @@ NANO_VLLM_INLINE Uint widen(const Uint& half, Float16) {
 template <class Uint>
 NANO_VLLM_INLINE Uint widen(const Uint& bfloat, BFloat16) {
   return bfloat << 16;
+}
+
+template <class Uint>
+NANO_VLLM_INLINE Uint widen(const Uint& byte, Float8E4M3) {
+  const Uint magnitude = (byte & 0x7fu) << 20;
+  // As for float16; here the biases differ by 120.
+  const Uint finite = bit_cast<Uint>(bit_cast<Float<kLanesOf<Uint>>>(magnitude) * 0x1p120f);
+  const Uint nan = Uint{} + 0x7fc00000u;
+  return (magnitude == 0x07f00000u ? nan : finite) | ((byte & 0x80u) << 24);
 }
 
 template <class Uint>
@@ -66,6 +91,46 @@ NANO_VLLM_INLINE Uint narrow(const Uint& bits, BFloat16) {
   const Uint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Uint quiet_nan = (bits >> 16) | 0x40u;
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+}
+
+template <class Uint>
+NANO_VLLM_INLINE Uint narrow(const Uint& bits, Float8E4M3) {
+  const Uint magnitude = bits & 0x7fffffffu;
+  // In [2^14, 2^15) the last bit of a float is worth that of a subnormal here.
+  const Uint subnormal =
+      bit_cast<Uint>(bit_cast<Float<kLanesOf<Uint>>>(magnitude) + 0x1p14f) - (141u << 23);
+  const Uint normal = (magnitude - (120u << 23) + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+  const Uint special = magnitude > 0x7f800000u ? Uint{} + 0x7fu : Uint{} + 0x7eu;
+  const Uint finite = magnitude < (121u << 23) ? subnormal : normal;
+  return (magnitude > 0x43e00000u ? special : finite) | ((bits >> 24) & 0x80u);
+}
+
+template <int kLanes>
+NANO_VLLM_INLINE Float<kLanes> widen_lanes(const typename Vectors<kLanes>::Byte& lanes,
+                                           Float8E4M3 type) {
+#ifdef NANO_VLLM_X86_DISPATCH
+  if constexpr (kLanes >= 8) {
+    // By way of float16, where subnormals cost nothing: shifted to its place, a value is a 256th of
+    // itself, and NaN becomes 480, one step above the largest.
+    typename Vectors<kLanes>::Short half;
+    asm("vpmovsxbw %1, %0" : "=v"(half) : "v"(lanes));
+    half = (half << 7) & static_cast<uint16_t>(0xbf80);
+    Float<kLanes> wide;
+    asm("vcvtph2ps %1, %0" : "=v"(wide) : "v"(half));
+    wide *= 256.0f;
+    const auto is_nan = (wide > kMaxFloat8E4M3) | (wide < -kMaxFloat8E4M3);
+    return bit_cast<Float<kLanes>>(bit_cast<Int<kLanes>>(wide) | (is_nan & 0x7fc00000));
+  }
+#endif
+  using Uint = typename Vectors<kLanes>::Uint;
+  return bit_cast<Float<kLanes>>(widen(__builtin_convertvector(lanes, Uint), type));
+}
+
+template <class Vector>
+NANO_VLLM_INLINE auto narrow_lanes(const Vector& lanes, Float8E4M3 type) {
+  constexpr int kLanes = kLanesOf<Vector>;
+  const auto bits = bit_cast<typename Vectors<kLanes>::Uint>(lanes);
+  return __builtin_convertvector(narrow(bits, type), typename Vectors<kLanes>::Byte);
 }
 
 template <int kLanes, class T>
@@ -118,7 +183,9 @@ NANO_VLLM_INLINE Float<kLanes> load(const T* address) {
     std::memcpy(&lanes, address, sizeof(lanes));
     return lanes;
   } else {
-    typename Vectors<kLanes>::Short lanes;
+    std::conditional_t<sizeof(T) == 1, typename Vectors<kLanes>::Byte,
+                       typename Vectors<kLanes>::Short>
+        lanes;
     std::memcpy(&lanes, address, sizeof(lanes));
     return widen_lanes<kLanes>(lanes, T{});
   }

@@ -32,6 +32,12 @@ inline double uniform(double low, double high) {
 // Conversions one at a time and by arithmetic, not by the bit tricks under test.
 inline double to_double(DType dtype, const void* element) {
   if (dtype == DType::kFloat32) return *static_cast<const float*>(element);
+  if (dtype == DType::kFloat8E4M3) {
+    const int bits = *static_cast<const uint8_t*>(element), exponent = bits >> 3 & 15;
+    const int mantissa = exponent == 0 ? bits & 7 : 8 + (bits & 7);
+    if ((bits & 0x7f) == 0x7f) return NAN;
+    return std::ldexp(bits & 0x80 ? -mantissa : mantissa, std::max(exponent, 1) - 10);
+  }
   const uint16_t bits = *static_cast<const uint16_t*>(element);
   const int mantissa_bits = dtype == DType::kFloat16 ? 10 : 7;
   const int bias = dtype == DType::kFloat16 ? 15 : 127;
@@ -59,13 +65,17 @@ class Buffer {
   double operator[](int64_t i) const { return to_double(dtype_, bytes_.data() + offset(i)); }
 
   void set(int64_t i, double value) {
-    const float x = static_cast<float>(value);
-    cpu::dispatch_dtype(dtype_, [&](auto element) {
+    const auto store = [&](auto element) {
       using T = decltype(element);
       T out[4];
-      cpu::simd::store(out, cpu::simd::broadcast<4>(x));
+      cpu::simd::store(out, cpu::simd::broadcast<4>(static_cast<float>(value)));
       std::memcpy(bytes_.data() + offset(i), out, sizeof(T));
-    });
+    };
+    if (dtype_ == DType::kFloat8E4M3) {
+      store(Float8E4M3{});
+    } else {
+      cpu::dispatch_dtype(dtype_, store);
+    }
   }
   void fill(double low, double high) {
     for (int64_t i = 0; i < numel(); ++i) set(i, uniform(low, high));
@@ -105,14 +115,16 @@ struct AttentionCase {
   int sliding_window = 0;
   float softcap = 0;
   bool strided = false;  // a fused QKV tensor and a cache with keys and values in turns
+  bool float8 = false;   // caches, with different scales of the heads
+  DType cache_dtype() const { return float8 ? DType::kFloat8E4M3 : dtype; }
 };
 
 // The tensors of a case; block tables in random order, slots that hold no token NaN.
 struct AttentionInputs {
   explicit AttentionInputs(const AttentionCase& c)
-      : query(c.dtype, 0), keys(c.dtype, 0), values(c.dtype, 0) {
+      : query(c.dtype, 0), keys(c.cache_dtype(), 0), values(c.cache_dtype(), 0) {
     PagedAttentionParams& p = params;
-    p.dtype = c.dtype;
+    p.dtype = c.dtype, p.cache_dtype = c.cache_dtype();
     p.num_seqs = static_cast<int32_t>(c.sequences.size());
     p.num_heads = c.num_heads, p.num_kv_heads = c.num_kv_heads;
     p.head_dim = c.head_dim, p.block_size = c.block_size;
@@ -152,17 +164,22 @@ struct AttentionInputs {
     p.key_stride_block = c.strided ? 2 * plane : plane;
     p.value_stride_token = p.key_stride_token, p.value_stride_head = p.key_stride_head;
     p.value_stride_block = p.key_stride_block;
-    keys = Buffer(c.dtype, num_blocks * p.key_stride_block);
-    values = Buffer(c.dtype, num_blocks * p.value_stride_block);
+    keys = Buffer(c.cache_dtype(), num_blocks * p.key_stride_block);
+    values = Buffer(c.cache_dtype(), num_blocks * p.value_stride_block);
+    for (int head = 0; c.float8 && head < c.num_kv_heads; ++head) {
+      key_scales.push_back(static_cast<float>(uniform(0.01, 0.1)));
+      value_scales.push_back(static_cast<float>(uniform(0.1, 2)));
+    }
     int used = 0;
     for (size_t s = 0; s < c.sequences.size(); ++s) {
       int32_t* table = tables.data() + s * p.block_tables_stride;
       for (int t = 0; t < c.sequences[s].seq_len; ++t) {
         if (t % c.block_size == 0) table[t / c.block_size] = order[used++];
         for (int64_t i = 0; i < int64_t{c.num_kv_heads} * c.head_dim; ++i) {
-          const int64_t at = key_offset(s, t, static_cast<int>(i / c.head_dim)) + i % c.head_dim;
-          keys.set(at, uniform(-2, 2));
-          values.set(at, uniform(-1, 1));
+          const int head = static_cast<int>(i / c.head_dim);
+          const int64_t at = key_offset(s, t, head) + i % c.head_dim;
+          keys.set(at, uniform(-2, 2) / scale_of(key_scales, head));
+          values.set(at, uniform(-1, 1) / scale_of(value_scales, head));
         }
       }
     }
@@ -174,12 +191,18 @@ struct AttentionInputs {
            kv_head * params.key_stride_head;
   }
 
+  static float scale_of(const std::vector<float>& scales, int head) {
+    return scales.empty() ? 1.0f : scales[head];
+  }
+
   // By cpu:: or cuda::paged_attention.
   template <class Run>
   Buffer run(const Run& run) {
     Buffer out(params.dtype, num_tokens * params.out_stride_token);
     params.out = out.data(), params.query = query.data();
     params.key_cache = keys.data(), params.value_cache = values.data();
+    params.key_scale = key_scales.empty() ? nullptr : key_scales.data();
+    params.value_scale = value_scales.empty() ? nullptr : value_scales.data();
     params.block_tables = tables.data();
     params.query_start_loc = start.data(), params.seq_lens = lens.data();
     run(params);
@@ -189,6 +212,7 @@ struct AttentionInputs {
   PagedAttentionParams params{};
   int64_t num_tokens;
   Buffer query, keys, values;
+  std::vector<float> key_scales, value_scales;
   std::vector<int32_t> start, lens, tables;
 };
 
@@ -206,7 +230,7 @@ inline std::vector<double> attention_row(const AttentionInputs& in, size_t seq, 
       score += in.query[token * p.query_stride_token + head * p.query_stride_head + d] *
                in.keys[in.key_offset(seq, t, kv_head) + d];
     }
-    score *= p.scale;
+    score *= p.scale * in.scale_of(in.key_scales, kv_head);
     scores.push_back(p.softcap > 0 ? p.softcap * std::tanh(score / p.softcap) : score);
   }
   const double max = *std::max_element(scores.begin(), scores.end());
@@ -218,7 +242,7 @@ inline std::vector<double> attention_row(const AttentionInputs& in, size_t seq, 
     for (int d = 0; d < p.head_dim; ++d)
       out[d] += weight * in.values[in.key_offset(seq, t, kv_head) + d];
   }
-  for (double& x : out) x /= sum;
+  for (double& x : out) x *= in.scale_of(in.value_scales, kv_head) / sum;
   return out;
 }
 

@@ -42,6 +42,7 @@ AttentionCase random_case(DType dtype) {
   c.sliding_window = choice<int>({0, 0, 0, between(1, 300)});
   c.softcap = choice<float>({0, 0, 2.5f});
   c.strided = choice<int>({0, 1});
+  c.float8 = choice<int>({0, 1});
   const int longest = choice<int>({70, 70, 400});
   for (int i = between(1, 5); i > 0; --i) {
     const int seq_len = between(1, longest);

@@ -48,6 +48,10 @@ void test_attention() {
     test_attention_case({dtype, 2, 2, 192, 256, {{1, 255}, {1, 256}, {2, 257}}}, kError, attend);
     test_attention_case({dtype, 64, 1, 64, 16, {{2, 70}}}, kError,
                         attend);  // more heads than rows of a task
+    for (int head_dim : {64, 80, 96, 128, 192, 256}) {
+      test_attention_case({dtype, 6, 3, head_dim, 16, mixed, 20, 0, head_dim % 64 != 0, true},
+                          kError, attend);
+    }
   }
   test_attention_case({DType::kFloat32, 2, 1, 64, 16, {{1, 1500}}}, kError, attend);
   test_attention_case({DType::kFloat32, 3, 1, 64, 16, {{130, 700}}, 100}, kError, attend);
@@ -281,8 +285,12 @@ void test_activation() {
 // --- cache ---
 
 void test_reshape_and_cache() {
+  constexpr float kScales[] = {0.5f, 0.037f};
   for (DType dtype : kDTypes) {
-    for (bool strided : {false, true}) {
+    for (int variant = 0; variant < 6; ++variant) {
+      const bool strided = variant % 2;
+      const DType cache_dtype = variant < 2 ? dtype : DType::kFloat8E4M3;
+      const float* scales = variant < 4 ? nullptr : kScales;
       constexpr int kTokens = 6, kHeads = 2, kHeadDim = 20, kBlockSize = 8, kBlocks = 3;
       const std::vector<int64_t> slots = {23, -1, 0, 7, 8, -5};
       const int64_t head = strided ? kHeadDim + 2 : kHeadDim,
@@ -293,19 +301,22 @@ void test_reshape_and_cache() {
       const int64_t block = kBlockSize * kHeads * kHeadDim;
       const int64_t cache_token = strided ? kHeadDim : kHeads * kHeadDim;
       const int64_t cache_head = strided ? kBlockSize * kHeadDim : kHeadDim;
-      Buffer keys(dtype, kBlocks * block), values(dtype, kBlocks * block);
-      cpu::reshape_and_cache({dtype,        key.data(),  value.data(), keys.data(), values.data(),
-                              slots.data(), token,       head,         token,       head,
-                              block,        cache_token, cache_head,   block,       cache_token,
-                              cache_head,   kTokens,     kHeads,       kHeadDim,    kBlockSize});
-      Buffer expected_keys(dtype, kBlocks * block), expected_values(dtype, kBlocks * block);
+      Buffer keys(cache_dtype, kBlocks * block), values(cache_dtype, kBlocks * block);
+      cpu::reshape_and_cache({dtype,         cache_dtype, key.data(),  value.data(), keys.data(),
+                              values.data(), scales,      scales,      slots.data(), token,
+                              head,          token,       head,        block,        cache_token,
+                              cache_head,    block,       cache_token, cache_head,   kTokens,
+                              kHeads,        kHeadDim,    kBlockSize});
+      Buffer expected_keys(cache_dtype, kBlocks * block),
+          expected_values(cache_dtype, kBlocks * block);
       for (int64_t i = 0; i < kTokens; ++i) {
         for (int64_t j = 0; slots[i] >= 0 && j < kHeads * kHeadDim; ++j) {
           const int64_t from = i * token + j / kHeadDim * head + j % kHeadDim;
           const int64_t to = slots[i] / kBlockSize * block + slots[i] % kBlockSize * cache_token +
                              j / kHeadDim * cache_head + j % kHeadDim;
-          expected_keys.set(to, key[from]);
-          expected_values.set(to, value[from]);
+          const double scale = scales == nullptr ? 1 : scales[j / kHeadDim];
+          expected_keys.set(to, key[from] / scale);
+          expected_values.set(to, value[from] / scale);
         }
       }
       CHECK(keys == expected_keys);
@@ -346,25 +357,17 @@ struct RotaryInputs {
     const int64_t block = int64_t{kKvHeads} * kBlockSize * head_dim,
                   head = int64_t{kBlockSize} * head_dim;
     RotaryReshapeAndCacheParams p{};
-    p.kv = {dtype,
-            key.data(),
-            value.data(),
-            keys.data(),
-            values.data(),
-            slots.data(),
-            stride(kKvHeads),
-            head_dim,
-            stride(kKvHeads),
-            head_dim,
-            block,
-            head_dim,
-            head,
-            block,
-            head_dim,
-            head,
-            kTokens,
-            kKvHeads,
-            head_dim,
+    p.kv = {dtype,        dtype,
+            key.data(),   value.data(),
+            keys.data(),  values.data(),
+            nullptr,      nullptr,
+            slots.data(), stride(kKvHeads),
+            head_dim,     stride(kKvHeads),
+            head_dim,     block,
+            head_dim,     head,
+            block,        head_dim,
+            head,         kTokens,
+            kKvHeads,     head_dim,
             kBlockSize};
     p.query = query.data(), p.positions = positions.data(), p.cos_sin_cache = angles.data();
     p.query_norm_weight = with_norm ? query_weight.data() : nullptr;

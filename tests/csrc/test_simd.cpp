@@ -1,5 +1,6 @@
 // The SIMD layer of the CPU kernels, on every vector width that this machine runs: all 16-bit
 // patterns widened and narrowed, and the accuracy of its functions.
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -145,6 +146,55 @@ void test_conversions() {
   CHECK(right);
 }
 
+double value_of(Float8E4M3 x) {
+  const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
+  const double magnitude =
+      exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return x.bits & 0x80 ? -magnitude : magnitude;
+}
+
+template <class Width>
+void test_float8_conversions() {
+  constexpr int kNan = 0x7f;
+  std::vector<Float8E4M3> all(256), back(all.size());
+  for (size_t i = 0; i < all.size(); ++i) all[i].bits = static_cast<uint8_t>(i);
+  std::vector<float> wide(all.size());
+  Width::template run<Convert<Float8E4M3>>(all, wide.data(), back.data());
+  bool widened = true, kept = true;
+  for (size_t i = 0; i < all.size(); ++i) {
+    const bool is_nan = (i & kNan) == kNan;
+    widened = widened && (is_nan ? std::isnan(wide[i])
+                                 : static_cast<double>(wide[i]) == value_of(all[i]) &&
+                                       std::signbit(wide[i]) == (i > kNan));
+    kept = kept && (is_nan ? (back[i].bits & kNan) == kNan : back[i].bits == i);
+  }
+  CHECK(widened);
+  CHECK(kept);
+
+  // Between each two neighbours, as above; the last step leads to what would be 480.
+  std::vector<float> in;
+  std::vector<int> expected;
+  for (int bits = 0; bits < kNan; ++bits) {
+    const double low = value_of(Float8E4M3{static_cast<uint8_t>(bits)});
+    const double step = value_of(Float8E4M3{static_cast<uint8_t>(bits + 1)}) - low;
+    for (int quarter = 1; quarter <= 3; ++quarter) {
+      const bool up = quarter == 3 || (quarter == 2 && bits % 2 == 1);
+      in.push_back(static_cast<float>(low + step * quarter / 4));
+      expected.push_back(std::min(bits + up, kNan - 1));
+    }
+  }
+  for (float x : {480.0f, 1e30f, FLT_MAX, INFINITY}) in.push_back(x), expected.push_back(kNan - 1);
+  in.push_back(std::numeric_limits<float>::quiet_NaN()), expected.push_back(kNan);
+  for (int sign : {0, 0x80}) {
+    std::vector<Float8E4M3> rounded(in.size());
+    Width::template run<Narrow<Float8E4M3>>(in, rounded.data());
+    bool right = true;
+    for (size_t i = 0; i < in.size(); ++i) right = right && rounded[i].bits == (expected[i] | sign);
+    CHECK(right);
+    for (float& x : in) x = -x;
+  }
+}
+
 // --- functions ---
 
 struct Exp {
@@ -221,6 +271,7 @@ template <class Width>
 void test_width() {
   test_conversions<Width, Float16>();
   test_conversions<Width, BFloat16>();
+  test_float8_conversions<Width>();
   test_functions<Width>();
   std::vector<float> in;
   for (int i = 0; i < 64; ++i) in.push_back(std::sin(static_cast<float>(i)));

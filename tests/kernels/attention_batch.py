@@ -10,7 +10,7 @@ import torch
 from nano_vllm import ops
 from tests import reference
 from tests.kernels.compare import assert_equal_bits, assert_gaps_untouched
-from tests.kernels.draw import SENTINEL, Draw
+from tests.kernels.draw import FLOAT8, SENTINEL, Draw
 
 CACHE_LAYOUTS = ("tokens first", "heads first", "keys beside values", "odd")
 
@@ -120,13 +120,15 @@ def page(
     *,
     cache_layout: str | None = None,
     query_layout: str | None = None,
+    float8: bool = False,
     **options: Any,
 ) -> AttentionBatch:
     """Lays the sequences out on randomly chosen blocks.
 
     All that no query may see is NaN: rows past a sequence's end, blocks of nobody, padding queries,
     gaps between the strides. Block table entries past a sequence's last block name a block of
-    nobody or no block at all. The bounds max_query_len and max_seq_len are often loose.
+    nobody or no block at all. The bounds max_query_len and max_seq_len are often loose. A float8
+    cache often has scales.
     """
     query = torch.cat([sequence.query for sequence in sequences])
     _, num_kv_heads, head_dim = sequences[0].keys.shape
@@ -137,15 +139,19 @@ def page(
     width = max(needed) + draw.between(0, 2)
 
     keys = torch.full((num_blocks, block_size, num_kv_heads, head_dim), torch.nan)
-    keys = keys.to(draw.device, query.dtype)
+    keys = keys.to(draw.device, FLOAT8 if float8 else query.dtype)
     values = keys.clone()
+    for name in ("k_scale", "v_scale") if float8 else ():
+        if draw.choice((True, True, False)):
+            options[name] = draw.scales(num_kv_heads)
     blocks = draw.sample(num_blocks, num_blocks)
     unused = [blocks[-1], 2**31 - 1, -1, -(2**31)]
     tables = [[draw.choice(unused) for _ in range(width)] for _ in sequences]
     for s, sequence in enumerate(sequences):
         tables[s][: needed[s]] = [blocks.pop(0) for _ in range(needed[s])]
-        _write_tokens(keys, sequence.keys, tables[s][: needed[s]])
-        _write_tokens(values, sequence.values, tables[s][: needed[s]])
+        own = tables[s][: needed[s]]
+        _write_tokens(keys, sequence.keys, own, options.get("k_scale"))
+        _write_tokens(values, sequence.values, own, options.get("v_scale"))
     key_cache, value_cache = _lay_out(
         draw, keys, values, cache_layout or draw.choice(CACHE_LAYOUTS)
     )
@@ -177,11 +183,17 @@ def _int32(draw: Draw, values: list[Any]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=draw.device)
 
 
-def _write_tokens(cache: torch.Tensor, tokens: torch.Tensor, blocks: list[int]) -> None:
+def _write_tokens(
+    cache: torch.Tensor, tokens: torch.Tensor, blocks: list[int], scale: torch.Tensor | None
+) -> None:
     block_size = cache.shape[1]
+    if scale is not None:
+        tokens = tokens / scale[:, None]
+    if cache.dtype == FLOAT8:
+        tokens = tokens.clamp(-448, 448)
     for i, block in enumerate(blocks):
         rows = tokens[i * block_size : (i + 1) * block_size]
-        cache[block, : len(rows)] = rows
+        cache[block, : len(rows)] = rows.to(cache.dtype)
 
 
 def _lay_out(

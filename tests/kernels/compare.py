@@ -61,7 +61,7 @@ def assert_equal_bits(out: torch.Tensor, expected: torch.Tensor) -> None:
     """The same bits; a NaN equals itself."""
     assert out.dtype == expected.dtype
     assert out.shape == expected.shape
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[out.dtype.itemsize]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[out.dtype.itemsize]
     differing = out.contiguous().view(integer) != expected.contiguous().view(integer)
     assert not bool(differing.any()), (
         f"{int(differing.sum())} of {out.numel()} elements differ, the first at "

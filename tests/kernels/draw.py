@@ -15,10 +15,15 @@ Item = TypeVar("Item")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("dense", "aligned", "odd")
 
-SENTINEL = -1024.0
+SENTINEL = -416.0
 """Fills what an op must leave alone; exact in every dtype."""
 
+FLOAT8 = torch.float8_e4m3fn
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+each_cache = pytest.mark.parametrize("float8", [False, True], ids=["same", "float8"])
+"""A KV cache of the dtype under test, or of float8."""
 
 
 def random_cases(count: int) -> pytest.MarkDecorator:
@@ -51,6 +56,14 @@ class Draw:
 
     def normal(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator).to(self.device, dtype)
+
+    def scales(self, num_heads: int) -> torch.Tensor:
+        """Of the heads of a float8 cache: different ones, or all the same."""
+        if self.choice((True, False)):
+            return torch.full((num_heads,), self.uniform(0.01, 0.1), device=self.device)
+        return self.strided(
+            torch.tensor([self.uniform(0.01, 2.0) for _ in range(num_heads)], device=self.device)
+        )
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Both included."""

@@ -11,6 +11,7 @@ import torch
 
 from nano_vllm import ops
 from tests.kernels.compare import assert_equal_bits
+from tests.kernels.draw import FLOAT8
 
 Arguments = dict[str, Any]
 
@@ -31,6 +32,8 @@ def paged_attention_arguments() -> Arguments:
         "sliding_window": 0,
         "softcap": 0.0,
         "workspace": torch.zeros(ops.paged_attention_workspace_numel(2, 6, 64)),
+        "k_scale": None,
+        "v_scale": None,
     }
 
 
@@ -54,6 +57,8 @@ def reshape_and_cache_arguments() -> Arguments:
         "key_cache": torch.zeros(9, 8, 2, 64),
         "value_cache": torch.zeros(9, 8, 2, 64),
         "slot_mapping": torch.arange(7),
+        "k_scale": None,
+        "v_scale": None,
     }
 
 
@@ -151,7 +156,12 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("out", torch.Tensor.bfloat16, "out must be float32, got bfloat16"),
         ("out", zeros(6, 6, 64), "out must have shape [7, 6, 64], got [6, 6, 64]"),
         ("out", gapped, f"out {GAPPED}"),
-        ("key_cache", torch.Tensor.half, "key_cache must be float32, got float16"),
+        ("key_cache", torch.Tensor.half,
+         "key_cache must be float32 or float8_e4m3fn, got float16"),
+        ("key_cache", zeros(9, 8, 2, 64, dtype=FLOAT8),
+         "value_cache must be float8_e4m3fn, got float32"),
+        ("k_scale", zeros(2), "k_scale is for caches of float8_e4m3fn, got one of float32"),
+        ("v_scale", zeros(2), "v_scale is for caches of float8_e4m3fn, got one of float32"),
         ("key_cache", zeros(9, 8, 2, 80),
          "key_cache must have shape [any, any, any, 64], got [9, 8, 2, 80]"),
         ("key_cache", zeros(9, 8, 128),
@@ -203,7 +213,11 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("value", gapped, f"value {GAPPED}"),
         ("key_cache", zeros(9, 8, 3, 64),
          "key_cache must have shape [any, any, 2, 64], got [9, 8, 3, 64]"),
-        ("key_cache", torch.Tensor.half, "key_cache must be float32, got float16"),
+        ("key_cache", torch.Tensor.half,
+         "key_cache must be float32 or float8_e4m3fn, got float16"),
+        ("key_cache", zeros(9, 8, 2, 64, dtype=FLOAT8),
+         "value_cache must be float8_e4m3fn, got float32"),
+        ("k_scale", zeros(2), "k_scale is for caches of float8_e4m3fn, got one of float32"),
         ("key_cache", gapped, f"key_cache {GAPPED}"),
         ("value_cache", zeros(9, 16, 2, 64),
          "value_cache must have shape [9, 8, 2, 64], got [9, 16, 2, 64]"),
@@ -224,6 +238,7 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
          "key_cache must have shape [any, any, 2, 64], got [9, 8, 3, 64]"),
         ("value_cache", gapped, f"value_cache {GAPPED}"),
         ("slot_mapping", lambda slots: slots[:5], "slot_mapping must have shape [7], got [5]"),
+        ("v_scale", zeros(2), "v_scale is for caches of float8_e4m3fn, got one of float32"),
         ("positions", torch.Tensor.int, "positions must be int64, got int32"),
         ("positions", lambda positions: positions[:5], "positions must have shape [7], got [5]"),
         ("cos_sin_cache", torch.Tensor.half, "cos_sin_cache must be float32, got float16"),
@@ -237,7 +252,8 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("norm_eps", lambda _: float("nan"), "norm_eps must be at least 0, got nan"),
     ],
     "copy_blocks": [
-        ("kv_cache", torch.Tensor.double, f"kv_cache {FLOATS}, got float64"),
+        ("kv_cache", torch.Tensor.double,
+         "kv_cache must be float32, float16, bfloat16 or float8_e4m3fn, got float64"),
         ("kv_cache", zeros(3, 9, 8, 2, 64),
          "kv_cache must have shape [num_layers, 2, num_blocks, ...], got [3, 9, 8, 2, 64]"),
         ("kv_cache", gapped, "kv_cache must have dense blocks, got stride 2 where 1 is expected"),
@@ -388,6 +404,33 @@ def test_block_size(device: str, block_size: int) -> None:
         arguments[name] = torch.zeros(9, block_size, 2, 64)
     message = f"block_size must be a multiple of 8 in [8, 256], got {block_size}"
     assert_refused("paged_attention", to(device, arguments), message)
+
+
+CACHE_OPS = ("paged_attention", "reshape_and_cache", "rotary_reshape_and_cache")
+
+
+@pytest.mark.parametrize("op", CACHE_OPS)
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(2, dtype=torch.float64), "must be float32, got float64"),
+        (torch.ones(3), "must have shape [2], got [3]"),
+        (torch.ones(()), "must have shape [2], got []"),
+        (gapped(torch.ones(2)), GAPPED),
+        (torch.ones(2, device="meta"), "got an unsupported device"),
+    ],
+)
+def test_scales(device: str, op: str, name: str, scale: torch.Tensor, message: str) -> None:
+    arguments = VALID[op]()
+    for cache in ("key_cache", "value_cache"):
+        arguments[cache] = torch.zeros(9, 8, 2, 64, dtype=FLOAT8)
+    arguments = to(device, arguments)
+    call(op, arguments)
+    where = "meta" if scale.device.type == "meta" else device
+    moved = torch.stack((scale, scale), dim=-1)[..., 0] if GAPPED in message else scale
+    arguments[name] = moved if where == "meta" else moved.to(device)
+    assert_refused(op, arguments, message)
 
 
 @pytest.mark.parametrize("num_kv_heads", [0, 4, 12])

@@ -9,7 +9,7 @@ from nano_vllm import ops
 from tests import reference
 from tests.kernels.attention_batch import HeadShape, draw_sequence, page
 from tests.kernels.compare import assert_close
-from tests.kernels.draw import Draw, each_dtype, random_cases
+from tests.kernels.draw import FLOAT8, Draw, each_cache, each_dtype, random_cases
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
@@ -26,8 +26,11 @@ def draw_lengths(draw: Draw, block_size: int) -> tuple[int, int]:
 
 
 @each_dtype
+@each_cache
 @random_cases(12)
-def test_random_batches(device: str, dtype: torch.dtype, seed: int, case: int) -> None:
+def test_random_batches(
+    device: str, dtype: torch.dtype, float8: bool, seed: int, case: int
+) -> None:
     draw = Draw(seed, device)
     heads = HeadShape(*draw.choice(HEADS), draw.choice(HEAD_DIMS))
     block_size = draw.choice(BLOCK_SIZES)
@@ -42,25 +45,30 @@ def test_random_batches(device: str, dtype: torch.dtype, seed: int, case: int) -
         scale=heads.head_dim**-0.5 * draw.choice((0.5, 1.0, 3.0)),
         sliding_window=draw.choice((0, 0, draw.between(1, 100))),
         softcap=draw.choice((0.0, 0.0, draw.uniform(0.5, 30.0))),
+        float8=float8,
     )
     assert_close(batch.run(), batch.expected())
 
 
 @each_dtype
+@each_cache
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_head_dims(device: str, dtype: torch.dtype, seed: int, head_dim: int) -> None:
+def test_head_dims(device: str, dtype: torch.dtype, float8: bool, seed: int, head_dim: int) -> None:
     draw = Draw(seed, device)
     heads = HeadShape(6, 2, head_dim)
     lengths = ((1, 50), (1, 131), (33, 70), (20, 20))
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
     for some in (sequences, sequences[:2]):
-        batch = page(draw, some, draw.choice(BLOCK_SIZES))
+        batch = page(draw, some, draw.choice(BLOCK_SIZES), float8=float8)
         assert_close(batch.run(), batch.expected())
 
 
 @each_dtype
+@each_cache
 @pytest.mark.parametrize("block_size", [*BLOCK_SIZES, 24])
-def test_edge_lengths(device: str, dtype: torch.dtype, seed: int, block_size: int) -> None:
+def test_edge_lengths(
+    device: str, dtype: torch.dtype, float8: bool, seed: int, block_size: int
+) -> None:
     draw = Draw(seed, device)
     heads = HeadShape(4, 2, draw.choice(HEAD_DIMS))
     edges = (1, block_size - 1, block_size, block_size + 1, 2 * block_size)
@@ -71,20 +79,21 @@ def test_edge_lengths(device: str, dtype: torch.dtype, seed: int, block_size: in
         for query_len in (2, block_size - 1, block_size, block_size + 1)
     ]
     for sequences in (decodes, prefills, chunks, decodes + chunks[:2] + prefills[:2]):
-        batch = page(draw, sequences, block_size)
+        batch = page(draw, sequences, block_size, float8=float8)
         assert_close(batch.run(), batch.expected())
 
 
 @each_dtype
+@each_cache
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
 def test_head_groups(
-    device: str, dtype: torch.dtype, seed: int, num_heads: int, num_kv_heads: int
+    device: str, dtype: torch.dtype, float8: bool, seed: int, num_heads: int, num_kv_heads: int
 ) -> None:
     draw = Draw(seed, device)
     heads = HeadShape(num_heads, num_kv_heads, draw.choice(HEAD_DIMS))
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in ((1, 40), (9, 25))]
     for some in (sequences, sequences[:1]):
-        batch = page(draw, some, draw.choice(BLOCK_SIZES))
+        batch = page(draw, some, draw.choice(BLOCK_SIZES), float8=float8)
         assert_close(batch.run(), batch.expected())
 
 
@@ -105,10 +114,11 @@ def test_sliding_window(
 
 
 @each_dtype
+@each_cache
 @pytest.mark.parametrize("sliding_window", [0, 700])
 @pytest.mark.parametrize("seq_len", [500, 1023, 3001])
 def test_long_contexts(
-    device: str, dtype: torch.dtype, seed: int, sliding_window: int, seq_len: int
+    device: str, dtype: torch.dtype, float8: bool, seed: int, sliding_window: int, seq_len: int
 ) -> None:
     """Long enough to be split, alone and beside short ones."""
     draw = Draw(seed, device)
@@ -119,14 +129,15 @@ def test_long_contexts(
         for query_len, length in ((1, seq_len), (1, seq_len + 9), (1, 3), (13, seq_len + 1))
     ]
     for some in (sequences[:1], sequences[:3], sequences):
-        batch = page(draw, some, block_size, sliding_window=sliding_window)
+        batch = page(draw, some, block_size, sliding_window=sliding_window, float8=float8)
         assert_close(batch.run(), batch.expected())
 
 
 @each_dtype
+@each_cache
 @pytest.mark.parametrize(("num_seqs", "longest"), [(40, 900), (400, 90)])
 def test_many_decodes(
-    device: str, dtype: torch.dtype, seed: int, num_seqs: int, longest: int
+    device: str, dtype: torch.dtype, float8: bool, seed: int, num_seqs: int, longest: int
 ) -> None:
     """One to eight query tokens each, among some prefills and sequences with nothing to do: fewer
     sequences than a GPU has thread blocks, and more; one is much longer than the others.
@@ -139,13 +150,16 @@ def test_many_decodes(
         query_len = draw.choice((1, 1, 1, draw.between(0, 8), draw.between(0, 20)))
         lengths.append((min(query_len, seq_len), seq_len))
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
-    batch = page(draw, sequences, 16, sliding_window=draw.choice((0, 300)))
+    batch = page(draw, sequences, 16, sliding_window=draw.choice((0, 300)), float8=float8)
     assert_close(batch.run(), batch.expected())
 
 
 @each_dtype
+@each_cache
 @pytest.mark.parametrize("query_len", [1, 30])
-def test_extreme_scores(device: str, dtype: torch.dtype, seed: int, query_len: int) -> None:
+def test_extreme_scores(
+    device: str, dtype: torch.dtype, float8: bool, seed: int, query_len: int
+) -> None:
     """Scores in the thousands of either sign: the softmax neither overflows nor loses its maximum,
     wherever along the sequence that lies. Being multiples of 32 they are exact, and all but the
     largest weigh nothing.
@@ -158,8 +172,40 @@ def test_extreme_scores(device: str, dtype: torch.dtype, seed: int, query_len: i
     backwards = draw_sequence(draw, query_len, 300, heads, dtype)
     backwards.query, backwards.keys = forwards.query, forwards.keys.flip(0)
     for scale in (1.0, -1.0):
-        batch = page(draw, [forwards, backwards], 32, scale=scale)
+        batch = page(draw, [forwards, backwards], 32, scale=scale, float8=float8)
+        for name in ("k_scale", "v_scale"):
+            batch.options.pop(name, None)  # they would round
         assert_close(batch.run(), batch.expected())
+
+
+@each_dtype
+@pytest.mark.parametrize("query_len", [1, 12])
+def test_every_float8(device: str, dtype: torch.dtype, seed: int, query_len: int) -> None:
+    """Each finite number of a float8 cache, as a value that is all there is to see, and as the one
+    element of a key that meets its inverse in the query.
+    """
+    draw = Draw(seed, device)
+    heads, scale = HeadShape(2, 1, 64), torch.full((1,), 0.5, device=device)
+    bits = torch.tensor([i for i in range(256) if i % 128 not in (0, 127)], dtype=torch.uint8)
+    numbers = bits.view(FLOAT8).to(device, dtype)
+    sequences = [draw_sequence(draw, query_len, query_len, heads, dtype) for _ in numbers]
+    for i, (sequence, number) in enumerate(zip(sequences, numbers, strict=True)):
+        sequence.values[:] = number
+        sequence.keys.zero_()
+        sequence.keys[0, 0, i % 64] = number
+        sequence.query[..., i % 64] = 4 / number
+    batch = page(draw, sequences, 16, scale=0.25, float8=True)
+    batch.options |= {"k_scale": None, "v_scale": scale}
+    for cache, name in ((batch.key_cache, "keys"), (batch.value_cache, "values")):
+        for s, sequence in enumerate(sequences):
+            cache[batch.block_tables[s, 0], :query_len] = getattr(sequence, name).to(FLOAT8)
+    expected = (numbers / 2)[:, None].expand(-1, query_len).reshape(-1, 1, 1).expand(-1, 2, 64)
+    assert_close(batch.run(), expected.double())
+
+    batch.value_cache[:, :query_len] = draw.normal(
+        *batch.value_cache[:, :query_len].shape, dtype=dtype
+    ).to(FLOAT8)
+    assert_close(batch.run(), batch.expected())
 
 
 @each_dtype

@@ -28,7 +28,7 @@ void wait_products() {}
 template <int kCount>
 void pin(float (&)[kCount][4]) {}
 
-inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, DType, int swizzle_bytes) {
+inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, int swizzle_bytes) {
   return {tensor, swizzle_bytes};
 }
 
