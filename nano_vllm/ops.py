@@ -38,11 +38,12 @@ def plan_attention(
     head_dim: int,
     max_query_len: int,
     sliding_window: int = 0,
+    shared_prefix: torch.Tensor | None = None,
 ) -> None:
     """Share out a batch's attention among the GPU's thread blocks, once for all layers alike.
 
     `paged_attention` finds the plan in the workspace where `is_planned` says so, for the same
-    numbers and the same content of `query_start_loc` and `seq_lens`. Does nothing on a CPU.
+    numbers and the same content of `query_start_loc`, `seq_lens` and `shared_prefix`. Does nothing on a CPU.
 
     Args:
         workspace: float32, at least `paged_attention_workspace_numel` long.
@@ -53,6 +54,7 @@ def plan_attention(
         head_dim: elements per head.
         max_query_len: upper bound of the query lengths.
         sliding_window: tokens a query sees, itself included; 0 for all.
+        shared_prefix: see `paged_attention`.
     """
     _ops.plan_attention(
         workspace,
@@ -63,6 +65,7 @@ def plan_attention(
         head_dim,
         max_query_len,
         sliding_window,
+        shared_prefix,
     )
 
 
@@ -84,6 +87,7 @@ def paged_attention(
     is_planned: bool = False,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    shared_prefix: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of variable-length queries over a paged KV cache (vLLM, arXiv 2309.06180).
 
@@ -114,6 +118,11 @@ def paged_attention(
         k_scale: [num_kv_heads], float32, positive; multiplies the keys of a float8_e4m3fn cache;
             None for 1.
         v_scale: [num_kv_heads], likewise for the values.
+        shared_prefix: [2, num_seqs], int32; which sequences of one query token begin with the same
+            blocks. Row 0: a leader, the number of a sequence that leads itself; row 1: how many
+            tokens, as many as the leader says and fewer than `seq_lens`, lie in the leader's
+            blocks, 0 for none. These are read once for all, on sm_90 without a sliding window;
+            elsewhere this is not looked at. The result is the same but for rounding.
     """
     _ops.paged_attention(
         out,
@@ -132,6 +141,7 @@ def paged_attention(
         is_planned,
         k_scale,
         v_scale,
+        shared_prefix,
     )
 
 

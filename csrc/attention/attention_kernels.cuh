@@ -6,11 +6,18 @@
 
 namespace nano_vllm::cuda {
 
+// What a decode shares with others.
+struct PrefixOfSequence {
+  int num_tokens, num_splits;
+};
+
 // Params, and what paged_attention.cu decides for the batch.
 struct AttentionLaunch : PagedAttentionParams {
   int32_t max_decode_queries;  // sequences with more query tokens are prefills, the others decodes
   int32_t* plan;               // head of the workspace
-  float* partial_results;      // the rest of it
+  float* partial_results;      // what follows it
+  int32_t* prefix_memory;      // and that, where decodes that share a prefix read it once
+  const PrefixOfSequence* prefix_of_seq;  // [num_seqs]; nullptr: none does
 };
 
 // Decodes. Those with more than one split leave partial rows in the workspace.
@@ -32,6 +39,15 @@ void launch_prefill_fp32(const AttentionLaunch& p, cudaStream_t stream);
 // Prefills on sm_90, 16-bit dtypes.
 bool can_prefill_sm90(const AttentionLaunch& p);
 void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream);
+// The query rows of a tile, and its tokens: as many as registers allow.
+constexpr int prefill_tile_rows(int head_dim) { return head_dim == 64 ? 192 : 128; }
+constexpr int prefill_tile_tokens(int head_dim) {
+  return head_dim <= 128 ? 128 : head_dim == 192 ? 96 : 80;
+}
+
+// On sm_90: prefixes that decodes share, see prefix_plan.cuh.
+void launch_plan_prefix(const AttentionLaunch& p, cudaStream_t stream);
+void launch_prefix_sm90(const AttentionLaunch& p, cudaStream_t stream);
 
 // Calls run(std::integral_constant<int, head_dim>{}).
 template <class Run>

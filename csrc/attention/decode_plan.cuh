@@ -72,6 +72,13 @@ struct DecodeGeometry {
   }
 };
 
+// The rows of a sequence without what it shares with others.
+__device__ inline SequenceRows decode_rows(const AttentionLaunch& p, int seq) {
+  SequenceRows rows(p, seq);
+  if (p.prefix_of_seq != nullptr) rows.begin = p.prefix_of_seq[seq].num_tokens;
+  return rows;
+}
+
 // The splits of a sequence's tokens.
 struct DecodeSplits {
   TokenRange visible;  // to any of the sequence's query tokens
@@ -80,7 +87,8 @@ struct DecodeSplits {
 
   __device__ DecodeSplits(const SequenceRows& rows, int sliding_window, int max_splits) {
     const int first = rows.seq_len - rows.query_len;  // query
-    visible = {sliding_window > 0 ? max(first - sliding_window + 1, 0) : 0, rows.seq_len};
+    visible = {sliding_window > 0 ? max(first - sliding_window + 1, rows.begin) : rows.begin,
+               rows.seq_len};
     begin = visible.begin / kStageTokens * kStageTokens;
     num_stages = ceil_div(max(visible.end - begin, 0), kStageTokens);
     // At least two stages: what a split costs besides them is no more than a stage then.
@@ -97,9 +105,11 @@ struct alignas(16) DecodeCut {
   int split;  // of the unit
   int owner;  // the part in which the unit's first split lies: names the unit's slots
   // The sequence, so that a block need not look it up before it can begin.
-  int query_start, query_len, seq_len, unused;
+  int query_start, query_len, seq_len, begin;
 
-  __device__ SequenceRows rows(int group) const { return {query_start, query_len, seq_len, group}; }
+  __device__ SequenceRows rows(int group) const {
+    return {query_start, query_len, seq_len, group, begin};
+  }
 };
 
 // The plan in memory.

@@ -1,6 +1,6 @@
 // CUDA paged attention: checks, and which kernels a batch needs. Each kernel takes the sequences of
 // its kind from the device's own query_start_loc, so nothing waits for the host.
-#include "attention/attention_kernels.cuh"
+#include "attention/prefix_plan.cuh"
 
 namespace nano_vllm::cuda {
 namespace {
@@ -23,7 +23,23 @@ AttentionLaunch launch_of(const PagedAttentionParams& params, int max_decode_que
   launch.max_decode_queries = max_decode_queries;
   launch.plan = reinterpret_cast<int32_t*>(params.workspace);
   launch.partial_results = params.workspace + kPlanNumel;
+  launch.prefix_memory = reinterpret_cast<int32_t*>(
+      params.workspace +
+      decode_workspace_numel(params.num_seqs, params.num_heads, params.head_dim));
   return launch;
+}
+
+// Whether decodes may read a prefix that they share together, as far as a step knows.
+bool can_share_prefix(const PagedAttentionParams& p) {
+  return p.prefix_leaders != nullptr && p.sliding_window == 0 &&
+         p.num_heads / p.num_kv_heads <= prefill_tile_rows(p.head_dim);
+}
+
+// What decodes share, and then what is left of them.
+void launch_plans(AttentionLaunch& launch, bool shares_prefix, cudaStream_t stream) {
+  launch.prefix_of_seq = shares_prefix ? PrefixPlan(launch).of_seq : nullptr;
+  if (shares_prefix) launch_plan_prefix(launch, stream);
+  launch_plan_decode(launch, stream);
 }
 
 }  // namespace
@@ -31,9 +47,9 @@ AttentionLaunch launch_of(const PagedAttentionParams& params, int max_decode_que
 void plan_attention(const PagedAttentionParams& params, cudaStream_t stream) {
   if (params.num_seqs == 0 || params.num_heads == 0) return;
   check_params(params);
-  if (compute_capability() == 90) {
-    launch_plan_decode(launch_of(params, kMaxPlannedQueries), stream);
-  }
+  if (compute_capability() != 90) return;
+  AttentionLaunch launch = launch_of(params, kMaxPlannedQueries);
+  launch_plans(launch, can_share_prefix(params), stream);
 }
 
 void paged_attention(const PagedAttentionParams& params, cudaStream_t stream) {
@@ -45,7 +61,13 @@ void paged_attention(const PagedAttentionParams& params, cudaStream_t stream) {
   AttentionLaunch launch = launch_of(params, kMaxPlannedQueries);
   const bool is_fp32 = params.dtype == DType::kFloat32;
   if (can_decode_sm90(launch)) {
-    if (!params.is_planned) launch_plan_decode(launch, stream);
+    const bool shares_prefix = can_share_prefix(params) && can_prefill_sm90(launch);
+    if (params.is_planned && shares_prefix == can_share_prefix(params)) {
+      launch.prefix_of_seq = shares_prefix ? PrefixPlan(launch).of_seq : nullptr;
+    } else {
+      launch_plans(launch, shares_prefix, stream);
+    }
+    if (shares_prefix) launch_prefix_sm90(launch, stream);
     launch_decode_sm90(launch, stream);
   } else {
     launch.max_decode_queries = 1;

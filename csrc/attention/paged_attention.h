@@ -28,6 +28,11 @@ struct PagedAttentionParams {
   const int32_t* block_tables;     // [num_seqs, max_blocks_per_seq]
   const int32_t* query_start_loc;  // [num_seqs + 1]
   const int32_t* seq_lens;         // [num_seqs]
+  // Which decodes begin with the same blocks; nullptr for none. A sequence of one query token has
+  // its first prefix_lens[s] tokens, fewer than seq_lens[s], where those of prefix_leaders[s] are,
+  // which has as many and leads itself.
+  const int32_t* prefix_leaders;  // [num_seqs]
+  const int32_t* prefix_lens;     // [num_seqs]; 0: shares nothing
   float* workspace;  // [workspace_numel]; a plan and partial results of split sequences (CUDA only)
   int64_t workspace_numel;
   bool is_planned;  // whether plan_attention has filled the workspace for this batch
@@ -59,13 +64,28 @@ constexpr int32_t kMaxPlannedBlocks = 288;
 constexpr int32_t kMaxPlannedRows = 16;
 constexpr int64_t kPlanNumel = 4096;
 
-// Floats of workspace that a batch of num_seqs sequences may need: a plan and, per split and row,
-// one output row and its (max, sum).
-constexpr int64_t paged_attention_workspace_numel(int64_t num_seqs, int64_t num_heads,
-                                                  int64_t head_dim) {
+// Splits of a prefix that decodes share, and rows of results over one: for each query row, and
+// where these are few for as many splits as fill the GPU.
+constexpr int32_t kMaxPrefixSplits = 16;
+constexpr int64_t prefix_rows(int64_t num_seqs, int64_t num_heads) {
+  constexpr int64_t kTileRows = 192;
+  const int64_t rows = num_seqs * num_heads, enough = kMaxPlannedBlocks / 2 * kTileRows;
+  return rows > enough ? rows : enough;
+}
+constexpr int64_t prefix_plan_numel(int64_t num_seqs) { return (num_seqs + 1) * 12; }
+
+// Floats of workspace that the decodes of a batch may need: a plan and, per split and row, one
+// output row and its (max, sum) ...
+constexpr int64_t decode_workspace_numel(int64_t num_seqs, int64_t num_heads, int64_t head_dim) {
   const int64_t rows = num_seqs * num_heads * kMaxKvSplits;
   const int64_t planned_rows = int64_t{kMaxPlannedBlocks} * kMaxPlannedSplits * kMaxPlannedRows;
   return kPlanNumel + (rows > planned_rows ? rows : planned_rows) * (head_dim + 2);
+}
+// ... and with the same for what they share.
+constexpr int64_t paged_attention_workspace_numel(int64_t num_seqs, int64_t num_heads,
+                                                  int64_t head_dim) {
+  return decode_workspace_numel(num_seqs, num_heads, head_dim) + prefix_plan_numel(num_seqs) +
+         prefix_rows(num_seqs, num_heads) * (head_dim + 2);
 }
 
 namespace cpu {

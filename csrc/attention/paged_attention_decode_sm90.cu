@@ -71,8 +71,7 @@ struct Part {
     for (int seq = begin.seq; seq <= end.seq && seq < p.num_seqs; ++seq) {
       const int first_unit = seq == begin.seq ? begin.unit : 0;
       if (seq == end.seq && end.unit == 0 && end.split == 0) break;
-      const SequenceRows rows =
-          seq == begin.seq ? begin.rows(geometry.group) : SequenceRows(p, seq);
+      const SequenceRows rows = seq == begin.seq ? begin.rows(geometry.group) : decode_rows(p, seq);
       if (!rows.is_decode(p.max_decode_queries)) continue;
       const DecodeSplits splits(rows, p.sliding_window, geometry.max_splits);
       if (splits.count == 0) continue;
@@ -187,7 +186,8 @@ __device__ inline void sync_consumers() { sync_threads(1, kConsumers); }
 
 template <class Shape>
 __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& geometry,
-                              const DecodePlan& plan, const Part& part, Shared<Shape>& shared) {
+                              const DecodePlan& plan, const PrefixSlots& prefix, const Part& part,
+                              Shared<Shape>& shared) {
   using T = typename Shape::T;
   using Cache = typename Shape::Cache;
   using Weight = typename Shape::Weight;
@@ -212,7 +212,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
 
   part.for_each_unit<kTileRows>(
       p, geometry,
-      [&](int, const SequenceRows& rows, const DecodeSplits& splits, int unit, int first_split,
+      [&](int seq, const SequenceRows& rows, const DecodeSplits& splits, int unit, int first_split,
           int last_split) {
         const int num_tiles = ceil_div(rows.num_rows(), kTileRows);
         const int kv_head = unit / num_tiles, first_row = unit % num_tiles * kTileRows;
@@ -234,9 +234,14 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
                                      rows.position(first_row) + 1};
 
         const SplitSlots<kHeadDim> slots(p.partial_results, geometry, owner);
-        const auto out_row = [&](int row) {
-          return static_cast<T*>(p.out) +
-                 rows.offset(first_row + row, kv_head, p.out_stride_token, p.out_stride_head);
+        const int prefix_splits = p.prefix_of_seq == nullptr ? 0 : p.prefix_of_seq[seq].num_splits;
+        const auto write = [&](int row, RowResult<kHeadDim> result) {
+          if (prefix_splits > 0) {
+            const int head = kv_head * geometry.group + (first_row + row) % geometry.group;
+            result = fold_prefix<kHeadDim>(prefix, prefix_splits, seq, head, result);
+          }
+          result.write(static_cast<T*>(p.out) + rows.offset(first_row + row, kv_head,
+                                                            p.out_stride_token, p.out_stride_head));
         };
 
         for (int split = first_split; split < last_split; ++split) {
@@ -335,7 +340,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
             if (split > 0) so_far = results.load_state(row);
             so_far.fold(merged);
             if (split + 1 == splits.count) {
-              so_far.write(out_row(row));
+              write(row, so_far);
             } else {
               results.store_state(row, so_far);
             }
@@ -359,7 +364,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
         if (!folds) return;
 #pragma unroll 1
         for (int row = warp; row < num_rows; row += kConsumerWarps) {
-          fold_splits(splits.count, row, slots).write(out_row(row));
+          write(row, fold_splits(splits.count, row, slots));
         }
       });
 }
@@ -371,7 +376,8 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
 template <class Shape>
 __global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1, Shape::kBlocksPerSm)
     decode_kernel(const __grid_constant__ AttentionLaunch p, const DecodeGeometry geometry,
-                  const __grid_constant__ CacheMap keys, const __grid_constant__ CacheMap values) {
+                  const __grid_constant__ CacheMap keys, const __grid_constant__ CacheMap values,
+                  const __grid_constant__ PrefixSlots prefix) {
   if constexpr (kIsSm90) {
     Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(dynamic_shared());
     if (threadIdx.x == 0) {
@@ -388,7 +394,7 @@ __global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1, Shape::kBlocksPerSm
     if (threadIdx.x >= kConsumers) {
       copy_part<Shape>(p, geometry, keys, values, part, shared);
     } else {
-      multiply_part<Shape>(p, geometry, plan, part, shared);
+      multiply_part<Shape>(p, geometry, plan, prefix, part, shared);
     }
   }
 }
@@ -400,7 +406,8 @@ void launch(const AttentionLaunch& p, const DecodeGeometry& geometry, cudaStream
   };
   launch_dependent_kernel("paged_attention decode", decode_kernel<Shape>, dim3(geometry.max_parts),
                           kNumThreads, sizeof(Shared<Shape>), stream, p, geometry,
-                          map_of(CacheLayout::keys(p)), map_of(CacheLayout::values(p)));
+                          map_of(CacheLayout::keys(p)), map_of(CacheLayout::values(p)),
+                          PrefixSlots(p));
 }
 
 inline bool has_kernels() {

@@ -2,24 +2,27 @@
 // chunked prefill included. Warps have roles: some load, the others multiply.
 #include "attention/cache_map.cuh"
 #include "attention/online_softmax.cuh"
-#include "attention/prefill_plan.cuh"
+#include "attention/prefix_plan.cuh"
 
 namespace nano_vllm::cuda {
 namespace prefill_sm90 {  // not anonymous: for other architectures most of it is unused
 
-template <class T_, int kHeadDim_, bool kHasSoftcap_>
+// kIsPrefix: of the prefixes that decodes share, in place of the prefills.
+template <class T_, int kHeadDim_, bool kHasSoftcap_, bool kIsPrefix_>
 struct Shape {
   using T = T_;
+  using Plan = std::conditional_t<kIsPrefix_, PrefixPlan, PrefillPlan>;
+  using Rows = std::conditional_t<kIsPrefix_, PrefixRows, GroupDivisor>;
+  static constexpr bool kIsPrefix = kIsPrefix_;
   using Tile = SwizzledTile<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;  // warpgroups that multiply
-  static constexpr int kNumThreads = kWarpgroupSize * (1 + kConsumers);
+  static constexpr int kTileRows = prefill_tile_rows(kHeadDim);
+  static constexpr int kTileTokens = prefill_tile_tokens(kHeadDim);
   static constexpr int kWarpgroupRows = 64;
-  static constexpr int kTileRows = kWarpgroupRows * kConsumers;
-  // As many tokens as registers allow (scores, weights and outputs of a row) ...
-  static constexpr int kTileTokens = kHeadDim <= 128 ? 128 : kHeadDim == 192 ? 96 : 80;
-  // ... and as many tiles as shared memory does. Keys and values share one ring.
+  static constexpr int kConsumers = kTileRows / kWarpgroupRows;  // warpgroups that multiply
+  static constexpr int kNumThreads = kWarpgroupSize * (1 + kConsumers);
+  // As many tiles as shared memory allows. Keys and values share one ring.
   static constexpr int kQueryTiles = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kStages = kHeadDim <= 96 ? 6 : kHeadDim == 128 ? 5 : 4;
   // Together no more than the block starts with: 168 or 128 a thread.
@@ -76,8 +79,9 @@ struct Items {
 
 // The role of kQueryWarps warps: load the items' queries; the first warp claims the items.
 template <class Shape>
-__device__ void load_queries(const AttentionLaunch& p, const PrefillPlan& plan,
-                             const GroupDivisor& group, Shared<Shape>& shared, int query_warp) {
+__device__ void load_queries(const AttentionLaunch& p, const typename Shape::Plan& plan,
+                             const typename Shape::Rows& group, Shared<Shape>& shared,
+                             int query_warp) {
   using T = typename Shape::T;
   using Tile = typename Shape::Tile;
   const int lane = threadIdx.x % kWarpSize;
@@ -90,10 +94,10 @@ __device__ void load_queries(const AttentionLaunch& p, const PrefillPlan& plan,
       if (!is_first) {
         shared.item_wanted.wait(wanted.parity);
         wanted = wanted.next();
-        if (lane == 0) item = gridDim.x + atomicAdd(plan.num_claimed, 1);
+        if (lane == 0) item = plan.claim(item);
         item = __shfl_sync(~0u, item, 0);
       }
-      const PrefillItem found = find_prefill_item<Shape>(p, plan, item);
+      const PrefillItem found = find_item<Shape>(p, plan, item);
       if (lane == 0) {
         shared.items[items.slot.index] = found;
         shared.item_full[items.slot.index].arrive();
@@ -210,7 +214,8 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
 struct VisibleRows {
   TokenRange row[2], all;
 
-  __device__ VisibleRows(const PrefillItem& work, const GroupDivisor& group, int warp_row,
+  template <class Rows>
+  __device__ VisibleRows(const PrefillItem& work, const Rows& group, int warp_row,
                          int sliding_window) {
     const auto visible = [&](int row) -> TokenRange {
       const int position = group.position(work, min(row, work.num_rows - 1));
@@ -278,12 +283,36 @@ __device__ void write_rows(const AttentionLaunch& p, const GroupDivisor& group,
   }
 }
 
+// Of a prefix: the same rows as results to be folded.
+template <class Shape>
+__device__ void store_rows(const PrefixSlots& slots, const PrefixRows& rows,
+                           const PrefillItem& work, int warp_row, const LazyRowStates& states,
+                           const float (&out)[Shape::kHeadDim / 8][4]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = states.sum[half];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int row = warp_row + lane / 4 + 8 * half;
+    if (row >= work.num_rows) continue;
+    const int64_t slot = slots.row(work.split, rows.member(work, row), rows.head(work, row));
+    float* const to = slots.out(slot) + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < Shape::kHeadDim / 8; ++i) {
+      *reinterpret_cast<float2*>(to + 8 * i) = make_float2(out[i][2 * half], out[i][2 * half + 1]);
+    }
+    if (lane % 4 == 0) slots.max_sum(slot) = make_float2(states.max[half], sum);
+  }
+}
+
 // The role of the other warpgroups: each multiplies 64 rows of every item. The loop runs over the
 // tiles of tokens of all items as if they were one: it starts the product of the next tile's keys
 // and that of this tile's values, and makes weights of the scores while the latter is under way. At
 // the end of an item the next tile is the next item's first.
 template <class Shape>
-__device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shared<Shape>& shared) {
+__device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& group,
+                       const PrefixSlots& slots, Shared<Shape>& shared) {
   using T = typename Shape::T;
   using Tile = typename Shape::Tile;
   constexpr int kHeadDim = Shape::kHeadDim, kTileTokens = Shape::kTileTokens;
@@ -382,6 +411,14 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
     }
   };
 
+  const auto write = [&](const PrefillItem& item, const LazyRowStates& states) {
+    if constexpr (Shape::kIsPrefix) {
+      store_rows<Shape>(slots, group, item, warp_row, states, out);
+    } else {
+      write_rows<Shape>(p, group, item, warp_row, states.sum, out);
+    }
+  };
+
   shared.query_full[query.index].wait(query.parity);
   shared.stage_full[stage.index].wait(stage.parity);
   multiply_keys(stage.index);
@@ -420,7 +457,7 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
     if (!has_values) shared.stage_full[values.index].wait(values.parity);
     multiply_values(values.index, is_sum);
 
-    const float sums[2] = {states.sum[0], states.sum[1]};
+    const LazyRowStates states_of_item = states;
     if (ends_item) {
       states = LazyRowStates();
       visible = VisibleRows(*next.item, group, warp_row, p.sliding_window);
@@ -445,7 +482,7 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
     pin(out);
     release(shared.stage_empty[values.index]);
     if (ends_item) {
-      write_rows<Shape>(p, group, *work.item, warp_row, sums, out);
+      write(*work.item, states_of_item);
     } else if (!keeps_out) {
       rescale_rows(out, rescale);
     }
@@ -461,7 +498,7 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
   multiply_values(stage.index, is_sum);
   wait_products<0>();
   pin(out);
-  write_rows<Shape>(p, group, *work.item, warp_row, states.sum, out);
+  write(*work.item, states);
 }
 
 // Grid: as many blocks as multiprocessors; each works on item blockIdx.x of the plan and then on
@@ -473,8 +510,8 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
 template <class Shape>
 __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
     prefill_sm90_kernel(const __grid_constant__ AttentionLaunch p,
-                        const __grid_constant__ CacheMaps maps, PrefillPlan plan,
-                        GroupDivisor group) {
+                        const __grid_constant__ CacheMaps maps, typename Shape::Plan plan,
+                        typename Shape::Rows group, const __grid_constant__ PrefixSlots slots) {
   if constexpr (kIsSm90a) {
     Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(dynamic_shared());
     if (threadIdx.x == 0) {
@@ -492,25 +529,39 @@ __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
       if (warp >= 1 && warp <= kQueryWarps) load_queries<Shape>(p, plan, group, shared, warp - 1);
     } else {
       take_registers<Shape::kConsumerRegisters>();
-      attend<Shape>(p, group, shared);
+      attend<Shape>(p, group, slots, shared);
     }
   }
 }
 
 // Calls run(Shape{}).
-template <class Run>
+template <bool kIsPrefix, class Run>
 void dispatch_shape(const AttentionLaunch& p, const Run& run) {
   dispatch_16_bit(p, [&](auto element, auto, auto head_dim) {
     if (p.softcap > 0) {
-      run(Shape<decltype(element), head_dim, true>{});
+      run(Shape<decltype(element), head_dim, true, kIsPrefix>{});
     } else {
-      run(Shape<decltype(element), head_dim, false>{});
+      run(Shape<decltype(element), head_dim, false, kIsPrefix>{});
     }
   });
 }
 
+template <class Shape>
+void launch(const AttentionLaunch& p, const char* name, int64_t max_items,
+            const typename Shape::Plan& plan, const typename Shape::Rows& rows,
+            cudaStream_t stream) {
+  using Tile = typename Shape::Tile;
+  const int box_tokens = std::gcd(p.block_size, Shape::kTileTokens);
+  const CacheMaps maps = {CacheLayout::keys(p).map<Tile>(p.block_size, box_tokens),
+                          CacheLayout::values(p).map<Tile>(p.block_size, box_tokens), box_tokens};
+  const auto num_blocks = std::min<int64_t>(max_items, num_multiprocessors());
+  launch_dependent_kernel(name, prefill_sm90_kernel<Shape>, static_cast<unsigned>(num_blocks),
+                          Shape::kNumThreads, sizeof(Shared<Shape>), stream, p, maps, plan, rows,
+                          PrefixSlots(p));
+}
+
 inline bool has_kernels() {
-  using Any = Shape<__half, 128, false>;
+  using Any = Shape<__half, 128, false, false>;
   static const bool has = has_code(prefill_sm90_kernel<Any>, Any::kNumThreads);
   return has;
 }
@@ -529,21 +580,23 @@ bool can_prefill_sm90(const AttentionLaunch& p) {
 
 void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream) {
   using namespace prefill_sm90;
-  dispatch_shape(p, [&](auto shape) {
+  dispatch_shape<false>(p, [&](auto shape) {
     using Shape = decltype(shape);
-    using Tile = typename Shape::Tile;
     const PrefillPlan plan(p);
     launch_plan_prefill(p, plan, Shape::kTileRows, stream);
+    launch<Shape>(p, "paged_attention prefill",
+                  PrefillTile::max_tiles(p, Shape::kTileRows) * p.num_kv_heads, plan,
+                  GroupDivisor(p.num_heads / p.num_kv_heads), stream);
+  });
+}
 
-    const int box_tokens = std::gcd(p.block_size, Shape::kTileTokens);
-    const CacheMaps maps = {CacheLayout::keys(p).map<Tile>(p.block_size, box_tokens),
-                            CacheLayout::values(p).map<Tile>(p.block_size, box_tokens), box_tokens};
-    const int64_t max_items = PrefillTile::max_tiles(p, Shape::kTileRows) * p.num_kv_heads;
-    const auto num_blocks = std::min<int64_t>(max_items, num_multiprocessors());
-    launch_dependent_kernel("paged_attention prefill", prefill_sm90_kernel<Shape>,
-                            static_cast<unsigned>(num_blocks), Shape::kNumThreads,
-                            sizeof(Shared<Shape>), stream, p, maps, plan,
-                            GroupDivisor(p.num_heads / p.num_kv_heads));
+void launch_prefix_sm90(const AttentionLaunch& p, cudaStream_t stream) {
+  using namespace prefill_sm90;
+  dispatch_shape<true>(p, [&](auto shape) {
+    const PrefixPlan plan(p);
+    launch<decltype(shape)>(
+        p, "paged_attention prefix", num_multiprocessors(), plan,
+        {GroupDivisor(p.num_heads / p.num_kv_heads), plan.members, p.query_start_loc}, stream);
   });
 }
 

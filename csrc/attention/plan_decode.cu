@@ -13,7 +13,7 @@ struct SequenceCost {
   int64_t unit;  // in half stages
 
   __device__ SequenceCost(const AttentionLaunch& p, const DecodeGeometry& geometry, int seq) {
-    const SequenceRows rows(p, seq);
+    const SequenceRows rows = decode_rows(p, seq);
     const DecodeSplits splits(rows, p.sliding_window, geometry.max_splits);
     const bool is_decode = rows.is_decode(p.max_decode_queries) && splits.count > 0;
     num_units = is_decode ? p.num_kv_heads * ceil_div(rows.num_rows(), geometry.tile_rows) : 0;
@@ -67,10 +67,11 @@ __device__ DecodeCut cut_sequence(const AttentionLaunch& p, int seq, const Seque
   cut.unit = unit == cost.num_units ? 0 : unit;
   cut.split = split;
   if (cut.seq < p.num_seqs) {
-    const SequenceRows rows(p, cut.seq);
+    const SequenceRows rows = decode_rows(p, cut.seq);
     cut.query_start = static_cast<int>(rows.query_start);
     cut.query_len = rows.query_len;
     cut.seq_len = rows.seq_len;
+    cut.begin = rows.begin;
   }
   return cut;
 }

@@ -20,6 +20,9 @@ struct PrefillPlan {
       : num_claimed(reinterpret_cast<int32_t*>(p.partial_results)),
         seqs(num_claimed + 1),
         first_item(seqs + p.num_seqs) {}
+
+  // The item after `item` of this block; by one lane of it.
+  __device__ int claim(int) const { return gridDim.x + atomicAdd(num_claimed, 1); }
 };
 
 void launch_plan_prefill(const AttentionLaunch& p, const PrefillPlan& plan, int tile_rows,
@@ -31,6 +34,7 @@ struct PrefillItem {
   int num_rows;                 // of the sequence, from the tile's first on
   int first_token, first_head;  // of the tile's first row, in the query and in the group
   int first_position;           // of first_token, in the sequence
+  int split;                    // of a prefix that decodes share, see prefix_plan.cuh
   int seq_len;
   TokenRange visible;           // to any of the rows
   int first_block, last_block;  // the tiles of tokens that hold them
@@ -41,8 +45,7 @@ constexpr int kCachedBytes = 32 << 20;
 
 // Called by a whole warp. Shape names the head_dim and the tiles' kTileRows and kTileTokens.
 template <class Shape>
-__device__ PrefillItem find_prefill_item(const AttentionLaunch& p, const PrefillPlan& plan,
-                                         int item) {
+__device__ PrefillItem find_item(const AttentionLaunch& p, const PrefillPlan& plan, int item) {
   const int place = last_at_most(item, p.num_seqs, [&](int i) { return plan.first_item[i]; });
   PrefillItem found{};
   found.seq = -1;

@@ -18,6 +18,7 @@ struct TokenRange {
 struct SequenceRows {
   int64_t query_start;
   int query_len, seq_len, group;
+  int begin = 0;  // tokens before are not looked at here: others have them too
 
   __device__ SequenceRows(const PagedAttentionParams& p, int seq)
       : query_start(p.query_start_loc[seq]),
@@ -25,8 +26,12 @@ struct SequenceRows {
         seq_len(p.seq_lens[seq]),
         group(p.num_heads / p.num_kv_heads) {}
 
-  __device__ SequenceRows(int64_t query_start, int query_len, int seq_len, int group)
-      : query_start(query_start), query_len(query_len), seq_len(seq_len), group(group) {}
+  __device__ SequenceRows(int64_t query_start, int query_len, int seq_len, int group, int begin)
+      : query_start(query_start),
+        query_len(query_len),
+        seq_len(seq_len),
+        group(group),
+        begin(begin) {}
 
   __device__ bool is_decode(int max_queries) const {
     return query_len >= 1 && query_len <= max_queries;
@@ -37,7 +42,7 @@ struct SequenceRows {
   // Positions that any of the rows first_row .. last_row sees.
   __device__ TokenRange visible(int first_row, int last_row, int sliding_window) const {
     const int first = sliding_window > 0 ? position(first_row) - sliding_window + 1 : 0;
-    return {max(first, 0), position(last_row) + 1};
+    return {max(first, begin), position(last_row) + 1};
   }
 
   // Offset of a row from the start of query or out.

@@ -4,6 +4,7 @@
 
 #include "attention/decode_operands.cuh"
 #include "attention/decode_plan.cuh"
+#include "attention/prefix_plan.cuh"
 
 namespace nano_vllm::cuda::decode_sm90 {
 
@@ -208,6 +209,28 @@ __device__ RowResult<kHeadDim> fold_splits(int count, int row, const SplitSlots<
       }
     }
   }
+  return result;
+}
+
+// A row's result over the prefix that it shares with others, then over the rest.
+template <int kHeadDim>
+__device__ RowResult<kHeadDim> fold_prefix(const PrefixSlots& slots, int num_splits, int seq,
+                                           int head, const RowResult<kHeadDim>& rest) {
+  using Result = RowResult<kHeadDim>;
+  Result result;
+#pragma unroll 1
+  for (int split = 0; split < num_splits; ++split) {
+    const int64_t row = slots.row(split, seq, head);
+    const float2 max_sum = __ldcg(&slots.max_sum(row));
+    Result next;
+    next.max = max_sum.x, next.sum = max_sum.y;
+#pragma unroll
+    for (int i = 0; i < Result::kCount; ++i) {
+      if (Result::has(i)) load_columns(next.out[i], slots.out(row) + Result::column(i));
+    }
+    result.fold(next);
+  }
+  result.fold(rest);
   return result;
 }
 

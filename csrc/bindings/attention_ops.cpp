@@ -22,6 +22,14 @@ void set_sequences(PagedAttentionParams& params, const Tensor& like, const Tenso
   params.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
 }
 
+void set_shared_prefix(PagedAttentionParams& params, const Tensor& like,
+                       const std::optional<Tensor>& shared_prefix) {
+  if (!shared_prefix.has_value()) return;
+  check_tensor("shared_prefix", *shared_prefix, like, ScalarType::Int, {2, params.num_seqs});
+  params.prefix_leaders = static_cast<const int32_t*>(shared_prefix->const_data_ptr());
+  params.prefix_lens = params.prefix_leaders + shared_prefix->stride(0);
+}
+
 void check_heads(const PagedAttentionParams& params) {
   check(params.num_kv_heads > 0 && params.num_heads % params.num_kv_heads == 0,
         "num_heads must be a multiple of num_kv_heads, got ", params.num_heads, " and ",
@@ -50,10 +58,12 @@ void check_workspace(const PagedAttentionParams& params) {
 
 void plan_attention(const Tensor& workspace, const Tensor& query_start_loc, const Tensor& seq_lens,
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                    int64_t max_query_len, int64_t sliding_window) {
+                    int64_t max_query_len, int64_t sliding_window,
+                    const std::optional<Tensor>& shared_prefix) {
   PagedAttentionParams params{};
   set_workspace(params, workspace, workspace);
   set_sequences(params, workspace, query_start_loc, seq_lens);
+  set_shared_prefix(params, workspace, shared_prefix);
   params.num_heads = to_int32("num_heads", num_heads);
   params.num_kv_heads = to_int32("num_kv_heads", num_kv_heads);
   params.head_dim = to_int32("head_dim", head_dim);
@@ -69,7 +79,8 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
                      const Tensor& query_start_loc, const Tensor& seq_lens, int64_t max_query_len,
                      int64_t max_seq_len, double scale, int64_t sliding_window, double softcap,
                      const std::optional<Tensor>& workspace, bool is_planned,
-                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                     const std::optional<Tensor>& shared_prefix) {
   PagedAttentionParams params{};
   params.dtype = float_dtype("query", query);
   const ScalarType dtype = query.scalar_type();
@@ -85,6 +96,7 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
   params.key_scale = cache_scale("k_scale", k_scale, key_cache);
   params.value_scale = cache_scale("v_scale", v_scale, value_cache);
   set_sequences(params, query, query_start_loc, seq_lens);
+  set_shared_prefix(params, query, shared_prefix);
   check_tensor("block_tables", block_tables, query, ScalarType::Int, {seq_lens.size(0), -1});
 
   params.num_tokens = to_int32("the number of tokens", query.size(0));

@@ -30,14 +30,15 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def(
       "plan_attention(Tensor(a!) workspace, Tensor query_start_loc, Tensor seq_lens, int "
       "num_heads, "
-      "int num_kv_heads, int head_dim, int max_query_len, int sliding_window) -> ()");
+      "int num_kv_heads, int head_dim, int max_query_len, int sliding_window, Tensor? "
+      "shared_prefix) -> ()");
   library.def(
       "paged_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor "
       "block_tables, "
       "Tensor query_start_loc, Tensor seq_lens, int max_query_len, int max_seq_len, float scale, "
       "int sliding_window, "
-      "float softcap, Tensor(b!)? workspace, bool is_planned, Tensor? k_scale, Tensor? v_scale) "
-      "-> ()");
+      "float softcap, Tensor(b!)? workspace, bool is_planned, Tensor? k_scale, Tensor? v_scale, "
+      "Tensor? shared_prefix) -> ()");
   library.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()");

@@ -14,13 +14,15 @@ using torch::stable::Tensor;
 
 void plan_attention(const Tensor& workspace, const Tensor& query_start_loc, const Tensor& seq_lens,
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                    int64_t max_query_len, int64_t sliding_window);
+                    int64_t max_query_len, int64_t sliding_window,
+                    const std::optional<Tensor>& shared_prefix);
 void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_cache,
                      const Tensor& value_cache, const Tensor& block_tables,
                      const Tensor& query_start_loc, const Tensor& seq_lens, int64_t max_query_len,
                      int64_t max_seq_len, double scale, int64_t sliding_window, double softcap,
                      const std::optional<Tensor>& workspace, bool is_planned,
-                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale);
+                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                     const std::optional<Tensor>& shared_prefix);
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                        const Tensor& value_cache, const Tensor& slot_mapping,

@@ -115,6 +115,8 @@ struct AttentionCase {
   int sliding_window = 0;
   float softcap = 0;
   bool strided = false;  // a fused QKV tensor and a cache with keys and values in turns
+  // Of each sequence, as PagedAttentionParams has them; none if empty.
+  std::vector<int32_t> prefix_leaders = {}, prefix_lens = {};
   bool float8 = false;   // caches, with different scales of the heads
   DType cache_dtype() const { return float8 ? DType::kFloat8E4M3 : dtype; }
 };
@@ -130,6 +132,8 @@ struct AttentionInputs {
     p.head_dim = c.head_dim, p.block_size = c.block_size;
     p.sliding_window = c.sliding_window, p.softcap = c.softcap;
     p.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+
+    leaders = c.prefix_leaders, prefix_lens = c.prefix_lens;
 
     int max_blocks = 1, num_blocks = 1;
     start.push_back(0);
@@ -173,7 +177,13 @@ struct AttentionInputs {
     int used = 0;
     for (size_t s = 0; s < c.sequences.size(); ++s) {
       int32_t* table = tables.data() + s * p.block_tables_stride;
-      for (int t = 0; t < c.sequences[s].seq_len; ++t) {
+      int shared = 0;
+      if (!c.prefix_lens.empty() && c.prefix_leaders[s] != static_cast<int>(s)) {
+        shared = c.prefix_lens[s];
+        std::copy_n(tables.data() + c.prefix_leaders[s] * p.block_tables_stride,
+                    shared / c.block_size, table);
+      }
+      for (int t = shared; t < c.sequences[s].seq_len; ++t) {
         if (t % c.block_size == 0) table[t / c.block_size] = order[used++];
         for (int64_t i = 0; i < int64_t{c.num_kv_heads} * c.head_dim; ++i) {
           const int head = static_cast<int>(i / c.head_dim);
@@ -205,6 +215,8 @@ struct AttentionInputs {
     params.value_scale = value_scales.empty() ? nullptr : value_scales.data();
     params.block_tables = tables.data();
     params.query_start_loc = start.data(), params.seq_lens = lens.data();
+    params.prefix_leaders = leaders.empty() ? nullptr : leaders.data();
+    params.prefix_lens = prefix_lens.data();
     run(params);
     return out;
   }
@@ -213,7 +225,7 @@ struct AttentionInputs {
   int64_t num_tokens;
   Buffer query, keys, values;
   std::vector<float> key_scales, value_scales;
-  std::vector<int32_t> start, lens, tables;
+  std::vector<int32_t> start, lens, tables, leaders, prefix_lens;
 };
 
 inline std::vector<double> attention_row(const AttentionInputs& in, size_t seq, int64_t token,

@@ -52,10 +52,36 @@ AttentionCase random_case(DType dtype) {
   return c;
 }
 
+// Groups of decodes that begin alike, their members in any order, among others that do not.
+AttentionCase random_shared_prefix(DType dtype) {
+  AttentionCase c = random_case(dtype);
+  c.sliding_window = choice<int>({0, 0, 0, 50});
+  c.sequences.clear();
+  const int count = between(2, choice<int>({8, 60}));
+  std::vector<int> last_leader;
+  for (int s = 0; s < count; ++s) {
+    int leader = s, tokens = 0;
+    if (!last_leader.empty() && generator() % 4 != 0) {
+      leader = choice(last_leader), tokens = c.prefix_lens[leader];
+    } else if (generator() % 2 == 0) {
+      tokens = c.block_size * between(1, 600 / c.block_size);
+      last_leader.push_back(s);
+    }
+    c.prefix_leaders.push_back(leader);
+    c.prefix_lens.push_back(tokens);
+    const int seq_len = tokens + between(1, 90);
+    // Without a prefix in common any number of queries will do.
+    const int query_len = tokens > 0 ? 1 : std::min(seq_len, choice<int>({0, 1, 3, 20}));
+    c.sequences.push_back({query_len, seq_len});
+  }
+  return c;
+}
+
 void test_random_cases(int count) {
   for (int i = 0; i < count; ++i) {
     for (DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
       test_attention_case(random_case(dtype), error_of(dtype), attend);
+      test_attention_case(random_shared_prefix(dtype), error_of(dtype), attend);
     }
   }
 }
