@@ -203,6 +203,7 @@ def core_module() -> Extension:
             "csrc/bindings/core.cpp",
             "csrc/cache/block_allocator.cpp",
             "csrc/cache/prepare_batch.cpp",
+            "csrc/cache/shared_prefix.cpp",
         ],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args={"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]},

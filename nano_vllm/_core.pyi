@@ -167,3 +167,28 @@ def prepare_batch(
             tokens that a sequence does not have, a block table too short or too wide. The arrays
             then hold nothing of use.
     """
+
+def find_shared_prefixes(
+    query_start_loc: npt.NDArray[np.int32],
+    seq_lens: npt.NDArray[np.int32],
+    block_tables: npt.NDArray[np.int32],
+    block_size: int,
+    min_saved_tokens: int,
+    out: npt.NDArray[np.int32],
+) -> int:
+    """Find the sequences of a step that begin with the same blocks, of those with one query token.
+
+    Args:
+        query_start_loc: [num_seqs + 1], as `prepare_batch` writes it.
+        seq_lens: [num_seqs], likewise.
+        block_tables: [num_seqs, max_blocks_per_seq], likewise.
+        block_size: tokens per block.
+        min_saved_tokens: if fewer need not be read, nothing is shared.
+        out: [2, num_seqs]; written, the `shared_prefix` of `ops.paged_attention`.
+
+    Returns:
+        tokens that need not be read; 0 if nothing is shared.
+
+    Raises:
+        ValueError: an array of another dtype, shape or layout, or a block table that is too short.
+    """

@@ -56,6 +56,10 @@ class EngineConfig:
     """Tokens computed in one step; by default 8192 on CUDA, 2048 on a CPU."""
     enable_prefix_caching: bool = True
     """Reuse the blocks of prompts that begin alike."""
+    enable_cascade_attention: bool = True
+    """On CUDA, read a prefix that many running sequences share once a step for all of them, where
+    that pays. Their outputs then round differently from those of a sequence that runs alone.
+    """
     enable_chunked_prefill: bool = True
     """Split long prompts over steps, so that they do not stall running sequences."""
     enforce_eager: bool = False

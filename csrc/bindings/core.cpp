@@ -13,6 +13,7 @@
 
 #include "cache/block_allocator.h"
 #include "cache/prepare_batch.h"
+#include "cache/shared_prefix.h"
 #include "common/error.h"
 
 namespace nano_vllm {
@@ -254,6 +255,27 @@ py::tuple prepare(const py::list& token_ids, const py::list& block_tables,
   return py::make_tuple(bounds.max_query_len, bounds.max_seq_len);
 }
 
+int64_t shared_prefixes(py::array query_start_loc, py::array seq_lens, py::array block_tables,
+                        int64_t block_size, int64_t min_saved_tokens, py::array out) {
+  check(block_size > 0, "block_size must be at least 1, got ", block_size);
+  SharedPrefixParams params{};
+  params.num_seqs = seq_lens.size();
+  params.seq_lens = output<int32_t>("seq_lens", seq_lens, {params.num_seqs});
+  params.query_start_loc =
+      output<int32_t>("query_start_loc", query_start_loc, {params.num_seqs + 1});
+  params.block_tables = output<int32_t>("block_tables", block_tables, {params.num_seqs, -1});
+  params.block_tables_stride = block_tables.strides(0) / static_cast<int64_t>(sizeof(int32_t));
+  params.block_size = block_size;
+  params.min_saved_tokens = min_saved_tokens;
+  params.leaders = output<int32_t>("out", out, {2, params.num_seqs});
+  params.lens = params.leaders + out.strides(0) / static_cast<int64_t>(sizeof(int32_t));
+  for (int64_t s = 0; s < params.num_seqs; ++s) {
+    check(params.seq_lens[s] <= block_tables.shape(1) * block_size, "sequence ", s,
+          " has more tokens than its block table holds: ", params.seq_lens[s]);
+  }
+  return find_shared_prefixes(params);
+}
+
 }  // namespace
 }  // namespace nano_vllm
 
@@ -264,4 +286,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("num_computed"), py::arg("num_tokens"), py::arg("block_size"),
              py::arg("out_input_ids"), py::arg("out_positions"), py::arg("out_slot_mapping"),
              py::arg("out_query_start_loc"), py::arg("out_seq_lens"), py::arg("out_block_tables"));
+  module.def("find_shared_prefixes", &nano_vllm::shared_prefixes, py::arg("query_start_loc"),
+             py::arg("seq_lens"), py::arg("block_tables"), py::arg("block_size"),
+             py::arg("min_saved_tokens"), py::arg("out"));
 }

@@ -29,6 +29,8 @@ class AttentionMetadata:
     max_seq_len: int
     workspace: torch.Tensor | None = None
     """float32, on CUDA; holds the plan for this step."""
+    shared_prefix: torch.Tensor | None = None
+    """[2, num_seqs], int32, see `ops.paged_attention`."""
 
 
 class Attention:
@@ -106,5 +108,6 @@ class Attention:
             softcap=self.softcap,
             workspace=metadata.workspace,
             is_planned=metadata.workspace is not None,
+            shared_prefix=metadata.shared_prefix,
         )
         return out

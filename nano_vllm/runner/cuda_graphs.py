@@ -50,7 +50,8 @@ class DecodeGraphs:
     def __init__(self, forward: Forward, max_num_seqs: int) -> None:
         self._forward = forward
         self._sizes = graph_sizes(max_num_seqs)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        """By size, and whether prefixes are shared: a kernel more."""
         self._pool: Any = None
         """Memory of all graphs: they run one after the other."""
 
@@ -67,13 +68,13 @@ class DecodeGraphs:
         Args:
             inputs: padded as `size_for` says.
         """
-        size = inputs.input_ids.shape[0]
-        if size not in self._graphs:
+        key = inputs.input_ids.shape[0], inputs.attention.shared_prefix is not None
+        if key not in self._graphs:
             # The first step of a size runs without a graph, which also loads what a capture cannot.
             logits = self._forward(inputs)
-            self._graphs[size] = self._capture(inputs)
+            self._graphs[key] = self._capture(inputs)
             return logits
-        graph, logits = self._graphs[size]
+        graph, logits = self._graphs[key]
         graph.replay()
         return logits
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from nano_vllm import ops
-from nano_vllm._core import prepare_batch
+from nano_vllm._core import find_shared_prefixes, prepare_batch
 from nano_vllm.batch import Batch
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.attention import AttentionMetadata
+
+SHARED_PREFIX_BYTES = 32 << 20
+"""Of keys and values of a layer that reading a prefix once must spare: 11 us of memory time on an
+H100, about what the kernel that reads it costs besides."""
 
 
 @dataclass(slots=True)
@@ -35,6 +39,7 @@ class InputBatch:
         max_blocks_per_seq: blocks of a sequence at the most.
         block_size: tokens per block.
         device: where the tensors go.
+        shares_prefixes: look for sequences that begin with the same blocks.
     """
 
     def __init__(
@@ -45,14 +50,17 @@ class InputBatch:
         max_blocks_per_seq: int,
         block_size: int,
         device: torch.device,
+        shares_prefixes: bool = False,
     ) -> None:
         self._config = config
+        self._shares_prefixes = shares_prefixes and device.type == "cuda"
+        self._min_saved_tokens = SHARED_PREFIX_BYTES // (4 * config.num_kv_heads * config.head_dim)
         self.block_size = block_size
         self.device = device
         self.max_blocks_per_seq = max_blocks_per_seq
         capacity = (
             3 * 8 * max_num_tokens
-            + 4 * (2 * max_num_seqs + 1)
+            + 4 * (4 * max_num_seqs + 1)
             + 4 * max_num_seqs * max_blocks_per_seq
         )
         self._on_gpu = device.type == "cuda"
@@ -95,6 +103,7 @@ class InputBatch:
             (torch.int64, (padded_tokens,)),
             (torch.int32, (padded_seqs + 1,)),
             (torch.int32, (padded_seqs,)),
+            (torch.int32, (2, padded_seqs)),
             (torch.int32, (num_seqs, width)),
         )
         host, device = [], []
@@ -115,17 +124,27 @@ class InputBatch:
             host[2][:num_tokens],
             host[3][: num_seqs + 1],
             host[4][:num_seqs],
-            host[5],
+            host[6],
+        )
+        is_shared = self._shares_prefixes and find_shared_prefixes(
+            host[3][: num_seqs + 1],
+            host[4][:num_seqs],
+            host[6],
+            self.block_size,
+            self._min_saved_tokens,
+            host[5][:, :num_seqs],
         )
         if padded_size is not None:
             for array, value in zip(host[:3], (0, 0, -1), strict=True):
                 array[num_tokens:] = value
             host[3][num_seqs + 1 :] = num_tokens
             host[4][num_seqs:] = 0
+            host[5][:, num_seqs:] = 0
         if self._copied is not None:
             self._buffer[:offset].copy_(self._staging[:offset], non_blocking=True)
             self._copied.record()
-        input_ids, positions, slot_mapping, query_start_loc, seq_lens, block_tables = device
+        input_ids, positions, slot_mapping, query_start_loc, seq_lens = device[:5]
+        shared_prefix, block_tables = device[5] if is_shared else None, device[6]
         if padded_size is not None:
             self._block_tables[:num_seqs, :width] = block_tables
             block_tables = self._block_tables[:padded_size]
@@ -140,6 +159,7 @@ class InputBatch:
                 head_dim=self._config.head_dim,
                 max_query_len=max_query_len,
                 sliding_window=self._config.sliding_window or 0,
+                shared_prefix=shared_prefix,
             )
         return ModelInput(
             input_ids,
@@ -152,5 +172,6 @@ class InputBatch:
                 max_query_len,
                 max_seq_len,
                 self._workspace,
+                shared_prefix,
             ),
         )

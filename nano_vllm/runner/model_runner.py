@@ -81,6 +81,7 @@ class ModelRunner:
                 max_blocks_per_seq,
                 self.block_size,
                 self.device,
+                config.enable_cascade_attention,
             )
             self.num_blocks = num_kv_blocks(
                 config,
