@@ -133,7 +133,8 @@ __device__ inline void load_tokens(T* tile, const PagedRows<Cache>& rows, int fi
     run_offset = rows.block_table[index] * rows.stride_block +
                  (run_token - index * rows.block_size) * rows.stride_token;
   }
-  [[maybe_unused]] Float8Chunk<T> float8[kNumCopies];  // all under way before one is waited for
+  constexpr int kAtOnce = 4;  // chunks of float8 under way before the first is waited for
+  [[maybe_unused]] Float8Chunk<T> float8[kAtOnce];
 #pragma unroll(kIsAligned ? kNumCopies : 1)
   for (int i = 0; i < kNumCopies; ++i) {
     const int row = (i * kNumThreads + thread) / Layout::kChunks;
@@ -145,18 +146,17 @@ __device__ inline void load_tokens(T* tile, const PagedRows<Cache>& rows, int fi
     if constexpr (!kIsFloat8<Cache>) {
       copy_chunk<kIsAligned>(tile + Layout::offset(row, chunk), from, is_valid);
     } else if constexpr (kIsAligned) {
-      float8[i] = Float8Chunk<T>::load_aligned(from, is_valid);
+      float8[i % kAtOnce] = Float8Chunk<T>::load_aligned(from, is_valid);
+      if ((i + 1) % kAtOnce != 0 && i + 1 != kNumCopies) continue;
+#pragma unroll
+      for (int j = i / kAtOnce * kAtOnce; j <= i; ++j) {
+        const int loaded = j * kNumThreads + thread;
+        store_vec(tile + Layout::offset(loaded / Layout::kChunks, loaded % Layout::kChunks),
+                  float8[j % kAtOnce].widened());
+      }
     } else {
       store_vec(tile + Layout::offset(row, chunk),
                 Float8Chunk<T>::load_elements(from, is_valid).widened());
-    }
-  }
-  if constexpr (kIsFloat8<Cache> && kIsAligned) {
-#pragma unroll
-    for (int i = 0; i < kNumCopies; ++i) {
-      const int chunk = i * kNumThreads + thread;
-      store_vec(tile + Layout::offset(chunk / Layout::kChunks, chunk % Layout::kChunks),
-                float8[i].widened());
     }
   }
 }
