@@ -42,6 +42,10 @@ class EngineConfig:
     """Of the draws of requests without a seed of their own."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that weights, activations and KV cache may fill; in (0, 1]."""
+    kv_cache_dtype: str = "auto"
+    """auto: that of the model. fp8 (or fp8_e4m3): one byte an element, times a scale for each head
+    that the checkpoint may bring; twice the tokens in the memory of 16 bits, read in half the time.
+    """
     kv_cache_memory: int | None = None
     """Bytes of KV cache; by default what is left on a GPU, a few full contexts on a CPU."""
     num_blocks: int | None = None
@@ -68,6 +72,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "fp8_e4m3"))
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         if self.quantization is not None:
             _check_choice("quantization", self.quantization, ("gguf",))

@@ -161,6 +161,13 @@ def test_every_option_is_a_flag(capsys: Any, loaded: dict[str, Any]) -> None:
         "int": ("16", 16),
         "float": ("0.5", 0.5),
     }
+    chosen = {
+        "device": "cpu",
+        "dtype": "float32",
+        "load_format": "dummy",
+        "quantization": "gguf",
+        "kv_cache_dtype": "fp8",
+    }
     argv, expected = [], {}
     for field in fields(EngineConfig):
         flag = "--" + field.name.replace("_", "-")
@@ -168,15 +175,9 @@ def test_every_option_is_a_flag(capsys: Any, loaded: dict[str, Any]) -> None:
         if kind == "bool":
             argv.append(flag.replace("--", "--no-") if field.default else flag)
             expected[field.name] = not field.default
-        elif field.name not in ("device", "dtype", "load_format", "quantization"):
+        elif field.name not in chosen:
             text, expected[field.name] = values[kind]
             argv += [flag, text]
-    chosen = {
-        "device": "cpu",
-        "dtype": "float32",
-        "load_format": "dummy",
-        "quantization": "gguf",
-    }
     expected |= chosen
     for name, value in chosen.items():
         argv += ["--" + name.replace("_", "-"), value]

@@ -18,7 +18,7 @@ struct Float8QueryFragments {
   static constexpr int kSteps = Base::kSteps, kCount = Base::kCount;
   static constexpr int kRowBytes = Base::kRowBytes, kRowStride = Base::kRowStride;
   uint32_t b[kSteps][kCount][2];
-  float unscale[kCount][2];  // of the lane's score columns: what undoes to_half
+  float scale[kCount][2];  // what the lane's score columns are to be multiplied by
 
   // Rows at or past num_rows count as zeros.
   __device__ void load(const unsigned char* rows, int num_rows) {
@@ -33,8 +33,14 @@ struct Float8QueryFragments {
             row < num_rows ? *reinterpret_cast<const uint2*>(from + 32 * s) : uint2{};
         b[s][n][0] = four.x, b[s][n][1] = four.y;
       }
+      scale[n][0] = scale[n][1] = 1;
       if constexpr (!std::is_same_v<T, __half>) to_half(n);
     }
+  }
+
+  __device__ void scale_keys(float key_scale) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) scale[n][0] *= key_scale, scale[n][1] *= key_scale;
   }
 
  private:
@@ -69,7 +75,7 @@ struct Float8QueryFragments {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int query = 2 * (threadIdx.x % 4) + j;
-      unscale[n][j] = __shfl_sync(~0u, inverse, 4 * query);
+      scale[n][j] = __shfl_sync(~0u, inverse, 4 * query);
     }
   }
 };
@@ -112,19 +118,19 @@ __device__ inline void multiply_keys(float (&scores)[kTileRows / 8][4],
   for (int n = 0; n < Query::kCount; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      scores[n][i] = sums[0][n][i] + sums[1][n][i];
-      if constexpr (!std::is_same_v<T, __half>) scores[n][i] *= query.unscale[n][i % 2];
+      scores[n][i] = (sums[0][n][i] + sums[1][n][i]) * query.scale[n][i % 2];
     }
   }
 }
 
 // out += values first_row .. + 15 of the tile, transposed, times the weights of float16. Rows g and
 // g + 8 of out[i] are columns 16 i + 2 g and the next. `keep` as in multiply_values.
-template <int kHeadDim, int kCount, bool kMasked>
-__device__ inline void multiply_float8_values(float (&out)[kHeadDim / 16][kCount][4],
-                                              const uint32_t (&weights)[kCount][2],
-                                              const unsigned char* values, int first_row,
-                                              const uint32_t (&keep)[2]) {
+template <class T, class Cache, int kHeadDim, int kCount, bool kMasked,
+          std::enable_if_t<kIsFloat8<Cache>, int> = 0>
+__device__ inline void multiply_values(float (&out)[kHeadDim / 16][kCount][4],
+                                       const uint32_t (&weights)[kCount][2],
+                                       const unsigned char* values, int first_row,
+                                       const uint32_t (&keep)[2]) {
   for_each_float8_chunk<kHeadDim, true>(values, first_row, [&](int i, uint32_t low, uint32_t high) {
     // Of two tokens the same column side by side.
     uint32_t of_low[2], of_high[2];
@@ -137,6 +143,15 @@ __device__ inline void multiply_float8_values(float (&out)[kHeadDim / 16][kCount
       multiply_add<__half>(out[i][n], a, weights[n][0], weights[n][1]);
     }
   });
+}
+
+template <class T, class Cache, int kHeadDim, int kCount, bool kMasked,
+          std::enable_if_t<!kIsFloat8<Cache>, int> = 0>
+__device__ inline void multiply_values(float (&out)[kHeadDim / 16][kCount][4],
+                                       const uint32_t (&weights)[kCount][2],
+                                       const unsigned char* values, int first_row,
+                                       const uint32_t (&keep)[2]) {
+  multiply_values<T, kHeadDim, kCount, kMasked>(out, weights, values, first_row, keep);
 }
 
 }  // namespace nano_vllm::cuda::decode_sm90

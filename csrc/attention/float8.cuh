@@ -62,14 +62,14 @@ struct alignas(Vec<T>::kSize) Float8Chunk {
   uint32_t four[Vec<T>::kSize / 4];
 
   // Zeros if not valid: then nothing is read.
-  template <bool kIsAligned>
-  __device__ static Float8Chunk load(const Float8E4M3* from, bool valid) {
+  __device__ static Float8Chunk load_aligned(const Float8E4M3* from, bool valid) {
+    return valid ? *reinterpret_cast<const Float8Chunk*>(from) : Float8Chunk{};
+  }
+  __device__ static Float8Chunk load_elements(const Float8E4M3* from, bool valid) {
     Float8Chunk chunk{};
-    if (!valid) return chunk;
-    if constexpr (kIsAligned) return *reinterpret_cast<const Float8Chunk*>(from);
 #pragma unroll
     for (int i = 0; i < Vec<T>::kSize; ++i) {
-      chunk.four[i / 4] |= static_cast<uint32_t>(from[i].bits) << 8 * (i % 4);
+      if (valid) chunk.four[i / 4] |= static_cast<uint32_t>(from[i].bits) << 8 * (i % 4);
     }
     return chunk;
   }

@@ -133,38 +133,31 @@ __device__ inline void load_tokens(T* tile, const PagedRows<Cache>& rows, int fi
     run_offset = rows.block_table[index] * rows.stride_block +
                  (run_token - index * rows.block_size) * rows.stride_token;
   }
-  // Gives run each of the thread's chunks: its number, its place in the tile and in the cache, and
-  // whether its token is valid.
-  const auto for_each_chunk = [&](const auto& run) {
+  constexpr int kAtOnce = 4;  // chunks of float8 under way before the first is waited for
+  [[maybe_unused]] Float8Chunk<T> float8[kAtOnce];
 #pragma unroll(kIsAligned ? kNumCopies : 1)
-    for (int i = 0; i < kNumCopies; ++i) {
-      const int row = (i * kNumThreads + thread) / Layout::kChunks;
-      const int chunk = (i * kNumThreads + thread) % Layout::kChunks;
-      const Cache* from = rows.cache + __shfl_sync(~0u, run_offset, row / kRunTokens) +
-                          row % kRunTokens * rows.stride_token + chunk * Layout::kChunkSize;
-      const int token = first_token + row;
-      run(i, tile + Layout::offset(row, chunk), from, token >= valid.begin && token < valid.end);
-    }
-  };
-  if constexpr (std::is_same_v<T, Cache>) {
-    for_each_chunk([&](int, T* to, const Cache* from, bool is_valid) {
-      copy_chunk<kIsAligned>(to, from, is_valid);
-    });
-  } else if constexpr (kIsAligned) {
-    Float8Chunk<T> chunks[kNumCopies];  // all under way before one is waited for
-    for_each_chunk([&](int i, T*, const Cache* from, bool is_valid) {
-      chunks[i] = Float8Chunk<T>::template load<true>(from, is_valid);
-    });
+  for (int i = 0; i < kNumCopies; ++i) {
+    const int row = (i * kNumThreads + thread) / Layout::kChunks;
+    const int chunk = (i * kNumThreads + thread) % Layout::kChunks;
+    const Cache* from = rows.cache + __shfl_sync(~0u, run_offset, row / kRunTokens) +
+                        row % kRunTokens * rows.stride_token + chunk * Layout::kChunkSize;
+    const int token = first_token + row;
+    const bool is_valid = token >= valid.begin && token < valid.end;
+    if constexpr (!kIsFloat8<Cache>) {
+      copy_chunk<kIsAligned>(tile + Layout::offset(row, chunk), from, is_valid);
+    } else if constexpr (kIsAligned) {
+      float8[i % kAtOnce] = Float8Chunk<T>::load_aligned(from, is_valid);
+      if ((i + 1) % kAtOnce != 0 && i + 1 != kNumCopies) continue;
 #pragma unroll
-    for (int i = 0; i < kNumCopies; ++i) {
-      const int chunk = i * kNumThreads + thread;
-      store_vec(tile + Layout::offset(chunk / Layout::kChunks, chunk % Layout::kChunks),
-                chunks[i].widened());
+      for (int j = i / kAtOnce * kAtOnce; j <= i; ++j) {
+        const int loaded = j * kNumThreads + thread;
+        store_vec(tile + Layout::offset(loaded / Layout::kChunks, loaded % Layout::kChunks),
+                  float8[j % kAtOnce].widened());
+      }
+    } else {
+      store_vec(tile + Layout::offset(row, chunk),
+                Float8Chunk<T>::load_elements(from, is_valid).widened());
     }
-  } else {
-    for_each_chunk([&](int, T* to, const Cache* from, bool is_valid) {
-      store_vec(to, Float8Chunk<T>::template load<false>(from, is_valid).widened());
-    });
   }
 }
 

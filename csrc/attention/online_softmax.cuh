@@ -14,7 +14,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 struct ScoreTransform {
   float scale, softcap;  // softcap in powers of two; 0 = off
 
-  __device__ explicit ScoreTransform(const PagedAttentionParams& p, float key_scale)
+  __device__ explicit ScoreTransform(const PagedAttentionParams& p, float key_scale = 1)
       : scale((p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E) * key_scale),
         softcap(p.softcap * kLog2E) {}
 

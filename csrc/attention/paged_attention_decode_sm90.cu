@@ -195,6 +195,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
   constexpr int kCount = kTileRows / 8;  // of queries in a matrix product
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const typename Shape::Results results(shared.results);
+  const ScoreTransform transform(p);
   RingPosition<Shape::kSlots> at;
   RingPosition<2> next_query;
 
@@ -219,10 +220,11 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
         const int num_rows = min(kTileRows, rows.num_rows() - first_row);
         const bool is_whole = first_split == 0 && last_split == splits.count;
         const int owner = part.owner(first_split);
-        const ScoreTransform transform(p, scale_of_head<Cache>(p.key_scale, kv_head));
         typename Shape::Query query;
         with_buffer(shared.queries, shared.query_full, shared.query_empty, next_query,
                     [&](const unsigned char* rows) { query.load(rows, num_rows); });
+        if constexpr (kIsFloat8<Cache>)
+          query.scale_keys(scale_of_head<Cache>(p.key_scale, kv_head));
         TokenRange seen[kCount][2];  // by this lane's queries
 #pragma unroll
         for (int i = 0; i < 2 * kCount; ++i) {
@@ -298,16 +300,13 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
             }
             with_next_tile([&](const unsigned char* values) {
               const int first_row = warp * kWarpTokens;
-              const auto multiply = [&](auto masked) {
-                if constexpr (kIsFloat8<Cache>) {
-                  multiply_float8_values<kHeadDim, kCount, masked>(out, weights, values, first_row,
+              if (is_masked) {
+                multiply_values<T, Cache, kHeadDim, kCount, true>(out, weights, values, first_row,
+                                                                  keep);
+              } else {
+                multiply_values<T, Cache, kHeadDim, kCount, false>(out, weights, values, first_row,
                                                                    keep);
-                } else {
-                  multiply_values<T, kHeadDim, kCount, masked>(out, weights, values, first_row,
-                                                               keep);
-                }
-              };
-              is_masked ? multiply(std::true_type{}) : multiply(std::false_type{});
+              }
             });
           }
           states.finish();

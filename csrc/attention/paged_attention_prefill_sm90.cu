@@ -1,6 +1,7 @@
 // Prefill attention on Hopper's asynchronous tensor cores (FlashAttention-3, arXiv 2407.08608),
 // chunked prefill included. Warps have roles: some load, the others multiply.
 #include "attention/cache_map.cuh"
+#include "attention/float8.cuh"
 #include "attention/online_softmax.cuh"
 #include "attention/prefix_plan.cuh"
 
@@ -8,13 +9,16 @@ namespace nano_vllm::cuda {
 namespace prefill_sm90 {  // not anonymous: for other architectures most of it is unused
 
 // kIsPrefix: of the prefixes that decodes share, in place of the prefills.
-template <class T_, int kHeadDim_, bool kHasSoftcap_, bool kIsPrefix_>
+template <class T_, class Cache_, int kHeadDim_, bool kHasSoftcap_, bool kIsPrefix_>
 struct Shape {
   using T = T_;
+  using Cache = Cache_;
+  using Tile = SwizzledTile<kHeadDim_>;            // as it is multiplied
+  using LoadedTile = CacheTile<Cache, kHeadDim_>;  // as the caches hold it
+  static constexpr bool kIsWidened = kIsFloat8<Cache>;
   using Plan = std::conditional_t<kIsPrefix_, PrefixPlan, PrefillPlan>;
   using Rows = std::conditional_t<kIsPrefix_, PrefixRows, GroupDivisor>;
   static constexpr bool kIsPrefix = kIsPrefix_;
-  using Tile = SwizzledTile<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kTileRows = prefill_tile_rows(kHeadDim);
@@ -24,20 +28,38 @@ struct Shape {
   static constexpr int kNumThreads = kWarpgroupSize * (1 + kConsumers);
   // As many tiles as shared memory allows. Keys and values share one ring.
   static constexpr int kQueryTiles = kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kStages = kHeadDim <= 96 ? 6 : kHeadDim == 128 ? 5 : 4;
+  // Those of float8 are loaded beside the ring.
+  static constexpr int kLoadedBeside = 2;
+  static constexpr int kStages = (kHeadDim <= 96    ? 6
+                                  : kHeadDim == 128 ? 5
+                                                    : 4) -
+                                 (kIsWidened && kHeadDim > 96 ? 1 : 0);
+  static constexpr int kLoadedTiles = kIsWidened ? kLoadedBeside : kStages;
+  // Warps of the first warpgroup: one loads keys and values; of the others two load queries, or one
+  // does and the other two help the first to widen.
+  static constexpr int kQueryWarps = kIsWidened ? 1 : 2;
+  static constexpr int kWideningWarps = 3;
   // Together no more than the block starts with: 168 or 128 a thread.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 };
 
-constexpr int kQueryWarps = 2;  // that load queries
-
 // An item is published when the queries of the one before are loaded: by then the third before may
 // still be written out, the fourth before has been.
 constexpr int kItemSlots = 5;
 
+// Tiles of float8 as they are loaded, on their way into the ring.
+template <class Shape, bool kIsWidened>
+struct LoadedBeside {};
 template <class Shape>
-struct Shared {
+struct LoadedBeside<Shape, true> {
+  alignas(
+      1024) unsigned char tiles[Shape::kLoadedBeside][Shape::LoadedTile::bytes(Shape::kTileTokens)];
+  Barrier tile_full[Shape::kLoadedBeside], tile_empty[Shape::kLoadedBeside];
+};
+
+template <class Shape>
+struct Shared : LoadedBeside<Shape, Shape::kIsWidened> {
   static constexpr size_t kQueryBytes = Shape::Tile::bytes(Shape::kTileRows);
   static constexpr size_t kStageBytes = Shape::Tile::bytes(Shape::kTileTokens);
 
@@ -52,10 +74,16 @@ struct Shared {
     constexpr int kConsumerWarps = Shape::kConsumers * kWarpgroupSize / kWarpSize;
     for (Barrier& barrier : item_full) barrier.init(1);
     item_wanted.init(1);
-    for (Barrier& barrier : query_full) barrier.init(kQueryWarps);
+    for (Barrier& barrier : query_full) barrier.init(Shape::kQueryWarps);
     for (Barrier& barrier : query_empty) barrier.init(kConsumerWarps);
-    for (Barrier& barrier : stage_full) barrier.init(1);
+    for (Barrier& barrier : stage_full) {
+      barrier.init(Shape::kIsWidened ? Shape::kWideningWarps : 1);
+    }
     for (Barrier& barrier : stage_empty) barrier.init(kConsumerWarps);
+    if constexpr (Shape::kIsWidened) {
+      for (Barrier& barrier : this->tile_full) barrier.init(1);
+      for (Barrier& barrier : this->tile_empty) barrier.init(Shape::kWideningWarps);
+    }
     publish_barriers();
   }
 };
@@ -77,7 +105,7 @@ struct Items {
   }
 };
 
-// The role of kQueryWarps warps: load the items' queries; the first warp claims the items.
+// The role of Shape::kQueryWarps warps: load the items' queries; the first warp claims the items.
 template <class Shape>
 __device__ void load_queries(const AttentionLaunch& p, const typename Shape::Plan& plan,
                              const typename Shape::Rows& group, Shared<Shape>& shared,
@@ -110,7 +138,8 @@ __device__ void load_queries(const AttentionLaunch& p, const typename Shape::Pla
     // Lane l finds row l of a set; then the warp copies the set's chunks one after the other.
     unsigned char* const tile = shared.queries[query.index];
 #pragma unroll 1
-    for (int set = query_warp * kWarpSize; set < Shape::kTileRows; set += kQueryWarps * kWarpSize) {
+    for (int set = query_warp * kWarpSize; set < Shape::kTileRows;
+         set += Shape::kQueryWarps * kWarpSize) {
       const int64_t row_offset =
           set + lane < work->num_rows
               ? group.offset(*work, set + lane, p.query_stride_token, p.query_stride_head)
@@ -134,6 +163,66 @@ __device__ void load_queries(const AttentionLaunch& p, const typename Shape::Pla
   }
 }
 
+// The work of kWideningWarps warps on each tile of float8: from beside the ring into its next
+// stage.
+template <class Shape>
+struct Widening {
+  using Tile = typename Shape::Tile;
+  using LoadedTile = typename Shape::LoadedTile;
+  Shared<Shape>& shared;
+  int thread;  // of those that widen
+  RingPosition<Shape::kLoadedBeside> loaded;
+  RingPosition<Shape::kStages> stage;
+
+  __device__ Widening(Shared<Shape>& shared, int warp)
+      : shared(shared), thread(warp * kWarpSize + threadIdx.x % kWarpSize) {}
+
+  __device__ void widen_next() {
+    shared.tile_full[loaded.index].wait(loaded.parity);
+    shared.stage_empty[stage.index].wait(stage.parity ^ 1);
+    const unsigned char* const from = shared.tiles[loaded.index];
+    unsigned char* const to = shared.stages[stage.index];
+#pragma unroll 2
+    for (int i = thread; i < Shape::kTileTokens * LoadedTile::kChunks;
+         i += Shape::kWideningWarps * kWarpSize) {
+      const int row = i / LoadedTile::kChunks, chunk = i % LoadedTile::kChunks;
+      const uint4 bytes = *reinterpret_cast<const uint4*>(from + LoadedTile::offset(row, chunk));
+      uint32_t pairs[4][2];
+      widen<typename Shape::T>(pairs[0], bytes.x);
+      widen<typename Shape::T>(pairs[1], bytes.y);
+      widen<typename Shape::T>(pairs[2], bytes.z);
+      widen<typename Shape::T>(pairs[3], bytes.w);
+      const uint4 low{pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]};
+      const uint4 high{pairs[2][0], pairs[2][1], pairs[3][0], pairs[3][1]};
+      // Lanes whose chunks lie in every other block of columns store the second half first: the
+      // blocks' even chunks share banks.
+      const int swaps = 2 * chunk * 8 / Tile::kBlockColumns % 2;
+      *reinterpret_cast<uint4*>(to + Tile::offset(row, 2 * chunk + swaps)) = swaps ? high : low;
+      *reinterpret_cast<uint4*>(to + Tile::offset(row, 2 * chunk + 1 - swaps)) = swaps ? low : high;
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) {
+      shared.stage_full[stage.index].arrive();
+      shared.tile_empty[loaded.index].arrive();
+    }
+    loaded = loaded.next();
+    stage = stage.next();
+  }
+};
+
+// The role of the warps that only widen.
+template <class Shape>
+__device__ void widen_tiles(Shared<Shape>& shared, int widening_warp) {
+  Widening<Shape> widening(shared, widening_warp);
+  Items<Shape> items(shared);
+  while (const PrefillItem* work = items.next()) {
+    const int num_tiles = 2 * (work->last_block - work->first_block + 1);
+#pragma unroll 1
+    for (int i = 0; i < num_tiles; ++i) widening.widen_next();
+  }
+}
+
 struct CacheMaps {
   CacheMap keys, values;
   int box_tokens;
@@ -142,7 +231,8 @@ struct CacheMaps {
 // The role of one warp: loads tiles of keys and values, each item's from the last to the first, in
 // the order they are multiplied: the keys of a tile before the values of the one before. Lane l
 // loads the l-th box. Boxes without a visible token are read outside the tensor, which gives zeros:
-// their block may not exist, and a weight of zero times what is in the tile must be zero.
+// their block may not exist, and a weight of zero times what is in the tile must be zero. Between
+// one tile of float8 and the next the warp does its share of widening the one before.
 template <class Shape>
 __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
                             Shared<Shape>& shared) {
@@ -152,7 +242,7 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
   constexpr int kClaimAhead = 3;
   const int lane = threadIdx.x % kWarpSize;
   const bool has_box = lane < Shape::kTileTokens / maps.box_tokens;
-  RingPosition<Shape::kStages> stage;
+  RingPosition<Shape::kLoadedTiles> at;
 
   struct Box {
     int block, kv_head, row_group;
@@ -165,20 +255,30 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
     return {is_visible ? p.block_tables[work.seq * p.block_tables_stride + index] : kOutside,
             work.kv_head, (token - index * p.block_size) / 8};
   };
-  const auto load = [&](const CacheMap& cache, const Box& box) {
-    shared.stage_empty[stage.index].wait(stage.parity ^ 1);
-    if (lane == 0) {
-      shared.stage_full[stage.index].arrive_and_expect(Shared<Shape>::kStageBytes);
-    }
+  const auto load_into = [&](auto& tiles, auto& full, auto& empty, const CacheMap& cache,
+                             const Box& box) {
+    empty[at.index].wait(at.parity ^ 1);
+    if (lane == 0) full[at.index].arrive_and_expect(sizeof(tiles[0]));
     __syncwarp();
     if (has_box) {
       const int block = box.block == kOutside
                             ? kOutside
                             : box.block * cache.block_step + box.kv_head * cache.head_step;
-      load_box(shared.stages[stage.index] + lane * Shape::Tile::bytes(maps.box_tokens), cache.map,
-               shared.stage_full[stage.index], 0, 0, 0, box.row_group, block);
+      load_box(tiles[at.index] + lane * Shape::LoadedTile::bytes(maps.box_tokens), cache.map,
+               full[at.index], 0, 0, 0, box.row_group, block);
     }
-    stage = stage.next();
+    at = at.next();
+  };
+  [[maybe_unused]] Widening<Shape> widening(shared, 0);
+  [[maybe_unused]] bool is_first = true;
+  const auto load = [&](const CacheMap& cache, const Box& box) {
+    if constexpr (Shape::kIsWidened) {
+      load_into(shared.tiles, shared.tile_full, shared.tile_empty, cache, box);
+      if (!is_first) widening.widen_next();
+      is_first = false;
+    } else {
+      load_into(shared.stages, shared.stage_full, shared.stage_empty, cache, box);
+    }
   };
 
   Items<Shape> items(shared);
@@ -208,6 +308,7 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
     box = next_box;
   }
   load(maps.values, box);
+  if constexpr (Shape::kIsWidened) widening.widen_next();
 }
 
 // What a lane's two rows of a tile see, and what all rows of its warp do.
@@ -263,7 +364,8 @@ __device__ void write_rows(const AttentionLaunch& p, const GroupDivisor& group,
     float sum = sums[half];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const float inverse = sum == 0 ? 0 : __fdividef(1, sum);
+    const float value_scale = scale_of_head<typename Shape::Cache>(p.value_scale, work.kv_head);
+    const float inverse = sum == 0 ? 0 : __fdividef(value_scale, sum);
     const int row = warp_row + lane / 4 + 8 * half;
     const bool is_valid = row < work.num_rows;
     T* const to = static_cast<T*>(p.out) +
@@ -285,10 +387,12 @@ __device__ void write_rows(const AttentionLaunch& p, const GroupDivisor& group,
 
 // Of a prefix: the same rows as results to be folded.
 template <class Shape>
-__device__ void store_rows(const PrefixSlots& slots, const PrefixRows& rows,
-                           const PrefillItem& work, int warp_row, const LazyRowStates& states,
+__device__ void store_rows(const AttentionLaunch& p, const PrefixSlots& slots,
+                           const PrefixRows& rows, const PrefillItem& work, int warp_row,
+                           const LazyRowStates& states,
                            const float (&out)[Shape::kHeadDim / 8][4]) {
   const int lane = threadIdx.x % kWarpSize;
+  const float value_scale = scale_of_head<typename Shape::Cache>(p.value_scale, work.kv_head);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = states.sum[half];
@@ -300,7 +404,8 @@ __device__ void store_rows(const PrefixSlots& slots, const PrefixRows& rows,
     float* const to = slots.out(slot) + 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < Shape::kHeadDim / 8; ++i) {
-      *reinterpret_cast<float2*>(to + 8 * i) = make_float2(out[i][2 * half], out[i][2 * half + 1]);
+      *reinterpret_cast<float2*>(to + 8 * i) =
+          make_float2(out[i][2 * half] * value_scale, out[i][2 * half + 1] * value_scale);
     }
     if (lane % 4 == 0) slots.max_sum(slot) = make_float2(states.max[half], sum);
   }
@@ -314,6 +419,7 @@ template <class Shape>
 __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& group,
                        const PrefixSlots& slots, Shared<Shape>& shared) {
   using T = typename Shape::T;
+  using Cache = typename Shape::Cache;
   using Tile = typename Shape::Tile;
   constexpr int kHeadDim = Shape::kHeadDim, kTileTokens = Shape::kTileTokens;
   const int lane = threadIdx.x % kWarpSize;
@@ -321,8 +427,7 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   const int warp_row = (threadIdx.x / kWarpSize - kWarpgroupSize / kWarpSize) * 16;
   const int own_barrier = 1 + warpgroup;
 
-  const auto transform = ScoreTransform(p, 1);
-  const float scale = Shape::kHasSoftcap ? 1 : transform.scale;
+  ScoreTransform transform(p);
   RingPosition<Shape::kQueryTiles> query;
   RingPosition<Shape::kStages> stage;
   float scores[kTileTokens / 8][4], out[kHeadDim / 8][4];
@@ -396,6 +501,13 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   VisibleRows visible(*work.item, group, warp_row, p.sliding_window);
   bool is_sum = false;
 
+  const auto scale = [&] { return Shape::kHasSoftcap ? 1 : transform.scale; };
+  const auto set_head = [&](int kv_head) {
+    if constexpr (Shape::kIsWidened) {
+      transform = ScoreTransform(p, scale_of_head<Cache>(p.key_scale, kv_head));
+    }
+  };
+  set_head(work.item->kv_head);
   constexpr int kColumnTiles = kTileTokens / 8;
   const auto mask_scores = [&](int tile) {
     if constexpr (Shape::kHasSoftcap) {
@@ -413,7 +525,7 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
 
   const auto write = [&](const PrefillItem& item, const LazyRowStates& states) {
     if constexpr (Shape::kIsPrefix) {
-      store_rows<Shape>(slots, group, item, warp_row, states, out);
+      store_rows<Shape>(p, slots, group, item, warp_row, states, out);
     } else {
       write_rows<Shape>(p, group, item, warp_row, states.sum, out);
     }
@@ -428,10 +540,10 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   stage = stage.next();
   if (work.is_last()) release(shared.query_empty[query.index]);
   mask_scores(work.tile);
-  states.template see<0>(scores, scale);
-  states.template see<1>(scores, scale);
-  states.template weigh<0, 0, kColumnTiles>(scores, scale);
-  states.template weigh<1, 0, kColumnTiles>(scores, scale);
+  states.template see<0>(scores, scale());
+  states.template see<1>(scores, scale());
+  states.template weigh<0, 0, kColumnTiles>(scores, scale());
+  states.template weigh<1, 0, kColumnTiles>(scores, scale());
   pack_weights();
   bool has_keys = false, has_values = false;
 
@@ -461,18 +573,19 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
     if (ends_item) {
       states = LazyRowStates();
       visible = VisibleRows(*next.item, group, warp_row, p.sliding_window);
+      set_head(next.item->kv_head);
     }
     wait_products<1>();
     pin(scores);
     mask_scores(next.tile);
-    rescale[0] = states.template see<0>(scores, scale);
+    rescale[0] = states.template see<0>(scores, scale());
     release(shared.stage_empty[keys.index]);
     if (next.is_last()) release(shared.query_empty[query.index]);
-    states.template weigh<0, 0, kColumnTiles>(scores, scale);
-    rescale[1] = states.template see<1>(scores, scale);
+    states.template weigh<0, 0, kColumnTiles>(scores, scale());
+    rescale[1] = states.template see<1>(scores, scale());
     const bool keeps_out = is_settled(rescale);
     // Exponentials take long. The last of them come behind the wait, beside the packing.
-    states.template weigh<1, 0, kColumnTiles / 2>(scores, scale);
+    states.template weigh<1, 0, kColumnTiles / 2>(scores, scale());
     pin(scores);
     // Asked here, the answer is there when the next products start.
     stage = values.next();
@@ -486,7 +599,7 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
     } else if (!keeps_out) {
       rescale_rows(out, rescale);
     }
-    states.template weigh<1, kColumnTiles / 2, kColumnTiles>(scores, scale);
+    states.template weigh<1, kColumnTiles / 2, kColumnTiles>(scores, scale());
     pack_weights();
     is_sum = !ends_item;
     work = next;
@@ -505,7 +618,7 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
 // the next that nobody has. The rows of a tile are query tokens times the query heads of the group.
 // Tiles of tokens start at multiples of their size from the sequence's beginning and are taken from
 // the last to the first: a row's bits do not depend on the chunk it came in. Of the first
-// warpgroup, one warp loads keys and values and kQueryWarps queries; they run ahead of the other
+// warpgroup, one warp loads keys and values and others queries; they run ahead of the other
 // warpgroups, which multiply. The result goes to out.
 template <class Shape>
 __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
@@ -526,7 +639,12 @@ __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
     if (threadIdx.x < kWarpgroupSize) {
       release_registers<Shape::kProducerRegisters>();
       if (warp == 0) load_caches<Shape>(p, maps, shared);
-      if (warp >= 1 && warp <= kQueryWarps) load_queries<Shape>(p, plan, group, shared, warp - 1);
+      if (warp >= 1 && warp <= Shape::kQueryWarps) {
+        load_queries<Shape>(p, plan, group, shared, warp - 1);
+      }
+      if constexpr (Shape::kIsWidened) {
+        if (warp > Shape::kQueryWarps) widen_tiles<Shape>(shared, warp - Shape::kQueryWarps);
+      }
     } else {
       take_registers<Shape::kConsumerRegisters>();
       attend<Shape>(p, group, slots, shared);
@@ -537,11 +655,11 @@ __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
 // Calls run(Shape{}).
 template <bool kIsPrefix, class Run>
 void dispatch_shape(const AttentionLaunch& p, const Run& run) {
-  dispatch_16_bit(p, [&](auto element, auto, auto head_dim) {
+  dispatch_16_bit(p, [&](auto element, auto cache, auto head_dim) {
     if (p.softcap > 0) {
-      run(Shape<decltype(element), head_dim, true, kIsPrefix>{});
+      run(Shape<decltype(element), decltype(cache), head_dim, true, kIsPrefix>{});
     } else {
-      run(Shape<decltype(element), head_dim, false, kIsPrefix>{});
+      run(Shape<decltype(element), decltype(cache), head_dim, false, kIsPrefix>{});
     }
   });
 }
@@ -550,7 +668,7 @@ template <class Shape>
 void launch(const AttentionLaunch& p, const char* name, int64_t max_items,
             const typename Shape::Plan& plan, const typename Shape::Rows& rows,
             cudaStream_t stream) {
-  using Tile = typename Shape::Tile;
+  using Tile = typename Shape::LoadedTile;
   const int box_tokens = std::gcd(p.block_size, Shape::kTileTokens);
   const CacheMaps maps = {CacheLayout::keys(p).map<Tile>(p.block_size, box_tokens),
                           CacheLayout::values(p).map<Tile>(p.block_size, box_tokens), box_tokens};
@@ -561,7 +679,7 @@ void launch(const AttentionLaunch& p, const char* name, int64_t max_items,
 }
 
 inline bool has_kernels() {
-  using Any = Shape<__half, 128, false, false>;
+  using Any = Shape<__half, __half, 128, false, false>;
   static const bool has = has_code(prefill_sm90_kernel<Any>, Any::kNumThreads);
   return has;
 }
@@ -574,8 +692,7 @@ bool can_prefill_sm90(const AttentionLaunch& p) {
          p.num_heads / p.num_kv_heads <= GroupDivisor::kMaxGroup &&
          is_vec_aligned<__half>(p.query, p.query_stride_token, p.query_stride_head) &&
          is_vec_aligned<__half>(p.out, p.out_stride_token, p.out_stride_head) &&
-         CacheLayout::keys(p).can_map() && CacheLayout::values(p).can_map() &&
-         p.cache_dtype == p.dtype;
+         CacheLayout::keys(p).can_map() && CacheLayout::values(p).can_map();
 }
 
 void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream) {

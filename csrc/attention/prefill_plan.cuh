@@ -43,7 +43,8 @@ struct PrefillItem {
 // Bytes of keys and values that share the L2 cache with queries and outputs.
 constexpr int kCachedBytes = 32 << 20;
 
-// Called by a whole warp. Shape names the head_dim and the tiles' kTileRows and kTileTokens.
+// Called by a whole warp. Shape names the head_dim, the caches' elements and the tiles' kTileRows
+// and kTileTokens.
 template <class Shape>
 __device__ PrefillItem find_item(const AttentionLaunch& p, const PrefillPlan& plan, int item) {
   const int place = last_at_most(item, p.num_seqs, [&](int i) { return plan.first_item[i]; });
@@ -54,7 +55,7 @@ __device__ PrefillItem find_item(const AttentionLaunch& p, const PrefillPlan& pl
   found.seq = plan.seqs[place];
   const SequenceRows rows(p, found.seq);
   const int num_tiles = ceil_div(rows.num_rows(), Shape::kTileRows);
-  constexpr int kTokenBytes = 4 * Shape::kHeadDim;  // a key and a value of 16-bit elements
+  constexpr int kTokenBytes = 2 * Shape::kHeadDim * static_cast<int>(sizeof(typename Shape::Cache));
   const int cached_heads = kCachedBytes / kTokenBytes / max(rows.seq_len, 1);
   const int section_heads = min(max(cached_heads, 1), p.num_kv_heads);
   const int in_seq = item - plan.first_item[place];

@@ -44,7 +44,7 @@ __device__ const T* source_of(const Params& p, int64_t token, int head) {
   return static_cast<const T*>(base) + token * stride_token + (head - first) * stride_head;
 }
 
-// nullptr: nowhere.
+// nullptr: nowhere. T is the dtype of the query for a query, that of the cache for a key or value.
 template <class T>
 __device__ T* destination_of(const Params& p, int64_t token, int64_t slot, int head) {
   if (head < p.num_heads) {
@@ -60,6 +60,13 @@ __device__ T* destination_of(const Params& p, int64_t token, int64_t slot, int h
   head -= p.kv.num_kv_heads;
   return static_cast<T*>(p.kv.value_cache) + block * p.kv.value_cache_stride_block +
          row * p.kv.value_cache_stride_token + head * p.kv.value_cache_stride_head;
+}
+
+// What a key or value is divided by for a cache of float8.
+__device__ inline float scale_of(const Params& p, int head) {
+  const bool is_key = is_turned(p, head);
+  return scale_of_head(is_key ? p.kv.key_scale : p.kv.value_scale,
+                       head - p.num_heads - (is_key ? 0 : p.kv.num_kv_heads));
 }
 
 // The vector from element `at` of a head. kIsAligned: past the end the last one, so that the load
@@ -167,7 +174,7 @@ constexpr int kMinBlocks = kIsAligned && !kHasNorm ? 4 : 1;
 // Grid: tokens, blockDim.z at a time, x shares of a token's heads. The threads along x, a power of
 // two of one warp's, have one vector each of a head, or kHeadVecs where a head has more than 32;
 // those along y have the heads, several each.
-template <class T, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool kIsAligned>
+template <class T, class Cache, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool kIsAligned>
 __global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHasNorm, kIsAligned>)
     rotary_reshape_and_cache_kernel(Params p) {
   constexpr int kSize = Vec<T>::kSize, kHeads = kVecsPerThread / kHeadVecs;
@@ -228,14 +235,25 @@ __global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHasNorm, kIsAligned>)
       }
     }
     if (head >= num_heads) continue;
-    T* destination = destination_of<T>(p, token, slot, head);
-    if (destination == nullptr) continue;
+    // Where a cache of float8 is written, the query alone goes to destination.
+    constexpr bool kIsFloat8 = !std::is_same_v<T, Cache>;
+    const bool is_quantized = kIsFloat8 && head >= p.num_heads;
+    T* destination = is_quantized ? nullptr : destination_of<T>(p, token, slot, head);
+    Cache* cached = is_quantized ? destination_of<Cache>(p, token, slot, head) : nullptr;
+    if (destination == nullptr && cached == nullptr) continue;
+    const float scale = is_quantized ? scale_of(p, head) : 1;
 #pragma unroll
     for (int v = 0; v < kHeadVecs; ++v) {
       if (at[v] >= head_dim) continue;
       Vec<T> out = own[j][v];
       if (is_turned(p, head) && at[v] < 2 * half) {
         out = rotate_vec<kIsNeox, kIsAligned>(out, partners[j][v], cos[v], sin[v], at[v], half);
+      }
+      if constexpr (kIsFloat8) {
+        if (is_quantized) {
+          store_quantized<kIsAligned>(cached + at[v], out, scale, head_dim - at[v]);
+          continue;
+        }
       }
       store_elements<kIsAligned>(destination + at[v], out, head_dim - at[v]);
     }
@@ -253,7 +271,7 @@ bool is_aligned(const Params& p) {
          (p.is_neox ? half : p.rotary_dim) % Vec<T>::kSize == 0;
 }
 
-template <class T, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool kIsAligned>
+template <class T, class Cache, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool kIsAligned>
 void launch(const Params& p, cudaStream_t stream) {
   // blockDim.x * blockDim.y is a multiple of a warp.
   const unsigned vecs = ceil_div(static_cast<unsigned>(p.kv.head_dim), unsigned{Vec<T>::kSize});
@@ -268,7 +286,7 @@ void launch(const Params& p, cudaStream_t stream) {
   const unsigned block_warps = ceil_div(warps, blocks);
   const unsigned tokens = kNumThreads / kWarpSize / block_warps;
   const dim3 grid(ceil_div(static_cast<unsigned>(p.kv.num_tokens), tokens), blocks);
-  rotary_reshape_and_cache_kernel<T, kHeadVecs, kIsNeox, kHasNorm, kIsAligned>
+  rotary_reshape_and_cache_kernel<T, Cache, kHeadVecs, kIsNeox, kHasNorm, kIsAligned>
       <<<grid, dim3(x, block_warps * heads_in_warp, tokens), 0, stream>>>(p);
   check_launch("rotary_reshape_and_cache");
 }
@@ -294,14 +312,16 @@ void rotary_reshape_and_cache(const RotaryReshapeAndCacheParams& params, cudaStr
     using T = decltype(element);
     const bool has_norm = params.query_norm_weight != nullptr || params.key_norm_weight != nullptr;
     const bool is_long = params.kv.head_dim > kWarpSize * Vec<T>::kSize;  // in float32 alone
+    const bool is_float8 = params.kv.cache_dtype == DType::kFloat8E4M3;
     dispatch_bools(
-        [&](auto is_neox, auto has_norm, auto is_aligned) {
+        [&](auto is_float8, auto is_neox, auto has_norm, auto is_aligned) {
+          using Cache = std::conditional_t<is_float8, Float8E4M3, T>;
           if constexpr (sizeof(T) == sizeof(float)) {
-            if (is_long) return launch<T, 2, is_neox, has_norm, is_aligned>(params, stream);
+            if (is_long) return launch<T, Cache, 2, is_neox, has_norm, is_aligned>(params, stream);
           }
-          launch<T, 1, is_neox, has_norm, is_aligned>(params, stream);
+          launch<T, Cache, 1, is_neox, has_norm, is_aligned>(params, stream);
         },
-        params.is_neox, has_norm, is_aligned<T>(params));
+        is_float8, params.is_neox, has_norm, is_aligned<T>(params));
   });
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -83,6 +84,12 @@ class AttentionInputs:
     def batched_query(self) -> torch.Tensor:
         """[num_seqs, query_len, num_heads, head_dim]."""
         return self.query.view(-1, self.shape.query_len, *self.query.shape[1:])
+
+    def with_float8_cache(self) -> AttentionInputs:
+        """The same inputs over a cache of one byte an element."""
+        other = copy(self)
+        other.pool = self.pool.to(torch.float8_e4m3fn)
+        return other
 
     @cached_property
     def dense_cache(self) -> tuple[torch.Tensor, torch.Tensor]:

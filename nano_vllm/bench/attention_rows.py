@@ -24,6 +24,8 @@ def attention_row(setup: Setup, heads: Heads, shape: AttentionShape) -> dict[str
     itemsize = setup.dtype.itemsize
     sets = input_sets(shape.kv_bytes(heads, itemsize), setup.device)
     paged, dense = bytes_needed(shape, heads, itemsize, sets)
+    if setup.float8_cache:
+        paged += dense // itemsize
     free = free_bytes(setup.device)
     label = f"{shape.kernel} {heads} {shape.name}"
     if paged > free:
@@ -37,7 +39,7 @@ def attention_row(setup: Setup, heads: Heads, shape: AttentionShape) -> dict[str
         AttentionInputs(shape, heads, setup.block_size, setup.device, setup.dtype)
         for _ in range(sets)
     ]
-    seconds, others = _measure(label, inputs, peers)
+    seconds, others = _measure(label, inputs, peers, setup.float8_cache)
     amount: dict[str, int] = (
         {"moved": shape.kv_bytes(heads, itemsize)}
         if shape.query_len == 1
@@ -47,9 +49,12 @@ def attention_row(setup: Setup, heads: Heads, shape: AttentionShape) -> dict[str
 
 
 def _measure(
-    label: str, inputs: list[AttentionInputs], peers: tuple[AttentionPeer, ...]
+    label: str,
+    inputs: list[AttentionInputs],
+    peers: tuple[AttentionPeer, ...],
+    float8_cache: bool,
 ) -> tuple[float, dict[str, float | None]]:
-    """Seconds of ours and of the peers by name."""
+    """Seconds of ours and of what is compared, by name."""
     device = inputs[0].device
     ours = _our_calls(inputs)
     reference = ours[0]()
@@ -58,8 +63,12 @@ def _measure(
         timer = _peer_timer(label, peer, inputs, reference)
         if timer is not None:
             timers[peer.name] = timer
+    if float8_cache:
+        timers["fp8 cache"] = repeat_timer(
+            _our_calls([one.with_float8_cache() for one in inputs]), device
+        )
     seconds = dict(zip(timers, alternate(list(timers.values())), strict=True))
-    return seconds[""], {peer.name: seconds.get(peer.name) for peer in peers}
+    return seconds.pop(""), dict(seconds)
 
 
 def _our_calls(inputs: list[AttentionInputs]) -> list[Callable[[], torch.Tensor]]:

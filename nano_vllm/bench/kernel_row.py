@@ -21,6 +21,12 @@ class Setup:
     copy: float  # bytes per second, the device's own large copy
     matmul: float  # floating-point operations per second, torch's own large product
     peers: tuple[AttentionPeer, ...]
+    float8_cache: bool = False  # whether attention over one is timed beside the peers
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """What has columns beside ours."""
+        return (*(peer.name for peer in self.peers), *(("fp8 cache",) if self.float8_cache else ()))
 
     def row(
         self,
@@ -39,7 +45,7 @@ class Setup:
             seconds: of one call of ours.
             moved: bytes read and written; either this or `flops`.
             flops: floating-point operations.
-            peers: seconds of one call by the peer's name; None where it has no time.
+            peers: seconds of one call by the name of what is compared; None where it has no time.
         """
         assert (moved is None) != (flops is None)
         amount, ceiling = (moved, self.copy) if flops is None else (flops, self.matmul)
@@ -53,10 +59,10 @@ class Setup:
             "unit": "GB/s" if flops is None else "TFLOP/s",
             "of ceiling": amount / seconds / ceiling,
         }
-        for peer in self.peers:
-            time = (peers or {}).get(peer.name)
-            row[f"{peer.name} us"] = None if time is None else time * 1e6
-            row[f"{peer.name} / ours"] = None if time is None else time / seconds
+        for name in self.compared:
+            time = (peers or {}).get(name)
+            row[f"{name} us"] = None if time is None else time * 1e6
+            row[f"{name} / ours"] = None if time is None else time / seconds
         return row
 
 

@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PEERS,
         help="attention to compare with (default: all that are installed)",
     )
+    parser.add_argument(
+        "--fp8-cache",
+        action="store_true",
+        help="time attention over a float8 KV cache beside that over one of the dtype",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = torch.device(name), getattr(torch, dtype_name)
     peers = find_peers(PEERS, args.peers, on_gpu)
     copy, matmul = copy_ceiling(device), matmul_ceiling(device, dtype)
-    setup = Setup(device, dtype, args.block_size, copy, matmul, peers)
-    names = tuple(peer.name for peer in peers)
+    setup = Setup(device, dtype, args.block_size, copy, matmul, peers, args.fp8_cache)
+    names = setup.compared
     rows = []
     for row in (row for heads in models for row in _rows(setup, heads, args.only)):
         rows.append(row)

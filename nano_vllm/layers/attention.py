@@ -13,6 +13,24 @@ LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Key and value cache of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
 
 
+def cache_scale(num_kv_heads: int) -> torch.Tensor:
+    """What the keys or values of a float8 cache are to be multiplied by, [num_kv_heads]; 1 unless
+    the checkpoint brings it, for each head or for all.
+    """
+    scale = torch.ones(num_kv_heads, dtype=torch.float32)
+    scale.weight_loader = _load_cache_scale  # type: ignore[attr-defined]
+    return scale
+
+
+def _load_cache_scale(scale: torch.Tensor, tensor: torch.Tensor, _: object) -> None:
+    values = tensor.float().flatten()
+    if values.numel() not in (1, scale.numel()):
+        raise ValueError(f"must have 1 or {scale.numel()} elements, got {list(tensor.shape)}")
+    if not bool((values.isfinite() & (values > 0)).all()):
+        raise ValueError(f"must be finite and positive, got {values.tolist()}")
+    scale.copy_(values.expand_as(scale))
+
+
 @dataclass(slots=True)
 class AttentionMetadata:
     """Where each token of a step sits, for all layers alike. Set by InputBatch."""
@@ -76,10 +94,14 @@ class Attention:
         cos_sin: torch.Tensor,
         cache: LayerCache,
         metadata: AttentionMetadata,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
     ) -> torch.Tensor:
         """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim] -> as the
-        query, which is rotated in place.
+        query, which is rotated in place. The scales, [num_kv_heads], count for a float8 cache.
         """
+        is_float8 = cache[0].dtype == torch.float8_e4m3fn
+        scales = (k_scale, v_scale) if is_float8 else (None, None)
         ops.rotary_reshape_and_cache(
             positions,
             query,
@@ -92,6 +114,8 @@ class Attention:
             query_norm_weight=None if self.query_norm is None else self.query_norm.weight,
             key_norm_weight=None if self.key_norm is None else self.key_norm.weight,
             norm_eps=0.0 if self.query_norm is None else self.query_norm.eps,
+            k_scale=scales[0],
+            v_scale=scales[1],
         )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         ops.paged_attention(
@@ -109,5 +133,7 @@ class Attention:
             workspace=metadata.workspace,
             is_planned=metadata.workspace is not None,
             shared_prefix=metadata.shared_prefix,
+            k_scale=scales[0],
+            v_scale=scales[1],
         )
         return out

@@ -9,7 +9,7 @@ from torch import nn
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.activation import gated_activation
-from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache
+from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache, cache_scale
 from nano_vllm.layers.embedding import Embedding
 from nano_vllm.layers.linear import Linear, StackedLinear
 from nano_vllm.layers.norm import RMSNorm
@@ -21,6 +21,9 @@ class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions and, in some models, norms of query and key
     heads.
     """
+
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,6 +51,8 @@ class SelfAttention(nn.Module):
             query_norm=self.q_norm,
             key_norm=self.k_norm,
         )
+        self.register_buffer("k_scale", cache_scale(self.num_kv_heads))
+        self.register_buffer("v_scale", cache_scale(self.num_kv_heads))
 
     def forward(
         self,
@@ -59,7 +64,9 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         qkv = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        out = self.attention(query, key, value, positions, cos_sin, cache, metadata)
+        out = self.attention(
+            query, key, value, positions, cos_sin, cache, metadata, self.k_scale, self.v_scale
+        )
         return self.o_proj(out.flatten(1))
 
 

@@ -19,6 +19,7 @@ def num_kv_blocks(
     max_model_len: int,
     max_num_batched_tokens: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     device: torch.device,
 ) -> int:
     """Blocks of the pool: as told, else what kv_cache_memory holds, else by the device's free
@@ -26,7 +27,7 @@ def num_kv_blocks(
 
     Call it once the weights are loaded: the pool is the last to take memory.
     """
-    block_bytes = bytes_per_block(model, config.block_size, dtype)
+    block_bytes = bytes_per_block(model, config.block_size, cache_dtype)
     if config.num_blocks is not None:
         return config.num_blocks
     if config.kv_cache_memory is not None:

@@ -47,6 +47,7 @@ class ModelRunner:
         self.model_config: ModelConfig = load_model_config(self.model_path, model_class)
         self.device = _choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
+        self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
         self.block_size = config.block_size
         self.max_model_len = _choose_max_model_len(config, self.model_config)
         self.max_num_batched_tokens = config.max_num_batched_tokens or max(
@@ -89,10 +90,11 @@ class ModelRunner:
                 self.max_model_len,
                 self.max_num_batched_tokens,
                 self.dtype,
+                self.cache_dtype,
                 self.device,
             )
             self.kv_cache: KVCache | None = KVCache(
-                self.model_config, self.num_blocks, self.block_size, self.dtype, self.device
+                self.model_config, self.num_blocks, self.block_size, self.cache_dtype, self.device
             )
             self.graphs: DecodeGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:

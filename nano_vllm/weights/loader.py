@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +21,17 @@ __all__ = ["load_model_config", "load_weights"]
 
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Endings of tensors that some checkpoints hold but that follow from the configuration."""
+_CACHE_SCALE = re.compile(r"(.+)\.(?:attn|k_proj|v_proj)\.([kv]_scale)")
+"""Where some quantizers put a scale that others, and our buffers, have beside the projections."""
 _MAX_NAMED = 4
 """Names listed in an error."""
 
 
 class _Assignment(NamedTuple):
-    """One tensor of the checkpoint and the parameter, or part of one, that it fills."""
+    """One tensor of the checkpoint and the parameter, part of one, or buffer that it fills."""
 
     tensor_name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     shard_id: int | str | None
 
 
@@ -46,7 +49,8 @@ def load_weights(
 
     Parameters have Hugging Face names, except that `model.stacked` (component of a checkpoint's
     name -> component of the parameter's name, shard id) joins several tensors in one parameter,
-    whose `weight_loader(parameter, tensor, shard_id)` knows where each goes. Names and shapes are
+    whose `weight_loader(parameter, tensor, shard_id)` knows where each goes. Buffers with a
+    `weight_loader` are filled from what the checkpoint has of them. Names and shapes are
     checked before anything is read: ValueError names the tensors that are missing, left over or of
     a wrong shape. With `load_format` dummy, `source` is not touched. With `keep_quantized`, linear
     layers whose tensors are stored in groups of few bits get them as they are (`Linear.packed`).
@@ -115,7 +119,7 @@ def _load(
     checkpoint: Checkpoint,
     source: Path,
     name: str,
-    parameter: torch.nn.Parameter,
+    parameter: torch.Tensor,
     shard_id: int | str | None,
 ) -> None:
     weight_loader = getattr(parameter, "weight_loader", None)
@@ -133,11 +137,16 @@ def _assign(
     model: torch.nn.Module, checkpoint: Checkpoint, source: Path, config: ModelConfig
 ) -> list[_Assignment]:
     parameters = dict(model.named_parameters())
+    buffers = {n: b for n, b in model.named_buffers() if hasattr(b, "weight_loader")}
     stacked: dict[str, tuple[str, int | str]] = getattr(model, "stacked", {})
     assignments, leftover, misshapen = [], [], []
     filled = set()
     for name, shape in checkpoint.shapes.items():
         if name.endswith(_NOT_WEIGHTS) or (config.tie_word_embeddings and name == "lm_head.weight"):
+            continue
+        buffer = buffers.get(_CACHE_SCALE.sub(r"\1.\2", name))
+        if buffer is not None:
+            assignments.append(_Assignment(name, buffer, None))
             continue
         parameter_name, shard_id = _destination(name, stacked)
         parameter = parameters.get(parameter_name)

@@ -44,6 +44,14 @@ def test_last_line_is_all_of_it_as_json(capsys: pytest.CaptureFixture[str]) -> N
     assert len(err.splitlines()) == 4, "each row as soon as it is there"
 
 
+def test_float8_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--only", "attention", "--peers", "--fp8-cache")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["rows"]) == 2
+    for row in result["rows"]:
+        assert row["fp8 cache / ours"] == pytest.approx(row["fp8 cache us"] / row["us"])
+
+
 def test_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
     run("--only", "decode", "--peers")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

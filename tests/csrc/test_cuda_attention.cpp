@@ -90,14 +90,20 @@ void test_random_cases(int count) {
 void test_large_cases() {
   const DType bf16 = DType::kBFloat16;
   const double error = error_of(bf16);
-  test_attention_case({bf16, 4, 1, 64, 16, {{1, 3000}}}, error, attend);
-  test_attention_case({bf16, 4, 2, 128, 16, {{1, 1500}, {1, 30}, {8, 700}, {1, 1}}, 1000}, error,
-                      attend);
+  for (bool float8 : {false, true}) {
+    test_attention_case({bf16, 4, 1, 64, 16, {{1, 3000}}, 0, 0, false, float8}, error, attend);
+    const std::vector<Sequence> mixed = {{1, 1500}, {1, 30}, {8, 700}, {1, 1}};
+    test_attention_case({bf16, 4, 2, 128, 16, mixed, 1000, 0, false, float8}, error, attend);
+  }
   std::vector<Sequence> many;
   for (int i = 0; i < 40; ++i) many.push_back({between(0, 2), between(2, 90)});
   test_attention_case({bf16, 2, 1, 64, 16, many}, error, attend);
-  test_attention_case({bf16, 4, 1, 64, 16, {{200, 333}, {1, 40}, {9, 9}}}, error, attend);
-  test_attention_case({bf16, 4, 2, 128, 32, {{150, 300}, {70, 70}}, 90, 3.0f, true}, error, attend);
+  for (bool float8 : {false, true}) {
+    test_attention_case({bf16, 4, 1, 64, 16, {{200, 333}, {1, 40}, {9, 9}}, 0, 0, false, float8},
+                        error, attend);
+    test_attention_case({bf16, 4, 2, 128, 32, {{150, 300}, {70, 70}}, 90, 3.0f, true, float8},
+                        error, attend);
+  }
 }
 
 }  // namespace

@@ -128,7 +128,7 @@ def page(
     All that no query may see is NaN: rows past a sequence's end, blocks of nobody, padding queries,
     gaps between the strides. Block table entries past a sequence's last block name a block of
     nobody or no block at all. The bounds max_query_len and max_seq_len are often loose. A float8
-    cache often has scales.
+    cache often has scales, if not the given ones.
     """
     query = torch.cat([sequence.query for sequence in sequences])
     _, num_kv_heads, head_dim = sequences[0].keys.shape
@@ -142,7 +142,7 @@ def page(
     keys = keys.to(draw.device, FLOAT8 if float8 else query.dtype)
     values = keys.clone()
     for name in ("k_scale", "v_scale") if float8 else ():
-        if draw.choice((True, True, False)):
+        if name not in options and draw.choice((True, True, False)):
             options[name] = draw.scales(num_kv_heads)
     blocks = draw.sample(num_blocks, num_blocks)
     unused = [blocks[-1], 2**31 - 1, -1, -(2**31)]

@@ -15,6 +15,7 @@ import torch
 from nano_vllm import ops
 
 BLOCK_SIZE = 8
+FLOAT8 = torch.float8_e4m3fn
 
 
 def normal(*shape: int, dtype: torch.dtype, offset: int) -> torch.Tensor:
@@ -33,6 +34,7 @@ def attend(
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     offset: int,
     sliding_window: int = 0,
     softcap: float = 0.0,
@@ -46,8 +48,8 @@ def attend(
     ops.paged_attention(
         torch.empty_like(query),
         query,
-        normal(*shape, dtype=dtype, offset=offset),
-        normal(*shape, dtype=dtype, offset=offset),
+        normal(*shape, dtype=cache_dtype, offset=offset),
+        normal(*shape, dtype=cache_dtype, offset=offset),
         int32(list(range(shape[0]))).view(len(lengths), width),
         int32([sum(query_lens[:s]) for s in range(len(lengths) + 1)]),
         int32(seq_lens),
@@ -59,27 +61,34 @@ def attend(
         workspace=torch.empty(
             ops.paged_attention_workspace_numel(len(lengths), num_heads, head_dim), device="cuda"
         ),
+        **scales(cache_dtype, num_kv_heads),
     )
 
 
-def run_attention(dtype: torch.dtype, offset: int) -> None:
+def scales(cache_dtype: torch.dtype, num_kv_heads: int) -> dict[str, torch.Tensor]:
+    if cache_dtype != FLOAT8:
+        return {}
+    return {name: torch.ones(num_kv_heads, device="cuda") for name in ("k_scale", "v_scale")}
+
+
+def run_attention(dtype: torch.dtype, cache_dtype: torch.dtype, offset: int) -> None:
     decodes, prefills = [(1, 1), (1, 9), (1, 600)], [(1, 17), (9, 9), (3, 70), (0, 0), (40, 40)]
     for head_dim in (64, 80, 96, 128, 192, 256):
-        attend(decodes, 3, 1, head_dim, dtype, offset)
-        attend(prefills, 3, 1, head_dim, dtype, offset)
+        attend(decodes, 3, 1, head_dim, dtype, cache_dtype, offset)
+        attend(prefills, 3, 1, head_dim, dtype, cache_dtype, offset)
     for heads in ((1, 1), (14, 2), (32, 1)):
-        attend(decodes, *heads, 64, dtype, offset, sliding_window=20)
-        attend(prefills, *heads, 64, dtype, offset, sliding_window=20, softcap=5.0)
+        attend(decodes, *heads, 64, dtype, cache_dtype, offset, sliding_window=20)
+        attend(prefills, *heads, 64, dtype, cache_dtype, offset, sliding_window=20, softcap=5.0)
 
 
-def run_cache_ops(dtype: torch.dtype, offset: int) -> None:
+def run_cache_ops(dtype: torch.dtype, cache_dtype: torch.dtype, offset: int) -> None:
     key, value = (
         normal(5, 2, 80, dtype=dtype, offset=offset),
         normal(5, 2, 80, dtype=dtype, offset=offset),
     )
-    pool = normal(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype, offset=offset)
+    pool = normal(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=cache_dtype, offset=offset)
     slot_mapping = torch.tensor([31, -1, 0, 8, 7], device="cuda")
-    ops.reshape_and_cache(key, value, *pool[1], slot_mapping)
+    ops.reshape_and_cache(key, value, *pool[1], slot_mapping, **scales(cache_dtype, 2))
     weight = normal(80, dtype=dtype, offset=offset)
     positions = torch.tensor([9, 0, 4, 4, 1], device="cuda")
     for rotary_dim in (80, 36, 0):
@@ -96,10 +105,11 @@ def run_cache_ops(dtype: torch.dtype, offset: int) -> None:
                     cos_sin_cache,
                     is_neox=is_neox,
                     query_norm_weight=norm_weight,
+                    **scales(cache_dtype, 2),
                 )
     mapping = torch.tensor([[0, 3], [1, 2]], device="cuda")
     ops.copy_blocks(pool, mapping)
-    host = torch.zeros(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=dtype).pin_memory()
+    host = torch.zeros(2, 2, 4, BLOCK_SIZE, 2, 80, dtype=cache_dtype).pin_memory()
     ops.swap_blocks(pool, host, mapping)
     ops.swap_blocks(host, pool, mapping)
 
@@ -122,8 +132,9 @@ def run_layer_ops(dtype: torch.dtype, offset: int) -> None:
 if __name__ == "__main__":
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for offset in (0, 1):  # aligned to 16 bytes, and not
-            run_attention(dtype, offset)
-            run_cache_ops(dtype, offset)
+            for cache_dtype in (dtype, FLOAT8):
+                run_attention(dtype, cache_dtype, offset)
+                run_cache_ops(dtype, cache_dtype, offset)
             run_layer_ops(dtype, offset)
     torch.cuda.synchronize()
     print("ran every op")

@@ -172,9 +172,15 @@ def test_extreme_scores(
     backwards = draw_sequence(draw, query_len, 300, heads, dtype)
     backwards.query, backwards.keys = forwards.query, forwards.keys.flip(0)
     for scale in (1.0, -1.0):
-        batch = page(draw, [forwards, backwards], 32, scale=scale, float8=float8)
-        for name in ("k_scale", "v_scale"):
-            batch.options.pop(name, None)  # they would round
+        batch = page(
+            draw,
+            [forwards, backwards],
+            32,
+            scale=scale,
+            float8=float8,
+            k_scale=None,  # it would round
+            v_scale=None,
+        )
         assert_close(batch.run(), batch.expected())
 
 
@@ -194,11 +200,9 @@ def test_every_float8(device: str, dtype: torch.dtype, seed: int, query_len: int
         sequence.keys.zero_()
         sequence.keys[0, 0, i % 64] = number
         sequence.query[..., i % 64] = 4 / number
-    batch = page(draw, sequences, 16, scale=0.25, float8=True)
-    batch.options |= {"k_scale": None, "v_scale": scale}
-    for cache, name in ((batch.key_cache, "keys"), (batch.value_cache, "values")):
-        for s, sequence in enumerate(sequences):
-            cache[batch.block_tables[s, 0], :query_len] = getattr(sequence, name).to(FLOAT8)
+    for sequence in sequences:
+        sequence.values *= scale  # which the cache is without
+    batch = page(draw, sequences, 16, scale=0.25, float8=True, k_scale=None, v_scale=scale)
     expected = (numbers / 2)[:, None].expand(-1, query_len).reshape(-1, 1, 1).expand(-1, 2, 64)
     assert_close(batch.run(), expected.double())
 

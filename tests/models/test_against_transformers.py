@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,16 @@ LENGTHS = (1, 7, 8, 9, 40, 63)
 
 
 def logits_of_all_positions(
-    path: Path, prompts: list[list[int]], chunk: int, dtype: str = "float32"
+    path: Path, prompts: list[list[int]], chunk: int, dtype: str = "float32", **options: Any
 ) -> list[torch.Tensor]:
     """Logits of every prompt position, computed in mixed batches of chunks on shuffled blocks."""
     config = EngineConfig(
-        model=str(path), device="cpu", dtype=dtype, num_blocks=64, block_size=BLOCK_SIZE
+        model=str(path),
+        device="cpu",
+        dtype=dtype,
+        num_blocks=64,
+        block_size=BLOCK_SIZE,
+        **options,
     )
     runner = ModelRunner(config)
     assert runner.kv_cache is not None
