@@ -43,7 +43,7 @@ def test_random_batches(device: str, dtype: torch.dtype, seed: int, case: int) -
         sliding_window=draw.choice((0, 0, draw.between(1, 100))),
         softcap=draw.choice((0.0, 0.0, draw.uniform(0.5, 30.0))),
     )
-    assert_close(batch.run(), batch.expected())
+    batch.check()
 
 
 @each_dtype
@@ -55,7 +55,7 @@ def test_head_dims(device: str, dtype: torch.dtype, seed: int, head_dim: int) ->
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
     for some in (sequences, sequences[:2]):
         batch = page(draw, some, draw.choice(BLOCK_SIZES))
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -72,7 +72,7 @@ def test_edge_lengths(device: str, dtype: torch.dtype, seed: int, block_size: in
     ]
     for sequences in (decodes, prefills, chunks, decodes + chunks[:2] + prefills[:2]):
         batch = page(draw, sequences, block_size)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -85,7 +85,7 @@ def test_head_groups(
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in ((1, 40), (9, 25))]
     for some in (sequences, sequences[:1]):
         batch = page(draw, some, draw.choice(BLOCK_SIZES))
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -101,7 +101,7 @@ def test_sliding_window(
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
     for some in (sequences, sequences[:3]):
         batch = page(draw, some, 16, sliding_window=sliding_window, softcap=softcap)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -120,7 +120,7 @@ def test_long_contexts(
     ]
     for some in (sequences[:1], sequences[:3], sequences):
         batch = page(draw, some, block_size, sliding_window=sliding_window)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -140,7 +140,7 @@ def test_many_decodes(
         lengths.append((min(query_len, seq_len), seq_len))
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
     batch = page(draw, sequences, 16, sliding_window=draw.choice((0, 300)))
-    assert_close(batch.run(), batch.expected())
+    batch.check()
 
 
 @each_dtype
@@ -159,7 +159,7 @@ def test_extreme_scores(device: str, dtype: torch.dtype, seed: int, query_len: i
     backwards.query, backwards.keys = forwards.query, forwards.keys.flip(0)
     for scale in (1.0, -1.0):
         batch = page(draw, [forwards, backwards], 32, scale=scale)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -169,7 +169,7 @@ def test_shared_prefix(device: str, dtype: torch.dtype, seed: int) -> None:
     heads = HeadShape(4, 2, 80)
     batch = page(draw, [draw_sequence(draw, 1, 40, heads, dtype) for _ in range(2)], 16)
     batch.block_tables[1, :2] = batch.block_tables[0, :2]
-    assert_close(batch.run(), batch.expected())
+    batch.check()
 
 
 @each_dtype
