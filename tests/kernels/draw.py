@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import pytest
@@ -30,6 +30,16 @@ def random_cases(count: int) -> pytest.MarkDecorator:
     """Runs a test on `count` fresh seeds, times NANO_VLLM_TEST_CASES from the environment."""
     factor = int(os.environ.get("NANO_VLLM_TEST_CASES") or 1)
     return pytest.mark.parametrize("case", range(count * factor))
+
+
+def seeds(seed: int, count: int) -> Iterator[int]:
+    """Seeds of the many small cases of one test, each told on stdout before its case runs, so that
+    a failure ends with its own; NANO_VLLM_TEST_CASE in the environment runs one case alone.
+    """
+    alone = os.environ.get("NANO_VLLM_TEST_CASE")
+    for case in range(count) if alone is None else [int(alone)]:
+        print(f"case {case}, alone with NANO_VLLM_TEST_CASE={case} in front of the line above:")
+        yield seed + case
 
 
 class Draw:
@@ -80,7 +90,8 @@ class Draw:
             fill: what the gaps hold.
             layout: "dense" has no gaps; "aligned" and "odd" have some in front, between and behind,
                 with the outer dimensions in random order, all strides and the offset multiples of 8
-                elements or anything. By default one of the three.
+                elements or anything; of rows of 8 n elements, "odd" never has all of them
+                multiples of 8. By default one of the three.
         """
         layout = layout or self.choice(LAYOUTS)
         if layout == "dense":
@@ -88,9 +99,11 @@ class Draw:
         unit = 8 if layout == "aligned" else 1
         order = self.sample(tensor.dim() - 1, tensor.dim() - 1)
         sizes = [tensor.shape[dim] + self.between(0, 2) for dim in order]
-        sizes.append(-(-tensor.shape[-1] // unit) * unit + unit * self.between(0, 3))
+        gap = self.between(0, 3)
+        sizes.append(-(-tensor.shape[-1] // unit) * unit + unit * gap)
+        offset = self.between(1 if layout == "odd" and gap == 0 else 0, 3)
         storage = torch.full(
-            (unit * self.between(0, 3) + torch.Size(sizes).numel(),),
+            (unit * offset + torch.Size(sizes).numel(),),
             fill,
             dtype=tensor.dtype,
             device=self.device,

@@ -4,8 +4,6 @@ capture them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -13,6 +11,7 @@ from nano_vllm import ops
 from tests import reference
 from tests.kernels.compare import assert_close, assert_equal_bits
 from tests.kernels.draw import Draw
+from tests.kernels.graph_capture import capture
 
 pytestmark = pytest.mark.cuda
 
@@ -117,15 +116,6 @@ def test_side_stream(seed: int) -> None:
     assert_close(step.out, step.expected())
 
 
-def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    run()  # kernels are loaded before the capture
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 def test_graph(seed: int) -> None:
     """A captured step replays on new values in the same tensors, with the bits of an eager one."""
     step = DecodeStep(Draw(seed, "cuda"))
@@ -141,36 +131,3 @@ def test_graph(seed: int) -> None:
         step.key.copy_(key)
         step.run()
         assert_equal_bits(step.out, replayed)
-
-
-def test_graph_of_the_other_ops(seed: int) -> None:
-    draw = Draw(seed, "cuda")
-    input = draw.normal(5, 256, dtype=torch.float16)
-    residual, weight = torch.zeros_like(input), draw.normal(256, dtype=torch.float16)
-    out, gated = torch.empty_like(input), torch.empty(5, 128, dtype=torch.float16, device="cuda")
-    pool = draw.normal(2, 2, 6, 8, 2, 64, dtype=torch.float16)
-    host = torch.zeros(2, 2, 6, 8, 2, 64, dtype=torch.float16).pin_memory()
-    mapping = torch.tensor([[0, 4], [1, 3]], device="cuda")
-
-    def run() -> None:
-        ops.fused_add_rms_norm(out, input, residual, weight, 1e-6)
-        ops.silu_and_mul(gated, out)
-        ops.gelu_and_mul(gated, out, "tanh")
-        ops.copy_blocks(pool, mapping)
-        ops.swap_blocks(pool, host, mapping)
-
-    graph = capture(run)
-    input.copy_(draw.normal(5, 256, dtype=torch.float16))
-    residual.zero_()
-    host.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    expected = torch.empty(5, 256, dtype=torch.float64, device="cuda")
-    reference.fused_add_rms_norm(expected, input, torch.zeros_like(input), weight, 1e-6)
-    assert_close(out, expected)
-    expected_gated = torch.empty(5, 128, dtype=torch.float64, device="cuda")
-    reference.gelu_and_mul(expected_gated, out, "tanh")
-    assert_close(gated, expected_gated)
-    for src, dst in mapping.tolist():
-        assert_equal_bits(pool[:, :, dst], pool[:, :, src])
-        assert_equal_bits(host[:, :, dst], pool[:, :, src].cpu())

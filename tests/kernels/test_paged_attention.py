@@ -47,7 +47,7 @@ def test_random_batches(
         softcap=draw.choice((0.0, 0.0, draw.uniform(0.5, 30.0))),
         float8=float8,
     )
-    assert_close(batch.run(), batch.expected())
+    batch.check()
 
 
 @each_dtype
@@ -60,7 +60,7 @@ def test_head_dims(device: str, dtype: torch.dtype, float8: bool, seed: int, hea
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
     for some in (sequences, sequences[:2]):
         batch = page(draw, some, draw.choice(BLOCK_SIZES), float8=float8)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -80,7 +80,7 @@ def test_edge_lengths(
     ]
     for sequences in (decodes, prefills, chunks, decodes + chunks[:2] + prefills[:2]):
         batch = page(draw, sequences, block_size, float8=float8)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -94,7 +94,7 @@ def test_head_groups(
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in ((1, 40), (9, 25))]
     for some in (sequences, sequences[:1]):
         batch = page(draw, some, draw.choice(BLOCK_SIZES), float8=float8)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -110,7 +110,7 @@ def test_sliding_window(
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
     for some in (sequences, sequences[:3]):
         batch = page(draw, some, 16, sliding_window=sliding_window, softcap=softcap)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -130,7 +130,7 @@ def test_long_contexts(
     ]
     for some in (sequences[:1], sequences[:3], sequences):
         batch = page(draw, some, block_size, sliding_window=sliding_window, float8=float8)
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -151,7 +151,7 @@ def test_many_decodes(
         lengths.append((min(query_len, seq_len), seq_len))
     sequences = [draw_sequence(draw, *pair, heads, dtype) for pair in lengths]
     batch = page(draw, sequences, 16, sliding_window=draw.choice((0, 300)), float8=float8)
-    assert_close(batch.run(), batch.expected())
+    batch.check()
 
 
 @each_dtype
@@ -181,7 +181,7 @@ def test_extreme_scores(
             k_scale=None,  # it would round
             v_scale=None,
         )
-        assert_close(batch.run(), batch.expected())
+        batch.check()
 
 
 @each_dtype
@@ -219,7 +219,7 @@ def test_shared_prefix(device: str, dtype: torch.dtype, seed: int) -> None:
     heads = HeadShape(4, 2, 80)
     batch = page(draw, [draw_sequence(draw, 1, 40, heads, dtype) for _ in range(2)], 16)
     batch.block_tables[1, :2] = batch.block_tables[0, :2]
-    assert_close(batch.run(), batch.expected())
+    batch.check()
 
 
 @each_dtype
