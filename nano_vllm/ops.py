@@ -43,7 +43,8 @@ def plan_attention(
     """Share out a batch's attention among the GPU's thread blocks, once for all layers alike.
 
     `paged_attention` finds the plan in the workspace where `is_planned` says so, for the same
-    numbers and the same content of `query_start_loc`, `seq_lens` and `shared_prefix`. Does nothing on a CPU.
+    numbers and the same content of `query_start_loc`, `seq_lens` and `shared_prefix`. Does nothing
+    on a CPU.
 
     Args:
         workspace: float32, at least `paged_attention_workspace_numel` long.

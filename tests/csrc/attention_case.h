@@ -115,9 +115,10 @@ struct AttentionCase {
   int sliding_window = 0;
   float softcap = 0;
   bool strided = false;  // a fused QKV tensor and a cache with keys and values in turns
+  bool float8 = false;   // caches, with different scales of the heads
   // Of each sequence, as PagedAttentionParams has them; none if empty.
   std::vector<int32_t> prefix_leaders = {}, prefix_lens = {};
-  bool float8 = false;   // caches, with different scales of the heads
+
   DType cache_dtype() const { return float8 ? DType::kFloat8E4M3 : dtype; }
 };
 

@@ -106,6 +106,7 @@ class AttentionBatch:
             head_dim=head_dim,
             max_query_len=self.options["max_query_len"],
             sliding_window=self.options.get("sliding_window", 0),
+            shared_prefix=self.options.get("shared_prefix"),
         )
 
     def workspace(self) -> torch.Tensor:

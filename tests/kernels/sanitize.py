@@ -38,19 +38,24 @@ def attend(
     offset: int,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    prefix: int = 0,
 ) -> None:
-    """Sequences of (query_len, seq_len), their blocks one after the other in the pool."""
+    """Sequences of (query_len, seq_len), their blocks one after the other in the pool; the first
+    `prefix` tokens of all in those of the first.
+    """
     query_lens = [query_len for query_len, _ in lengths]
     seq_lens = [seq_len for _, seq_len in lengths]
     width = -(-max(seq_lens) // BLOCK_SIZE)
     shape = (len(lengths) * width, BLOCK_SIZE, num_kv_heads, head_dim)
+    tables = int32(list(range(shape[0]))).view(len(lengths), width)
+    tables[:, : prefix // BLOCK_SIZE] = tables[0, : prefix // BLOCK_SIZE].clone()
     query = normal(sum(query_lens), num_heads, head_dim, dtype=dtype, offset=offset)
     ops.paged_attention(
         torch.empty_like(query),
         query,
         normal(*shape, dtype=cache_dtype, offset=offset),
         normal(*shape, dtype=cache_dtype, offset=offset),
-        int32(list(range(shape[0]))).view(len(lengths), width),
+        tables,
         int32([sum(query_lens[:s]) for s in range(len(lengths) + 1)]),
         int32(seq_lens),
         max_query_len=max(query_lens),
@@ -62,6 +67,9 @@ def attend(
             ops.paged_attention_workspace_numel(len(lengths), num_heads, head_dim), device="cuda"
         ),
         **scales(cache_dtype, num_kv_heads),
+        shared_prefix=int32([0] * len(lengths) + [prefix] * len(lengths)).view(2, -1)
+        if prefix
+        else None,
     )
 
 
@@ -76,6 +84,7 @@ def run_attention(dtype: torch.dtype, cache_dtype: torch.dtype, offset: int) -> 
     for head_dim in (64, 80, 96, 128, 192, 256):
         attend(decodes, 3, 1, head_dim, dtype, cache_dtype, offset)
         attend(prefills, 3, 1, head_dim, dtype, cache_dtype, offset)
+        attend([(1, 361)] * 5, 3, 1, head_dim, dtype, cache_dtype, offset, prefix=320)
     for heads in ((1, 1), (14, 2), (32, 1)):
         attend(decodes, *heads, 64, dtype, cache_dtype, offset, sliding_window=20)
         attend(prefills, *heads, 64, dtype, cache_dtype, offset, sliding_window=20, softcap=5.0)
