@@ -197,6 +197,7 @@ __device__ RowResult<kHeadDim> fold_splits(int count, int row, const SplitSlots<
   const float mine = lane == 0 ? 0 : exp2_approx(max_before - shift);
   const float its = exp2_approx(max_sum.x - shift);
   Result result;
+  result.max = __shfl_sync(~0u, max, kWarpSize - 1);
 #pragma unroll 1
   for (int first = 0; first < count; first += kAtOnce) {
     if (first > 0) load_values(first);
