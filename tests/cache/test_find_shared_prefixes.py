@@ -35,7 +35,7 @@ def test_groups() -> None:
 
 
 def test_the_last_token_is_not_shared() -> None:
-    assert find([[5, 6], [5, 6]], [33, 33])[2] == [32, 32]
+    assert find([[5, 6, 1], [5, 6, 2]], [33, 33])[2] == [32, 32]
     assert find([[5, 6], [5, 6]], [32, 32])[2] == [16, 16]
     assert find([[5], [5]], [16, 16]) == (0, [0, 1], [0, 0])
 
