@@ -28,6 +28,7 @@ def paged_attention(
     is_planned: bool = False,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    shared_prefix: torch.Tensor | None = None,
 ) -> None:
     """Softmax over the whole score matrix of one sequence after the other."""
     starts = query_start_loc.tolist()

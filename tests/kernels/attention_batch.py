@@ -119,8 +119,7 @@ class AttentionBatch:
     def expected(self) -> torch.Tensor:
         """In float64."""
         out = torch.empty_like(self.query, dtype=torch.float64)
-        options = {name: x for name, x in self.options.items() if name != "shared_prefix"}
-        reference.paged_attention(out, *self.arguments(), **options)
+        reference.paged_attention(out, *self.arguments(), **self.options)
         return out[: int(self.query_start_loc[-1])]
 
 

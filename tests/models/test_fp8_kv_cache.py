@@ -19,7 +19,7 @@ from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
 from nano_vllm.runner.model_runner import ModelRunner
 from nano_vllm.sampling_params import SamplingParams
-from tests.models.checkpoints import make_llama
+from tests.models.checkpoints import make_checkpoint
 from tests.models.test_against_transformers import LENGTHS, logits_of_all_positions
 
 NUM_KV_HEADS = 2
@@ -57,7 +57,7 @@ AttentionMaskInterface.register("rounding", eager_mask)
 
 def make_model(folder: Path, scales: dict[str, torch.Tensor]) -> LlamaForCausalLM:
     """A checkpoint with these scales in every layer, and its oracle."""
-    oracle = make_llama(folder, seed=7)
+    oracle = make_checkpoint(folder, seed=7)
     oracle.set_attn_implementation("rounding")
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -115,7 +115,7 @@ def test_generation(tmp_path: Path, alias: str, dtype: str) -> None:
 
 
 def test_half_of_the_memory(tmp_path: Path) -> None:
-    make_llama(tmp_path)
+    make_checkpoint(tmp_path)
 
     def runner(**options: Any) -> ModelRunner:
         return ModelRunner(
