@@ -26,20 +26,6 @@ struct Barrier {
         "r"(bytes)
         : "memory");
   }
-  // Whether the phase of this parity is complete.
-  __device__ bool test(uint32_t parity) {
-    uint32_t is_complete;
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}"
-        : "=r"(is_complete)
-        : "r"(shared_address(&state)), "r"(parity)
-        : "memory");
-    return is_complete;
-  }
   // Returns once the phase of this parity is complete; on a fresh barrier at once for parity 1.
   __device__ void wait(uint32_t parity) {
     asm volatile(

@@ -79,58 +79,50 @@ struct RowStates {
 
 // The same with a maximum that follows the scores only once they exceed it by kSlack: weights grow
 // to 2^kSlack, which float and the 16-bit types hold as exactly as 1, and outputs are rarely
-// rescaled. In steps, so that other work comes between them; kHalf is 0 for the lane's first row, 1
-// for its second.
+// rescaled.
 struct LazyRowStates {
   static constexpr float kSlack = 8;
   float max[2] = {-kInfinity, -kInfinity};
   float sum[2] = {0, 0};  // of this lane's columns alone
 
-  // Takes a row's scores times scale, as exponents of two, into its maximum. What was weighted
-  // before is to be multiplied by the result.
-  template <int kHalf, int kColumnTiles>
-  __device__ float see(const float (&scores)[kColumnTiles][4], float scale) {
-    float chains[2] = {-kInfinity,
-                       -kInfinity};  // an instruction waits for the one before in its own
+  // Turns scores times scale, as exponents of two, into weights. What was weighted before is to be
+  // multiplied by rescale.
+  template <int kColumnTiles>
+  __device__ void update(float (&scores)[kColumnTiles][4], float scale, float (&rescale)[2]) {
 #pragma unroll
-    for (int i = 0; i < kColumnTiles; ++i) {
-      chains[i % 2] = fmaxf(chains[i % 2], fmaxf(scores[i][2 * kHalf], scores[i][2 * kHalf + 1]));
-    }
-    float new_max = fmaxf(chains[0], chains[1]);
-    new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 1));
-    new_max = scale * fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
-    float rescale = 1;
-    if (new_max - max[kHalf] > kSlack) {
-      rescale = exp2_approx(max[kHalf] - new_max);
-      max[kHalf] = new_max;
-    }
-    sum[kHalf] *= rescale;
-    return rescale;
-  }
-
-  // Turns a row's scores in column tiles kFirst .. kLast - 1 into weights.
-  template <int kHalf, int kFirst, int kLast, int kColumnTiles>
-  __device__ void weigh(float (&scores)[kColumnTiles][4], float scale) {
-    const float shift = max[kHalf] == -kInfinity ? 0 : max[kHalf];
+    for (int half = 0; half < 2; ++half) {
+      float new_max = -kInfinity;
 #pragma unroll
-    for (int i = kFirst; i < kLast; ++i) {
-#pragma unroll
-      for (int j = 2 * kHalf; j < 2 * kHalf + 2; ++j) {
-        scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -shift));
-        sum[kHalf] += scores[i][j];
+      for (int i = 0; i < kColumnTiles; ++i) {
+        new_max = fmaxf(new_max, fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
       }
+      new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 1));
+      new_max = scale * fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
+      rescale[half] = 1;
+      if (new_max - max[half] > kSlack) {
+        rescale[half] = exp2_approx(max[half] - new_max);
+        max[half] = new_max;
+      }
+      const float shift = max[half] == -kInfinity ? 0 : max[half];
+      float new_sum = 0;
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; ++i) {
+#pragma unroll
+        for (int j = 2 * half; j < 2 * half + 2; ++j) {
+          scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -shift));
+          new_sum += scores[i][j];
+        }
+      }
+      sum[half] = sum[half] * rescale[half] + new_sum;
     }
   }
 };
 
-// Whether the warp's accumulators can stay: the usual factor, once the maximum is found, is 1.
-__device__ inline bool is_settled(const float (&rescale)[2]) {
-  return __all_sync(~0u, rescale[0] == 1 && rescale[1] == 1);
-}
-
-// Multiplies accumulators by their rows' factors.
+// Multiplies accumulators by their rows' factors; the usual factor, once the maximum is found,
+// is 1.
 template <int kColumnTiles>
 __device__ inline void rescale_rows(float (&out)[kColumnTiles][4], const float (&rescale)[2]) {
+  if (__all_sync(~0u, rescale[0] == 1 && rescale[1] == 1)) return;
 #pragma unroll
   for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll

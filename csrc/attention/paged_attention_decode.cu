@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kNumThreads)
     }
     float rescale[2];
     states.update(scores, rescale);
-    if (!is_settled(rescale)) rescale_rows(out, rescale);
+    rescale_rows(out, rescale);
     uint32_t weights[4];
     pack_operand<T>(weights, scores[0], scores[1]);
     with_next_item([&](const T* value_tile) {

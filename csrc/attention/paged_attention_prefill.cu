@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kNumThreads)
         }
         float rescale[2];
         states[m].update(scores[m], rescale);
-        if (!is_settled(rescale)) rescale_rows(out[m], rescale);
+        rescale_rows(out[m], rescale);
 #pragma unroll
         for (int column = 0; column < kColumnTiles; column += 2) {
           pack_operand<T>(weights[m][column / 2], scores[m][column], scores[m][column + 1]);

@@ -300,15 +300,10 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
   uint32_t weights[kTileTokens / 16][4];
   float rescale[2];
 
-  // Descriptors of the first tiles; those of others are so many units further.
-  const uint64_t first_rows =
-      Tile::along_columns(shared.queries[0] + warpgroup * Tile::bytes(Shape::kWarpgroupRows));
-  const uint64_t first_keys = Tile::along_columns(shared.stages[0]);
-  const uint64_t first_values = Tile::along_rows(shared.stages[0]);
-
   const auto multiply_keys = [&](int stage_index) {
-    const uint64_t rows = first_rows + query.index * (Shared<Shape>::kQueryBytes / 16);
-    const uint64_t keys = first_keys + stage_index * (Shared<Shape>::kStageBytes / 16);
+    const uint64_t rows = Tile::along_columns(shared.queries[query.index] +
+                                              warpgroup * Tile::bytes(Shape::kWarpgroupRows));
+    const uint64_t keys = Tile::along_columns(shared.stages[stage_index]);
     fence_products();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
@@ -318,7 +313,7 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
     commit_products();
   };
   const auto multiply_values = [&](int stage_index, bool is_sum) {
-    const uint64_t values = first_values + stage_index * (Shared<Shape>::kStageBytes / 16);
+    const uint64_t values = Tile::along_rows(shared.stages[stage_index]);
     fence_products();
 #pragma unroll
     for (int step = 0; step < kTileTokens / 16; ++step) {
@@ -332,10 +327,11 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
   };
   // Values past the end of the sequence may be NaN, which a weight of zero does not stop. Each
   // warpgroup clears them for itself: the others may have started their product, of zeros, too.
-  const auto clear_past_end = [&](int num_tokens, auto values) {
-    if (num_tokens >= kTileTokens) return;
+  const auto clear_past_end = [&](const PrefillItem& work, int tile, auto values) {
+    const int end = work.seq_len - tile * kTileTokens;
+    if (end >= kTileTokens) return;
     shared.stage_full[values.index].wait(values.parity);
-    for (int i = max(num_tokens, 0) * Tile::kChunks + threadIdx.x % kWarpgroupSize;
+    for (int i = max(end, 0) * Tile::kChunks + threadIdx.x % kWarpgroupSize;
          i < kTileTokens * Tile::kChunks; i += kWarpgroupSize) {
       *reinterpret_cast<uint4*>(shared.stages[values.index] +
                                 Tile::offset(i / Tile::kChunks, i % Tile::kChunks)) = uint4{};
@@ -344,40 +340,25 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
     sync_threads(own_barrier, kWarpgroupSize);
   };
 
-  // A tile of an item. What the loop asks of it is here, in registers: a trip to shared memory and
-  // a branch on what it brings would take as long as a tenth of a tile's products.
-  struct Work {
-    const PrefillItem* item;
-    int tile, first_tile;
-    int num_tokens;  // from the tile's first to the sequence's end; at least kTileTokens: all exist
-
-    __device__ explicit Work(const PrefillItem* item) : item(item) {
-      if (item == nullptr) return;
-      tile = item->last_block;
-      first_tile = item->first_block;
-      num_tokens = item->seq_len - tile * kTileTokens;
-    }
-    __device__ bool is_last() const { return tile == first_tile; }
-  };
-
   Items<Shape> items(shared);
-  Work work(items.next());
-  if (work.item == nullptr) return;
+  const PrefillItem* work = items.next();
+  if (work == nullptr) return;
   LazyRowStates states;
-  VisibleRows visible(*work.item, group, warp_row, p.sliding_window);
+  VisibleRows visible(*work, group, warp_row, p.sliding_window);
+  int tile = work->last_block;
   bool is_sum = false;
 
-  constexpr int kColumnTiles = kTileTokens / 8;
-  const auto mask_scores = [&](int tile) {
+  const auto weigh = [&](int tile) {
     if constexpr (Shape::kHasSoftcap) {
 #pragma unroll
-      for (int i = 0; i < kColumnTiles; ++i) transform.apply(scores[i]);
+      for (int i = 0; i < kTileTokens / 8; ++i) transform.apply(scores[i]);
     }
     visible.mask(scores, tile * kTileTokens);
+    states.update(scores, scale, rescale);
   };
   const auto pack_weights = [&] {
 #pragma unroll
-    for (int i = 0; i < kColumnTiles / 2; ++i) {
+    for (int i = 0; i < kTileTokens / 16; ++i) {
       pack_operand<T>(weights[i], scores[2 * i], scores[2 * i + 1]);
     }
   };
@@ -389,79 +370,65 @@ __device__ void attend(const AttentionLaunch& p, const GroupDivisor& group, Shar
   pin(scores);
   release(shared.stage_empty[stage.index]);
   stage = stage.next();
-  if (work.is_last()) release(shared.query_empty[query.index]);
-  mask_scores(work.tile);
-  states.template see<0>(scores, scale);
-  states.template see<1>(scores, scale);
-  states.template weigh<0, 0, kColumnTiles>(scores, scale);
-  states.template weigh<1, 0, kColumnTiles>(scores, scale);
+  if (tile == work->first_block) release(shared.query_empty[query.index]);
+  weigh(tile);
   pack_weights();
-  bool has_keys = false, has_values = false;
+  shared.stage_full[stage.index].wait(stage.parity);
 
   while (true) {
-    const bool ends_item = work.is_last();
-    Work next = work;
+    const bool ends_item = tile == work->first_block;
+    const PrefillItem* next_work = work;
     if (ends_item) {
-      next = Work(items.next());
-      if (next.item == nullptr) break;
+      next_work = items.next();
+      if (next_work == nullptr) break;
       query = query.next();
       shared.query_full[query.index].wait(query.parity);
-    } else {
-      --next.tile;
-      next.num_tokens = kTileTokens;
     }
+    const int next_tile = ends_item ? next_work->last_block : tile - 1;
     const auto keys = stage, values = stage.next();
 
-    clear_past_end(work.num_tokens, values);
+    clear_past_end(*work, tile, values);
     pin(scores);
     pin(out);
-    if (!has_keys) shared.stage_full[keys.index].wait(keys.parity);
     multiply_keys(keys.index);
-    if (!has_values) shared.stage_full[values.index].wait(values.parity);
+    shared.stage_full[values.index].wait(values.parity);
     multiply_values(values.index, is_sum);
 
+    wait_products<1>();
+    pin(scores);
+    release(shared.stage_empty[keys.index]);
     const float sums[2] = {states.sum[0], states.sum[1]};
     if (ends_item) {
       states = LazyRowStates();
-      visible = VisibleRows(*next.item, group, warp_row, p.sliding_window);
+      visible = VisibleRows(*next_work, group, warp_row, p.sliding_window);
     }
-    wait_products<1>();
+    if (next_tile == next_work->first_block) release(shared.query_empty[query.index]);
+    weigh(next_tile);
     pin(scores);
-    mask_scores(next.tile);
-    rescale[0] = states.template see<0>(scores, scale);
-    release(shared.stage_empty[keys.index]);
-    if (next.is_last()) release(shared.query_empty[query.index]);
-    states.template weigh<0, 0, kColumnTiles>(scores, scale);
-    rescale[1] = states.template see<1>(scores, scale);
-    const bool keeps_out = is_settled(rescale);
-    // Exponentials take long. The last of them come behind the wait, beside the packing.
-    states.template weigh<1, 0, kColumnTiles / 2>(scores, scale);
-    pin(scores);
-    // Asked here, the answer is there when the next products start.
+    // Waiting for the next keys here, not where they are used, keeps the compiler from moving the
+    // work on the weights behind the wait for the product of the values.
     stage = values.next();
-    has_keys = shared.stage_full[stage.index].test(stage.parity);
-    has_values = shared.stage_full[stage.next().index].test(stage.next().parity);
+    shared.stage_full[stage.index].wait(stage.parity);
     wait_products<0>();
     pin(out);
     release(shared.stage_empty[values.index]);
     if (ends_item) {
-      write_rows<Shape>(p, group, *work.item, warp_row, sums, out);
-    } else if (!keeps_out) {
+      write_rows<Shape>(p, group, *work, warp_row, sums, out);
+    } else {
       rescale_rows(out, rescale);
     }
-    states.template weigh<1, kColumnTiles / 2, kColumnTiles>(scores, scale);
     pack_weights();
     is_sum = !ends_item;
-    work = next;
+    work = next_work;
+    tile = next_tile;
   }
 
-  shared.stage_full[stage.index].wait(stage.parity);
-  clear_past_end(work.num_tokens, stage);
+  clear_past_end(*work, tile, stage);
   pin(out);
   multiply_values(stage.index, is_sum);
   wait_products<0>();
   pin(out);
-  write_rows<Shape>(p, group, *work.item, warp_row, states.sum, out);
+  write_rows<Shape>(p, group, *work, warp_row, states.sum, out);
 }
 
 // Grid: as many blocks as multiprocessors; each works on item blockIdx.x of the plan and then on

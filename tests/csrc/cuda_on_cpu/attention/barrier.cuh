@@ -24,7 +24,6 @@ struct Barrier {
     bytes = bytes - count;
     complete();
   }
-  bool test(uint32_t parity) { return phase != parity; }
   void wait(uint32_t parity) {
     cuda_on_cpu::wait_until([&] { return phase != parity; });
   }
