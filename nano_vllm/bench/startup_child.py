@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from typing import Any
 
 from nano_vllm.cli import run_command
@@ -18,10 +19,9 @@ def _start(request: dict[str, Any]) -> int:
     """Load and generate one token, by the request of `startup`."""
     timer = LapTimer(start=request["start"])
     timer.lap("python")
-    import torch  # noqa: F401
-
+    import_module("torch")
     timer.lap("import torch")
-    import nano_vllm.runner.model_runner  # noqa: F401
+    import_module("nano_vllm.runner.model_runner")  # which the engine would import later
     from nano_vllm.bench.engine_run import EngineRun
     from nano_vllm.bench.workload import Workload
     from nano_vllm.engine.llm import LLM
