@@ -164,7 +164,7 @@ __device__ void load_queries(const AttentionLaunch& p, const typename Shape::Pla
 }
 
 // The work of kWideningWarps warps on each tile of float8: from beside the ring into its next
-// stage.
+// stage. Rows from num_tokens on become zeros.
 template <class Shape>
 struct Widening {
   using Tile = typename Shape::Tile;
@@ -177,7 +177,7 @@ struct Widening {
   __device__ Widening(Shared<Shape>& shared, int warp)
       : shared(shared), thread(warp * kWarpSize + threadIdx.x % kWarpSize) {}
 
-  __device__ void widen_next() {
+  __device__ void widen_next(int num_tokens) {
     shared.tile_full[loaded.index].wait(loaded.parity);
     shared.stage_empty[stage.index].wait(stage.parity ^ 1);
     const unsigned char* const from = shared.tiles[loaded.index];
@@ -186,7 +186,8 @@ struct Widening {
     for (int i = thread; i < Shape::kTileTokens * LoadedTile::kChunks;
          i += Shape::kWideningWarps * kWarpSize) {
       const int row = i / LoadedTile::kChunks, chunk = i % LoadedTile::kChunks;
-      const uint4 bytes = *reinterpret_cast<const uint4*>(from + LoadedTile::offset(row, chunk));
+      uint4 bytes = *reinterpret_cast<const uint4*>(from + LoadedTile::offset(row, chunk));
+      if (row >= num_tokens) bytes = uint4{};
       uint32_t pairs[4][2];
       widen<typename Shape::T>(pairs[0], bytes.x);
       widen<typename Shape::T>(pairs[1], bytes.y);
@@ -216,11 +217,20 @@ template <class Shape>
 __device__ void widen_tiles(Shared<Shape>& shared, int widening_warp) {
   Widening<Shape> widening(shared, widening_warp);
   Items<Shape> items(shared);
+  // In the order they are loaded: the keys of a tile before the values of the one before.
+  bool has_values = false;
+  int num_values = 0;
   while (const PrefillItem* work = items.next()) {
-    const int num_tiles = 2 * (work->last_block - work->first_block + 1);
+    const auto num_tokens = [&](int tile) { return work->seq_len - tile * Shape::kTileTokens; };
 #pragma unroll 1
-    for (int i = 0; i < num_tiles; ++i) widening.widen_next();
+    for (int tile = work->last_block; tile >= work->first_block; --tile) {
+      widening.widen_next(num_tokens(tile));
+      if (has_values) widening.widen_next(num_values);
+      has_values = true;
+      num_values = num_tokens(tile);
+    }
   }
+  if (has_values) widening.widen_next(num_values);
 }
 
 struct CacheMaps {
@@ -246,6 +256,7 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
 
   struct Box {
     int block, kv_head, row_group;
+    int num_tokens;  // from the tile's first to the sequence's end
   };
   const auto find_box = [&](const PrefillItem& work, int tile) -> Box {
     const int token = tile * Shape::kTileTokens + lane * maps.box_tokens;
@@ -253,7 +264,8 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
     const bool is_visible =
         has_box && token < work.visible.end && token + maps.box_tokens > work.visible.begin;
     return {is_visible ? p.block_tables[work.seq * p.block_tables_stride + index] : kOutside,
-            work.kv_head, (token - index * p.block_size) / 8};
+            work.kv_head, (token - index * p.block_size) / 8,
+            work.seq_len - tile * Shape::kTileTokens};
   };
   const auto load_into = [&](auto& tiles, auto& full, auto& empty, const CacheMap& cache,
                              const Box& box) {
@@ -270,12 +282,12 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
     at = at.next();
   };
   [[maybe_unused]] Widening<Shape> widening(shared, 0);
-  [[maybe_unused]] bool is_first = true;
+  [[maybe_unused]] int num_loaded = -1;  // tokens of the tile before, if there is one
   const auto load = [&](const CacheMap& cache, const Box& box) {
     if constexpr (Shape::kIsWidened) {
       load_into(shared.tiles, shared.tile_full, shared.tile_empty, cache, box);
-      if (!is_first) widening.widen_next();
-      is_first = false;
+      if (num_loaded >= 0) widening.widen_next(num_loaded);
+      num_loaded = max(box.num_tokens, 0);
     } else {
       load_into(shared.stages, shared.stage_full, shared.stage_empty, cache, box);
     }
@@ -308,7 +320,7 @@ __device__ void load_caches(const AttentionLaunch& p, const CacheMaps& maps,
     box = next_box;
   }
   load(maps.values, box);
-  if constexpr (Shape::kIsWidened) widening.widen_next();
+  if constexpr (Shape::kIsWidened) widening.widen_next(num_loaded);
 }
 
 // What a lane's two rows of a tile see, and what all rows of its warp do.
@@ -466,8 +478,9 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   };
   // Values past the end of the sequence may be NaN, which a weight of zero does not stop. Each
   // warpgroup clears them for itself: the others may have started their product, of zeros, too.
+  // Of float8, they became zeros on the way.
   const auto clear_past_end = [&](int num_tokens, auto values) {
-    if (num_tokens >= kTileTokens) return;
+    if (Shape::kIsWidened || num_tokens >= kTileTokens) return;
     shared.stage_full[values.index].wait(values.parity);
     for (int i = max(num_tokens, 0) * Tile::kChunks + threadIdx.x % kWarpgroupSize;
          i < kTileTokens * Tile::kChunks; i += kWarpgroupSize) {

@@ -417,7 +417,7 @@ CACHE_OPS = ("paged_attention", "reshape_and_cache", "rotary_reshape_and_cache")
         (torch.ones(2, dtype=torch.float64), "must be float32, got float64"),
         (torch.ones(3), "must have shape [2], got [3]"),
         (torch.ones(()), "must have shape [2], got []"),
-        (gapped(torch.ones(2)), GAPPED),
+        (torch.ones(2), GAPPED),
         (torch.ones(2, device="meta"), "got an unsupported device"),
     ],
 )
@@ -428,8 +428,7 @@ def test_scales(device: str, op: str, name: str, scale: torch.Tensor, message: s
     arguments = to(device, arguments)
     call(op, arguments)
     where = "meta" if scale.device.type == "meta" else device
-    moved = torch.stack((scale, scale), dim=-1)[..., 0] if GAPPED in message else scale
-    arguments[name] = moved if where == "meta" else moved.to(device)
+    arguments[name] = gapped(scale.to(where)) if message == GAPPED else scale.to(where)
     assert_refused(op, arguments, message)
 
 
