@@ -338,3 +338,28 @@ def quantized_linear(
         bias: [out_features].
     """
     _ops.quantized_linear(out, input, weight, bias)
+
+
+def sample_tokens(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    floors: torch.Tensor,
+    uniforms: torch.Tensor,
+) -> None:
+    """Draw a token from each row of logits.
+
+    A token's weight is exp((logit - largest) / temperature), to 43 bits behind the point, or 0
+    where the exponent is below the row's floor. The token is the first whose weight, with those
+    before it, is more than uniform * (sum of all). Weights are added as integers: a row's token
+    does not depend on the other rows.
+
+    Args:
+        out: [num_rows], int64; -1 for a row whose largest logit is NaN or infinite.
+        logits: [num_rows, vocab_size], vocab_size in [1, 2^20].
+        temperatures: [num_rows], float64, at least 0; 0 takes the likeliest token, the first of
+            equal ones.
+        floors: [num_rows], float64, at most 0; -inf for none.
+        uniforms: [num_rows], float64, in [0, 1).
+    """
+    _ops.sample_tokens(out, logits, temperatures, floors, uniforms)

@@ -57,6 +57,9 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def("gelu_and_mul(Tensor(a!) out, Tensor input, str approximate) -> ()");
   library.def("linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   library.def("quantized_linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
+  library.def(
+      "sample_tokens(Tensor(a!) out, Tensor logits, Tensor temperatures, Tensor floors, Tensor "
+      "uniforms) -> ()");
 }
 
 // One entry for all devices: which twin runs is decided by the tensors, after they are checked
@@ -76,4 +79,5 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("gelu_and_mul", TORCH_BOX(&nano_vllm::gelu_and_mul));
   library.impl("linear", TORCH_BOX(&nano_vllm::linear));
   library.impl("quantized_linear", TORCH_BOX(&nano_vllm::quantized_linear));
+  library.impl("sample_tokens", TORCH_BOX(&nano_vllm::sample_tokens));
 }

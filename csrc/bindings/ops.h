@@ -49,4 +49,7 @@ void linear(const Tensor& out, const Tensor& input, const Tensor& weight,
 void quantized_linear(const Tensor& out, const Tensor& input, const Tensor& weight,
                       const std::optional<Tensor>& bias);
 
+void sample_tokens(const Tensor& out, const Tensor& logits, const Tensor& temperatures,
+                   const Tensor& floors, const Tensor& uniforms);
+
 }  // namespace nano_vllm

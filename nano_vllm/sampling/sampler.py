@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from nano_vllm import ops
 from nano_vllm.batch import SampledToken
 from nano_vllm.sampling.logprobs import logprob_entries
 from nano_vllm.sampling.penalties import apply_penalties, has_penalties
 from nano_vllm.sampling.philox import uniforms
 from nano_vllm.sampling.token_masks import apply_token_masks, has_token_masks
-from nano_vllm.sampling.truncation import truncate
+from nano_vllm.sampling.truncation import min_p_floors, raise_floors
 from nano_vllm.sequence import Sequence
 
 ROWS_AT_ONCE = 32
-"""Rows whose probabilities exist at the same time, in float64."""
+"""Rows whose adjusted logits exist at the same time, in float32."""
 _NOT_FINITE = -1
 _NOTHING_ALLOWED = -2
 _FAILURES = {
@@ -73,20 +74,18 @@ class Sampler:
 
     def _choose(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         """Token ids, or a failure below 0; [num_rows], int64."""
-        others = [
-            row
-            for row, sequence in enumerate(sequences)
-            if not sequence.params.greedy or _is_adjusted(sequence)
-        ]
-        if not others:
-            return _argmax(logits, _NOT_FINITE)
+        adjusted = [row for row, sequence in enumerate(sequences) if _is_adjusted(sequence)]
+        if not adjusted:
+            return self._draw(logits, sequences)
         token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-        other_set = set(others)
-        plain = [row for row in range(len(sequences)) if row not in other_set]
+        adjusted_set = set(adjusted)
+        plain = [row for row in range(len(sequences)) if row not in adjusted_set]
         if plain:
-            token_ids[plain] = _argmax(_select(logits, plain), _NOT_FINITE)
-        for low in range(0, len(others), ROWS_AT_ONCE):
-            part = others[low : low + ROWS_AT_ONCE]
+            token_ids[plain] = self._draw(
+                _select(logits, plain), [sequences[row] for row in plain]
+            )
+        for low in range(0, len(adjusted), ROWS_AT_ONCE):
+            part = adjusted[low : low + ROWS_AT_ONCE]
             rows = _select(logits, part)
             token_ids[part] = self._choose_adjusted(rows, [sequences[row] for row in part])
         return token_ids
@@ -98,28 +97,22 @@ class Sampler:
             logits = apply_penalties(logits, sequences)
         if any(map(has_token_masks, sequences)):
             logits = apply_token_masks(logits, sequences)
-        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-        if len(drawn) == len(sequences):
-            token_ids = self._draw(logits, sequences)
-        else:
-            token_ids = _argmax(logits, _NOTHING_ALLOWED)
-            if drawn:
-                token_ids[drawn] = self._draw(logits[drawn], [sequences[row] for row in drawn])
-        return token_ids.where(finite, _NOT_FINITE)
+        token_ids = self._draw(logits, sequences)
+        return token_ids.where(token_ids >= 0, _NOTHING_ALLOWED).where(finite, _NOT_FINITE)
 
     def _draw(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-        temperature = torch.tensor(
-            [[s.params.temperature] for s in sequences], dtype=torch.float64, device=logits.device
-        )
-        best = logits.amax(dim=-1, keepdim=True).double()
-        scaled = logits.double().sub_(best).div_(temperature)
-        scaled = truncate(scaled, [s.params for s in sequences])
-        cumulative = scaled.exp_().cumsum_(dim=-1)
-        # Below the total even after rounding, as each number is at most 1 - 2^-53: the first entry
-        # above the target exists, and its own probability is not 0.
-        target = self._uniforms(sequences).to(logits.device) * cumulative[:, -1:]
-        token_ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-        return token_ids.where(best.squeeze(-1).isfinite(), _NOTHING_ALLOWED)
+        params = [sequence.params for sequence in sequences]
+        if all(p.greedy for p in params):
+            values, token_ids = logits.max(dim=-1)  # NaN counts as the largest
+            return token_ids.where(values.isfinite(), _NOT_FINITE)
+        temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64)
+        numbers = torch.stack((temperatures, min_p_floors(params), self._uniforms(sequences)))
+        # Not waited for: the device may still be busy with the logits.
+        temperatures, floors, draws = numbers.to(logits.device, non_blocking=True)
+        raise_floors(floors, logits, params)
+        token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        ops.sample_tokens(token_ids, logits, temperatures, floors, draws)
+        return token_ids
 
     def _uniforms(self, sequences: list[Sequence]) -> torch.Tensor:
         keys, streams = [], []
@@ -128,17 +121,11 @@ class Sampler:
             keys.append(self._seed if seed is None else seed + sequence.index)
             streams.append(sequence.seq_id + 1 if seed is None else 0)
         positions = [sequence.num_output_tokens for sequence in sequences]
-        return torch.from_numpy(uniforms(keys, positions, streams)).unsqueeze(-1)
+        return torch.from_numpy(uniforms(keys, positions, streams))
 
 
 def _is_adjusted(sequence: Sequence) -> bool:
     return has_penalties(sequence) or has_token_masks(sequence)
-
-
-def _argmax(logits: torch.Tensor, failure: int) -> torch.Tensor:
-    """The likeliest token; `failure` where its logit is not finite. NaN counts as the largest."""
-    values, token_ids = logits.max(dim=-1)
-    return token_ids.where(values.isfinite(), failure)
 
 
 def _select(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:

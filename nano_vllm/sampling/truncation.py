@@ -12,33 +12,51 @@ TOP_P_CANDIDATES = 256
 """How many of the likeliest tokens are sorted for top-p before the whole vocabulary is."""
 
 
-def truncate(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Put -inf where a row's parameters drop the token.
+ROWS_AT_ONCE = 32
+"""Rows whose logits exist at the same time in float64."""
 
-    Each filter is a floor: what is less likely goes. So tokens of equal probability stay or go
-    together; top_k = 1 keeps two if they tie for the first place.
+
+def min_p_floors(params: list[SamplingParams]) -> torch.Tensor:
+    """What min-p asks of (logit - largest) / temperature; [num_rows], float64."""
+    floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+    return torch.tensor(floors, dtype=torch.float64)
+
+
+def raise_floors(floors: torch.Tensor, logits: torch.Tensor, params: list[SamplingParams]) -> None:
+    """Raise floors, [num_rows], to what top-k and top-p ask of (logit - largest) / temperature.
+
+    What is less likely is not drawn. So tokens of equal probability stay or go together; top_k = 1
+    keeps two if they tie for the first place.
 
     Args:
-        scaled: [num_rows, vocab_size], float64; logits divided by the temperature, the largest of
-            each row being 0. Changed in place.
-        params: of the rows.
+        floors: float64, on the device of the logits.
+        logits: [num_rows, vocab_size], any floating dtype; not changed.
+        params: of the rows; greedy ones drop nothing.
     """
-    vocab_size = scaled.shape[-1]
-    nucleus = [row for row, p in enumerate(params) if p.top_p < 1.0 or 0 < p.top_k < vocab_size]
-    floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
-    if not nucleus and max(floors) == -math.inf:
-        return scaled
-    floor = torch.tensor(floors, dtype=scaled.dtype, device=scaled.device)
-    if nucleus:
-        rows = scaled if len(nucleus) == len(params) else scaled[nucleus]
-        floor[nucleus] = floor[nucleus].maximum(
-            _top_k_top_p_floor(rows, [params[row] for row in nucleus])
+    nucleus = [
+        row
+        for row, p in enumerate(params)
+        if not p.greedy and (p.top_p < 1.0 or 0 < p.top_k < logits.shape[-1])
+    ]
+    for low in range(0, len(nucleus), ROWS_AT_ONCE):
+        rows = nucleus[low : low + ROWS_AT_ONCE]
+        temperatures = torch.tensor(
+            [[params[row].temperature] for row in rows], dtype=torch.float64, device=logits.device
         )
-    return scaled.masked_fill_(scaled < floor.unsqueeze(-1), -math.inf)
+        scaled = logits[rows].double()
+        scaled.sub_(scaled.amax(dim=-1, keepdim=True)).div_(temperatures)
+        floor = _top_k_top_p_floor(scaled, [params[row] for row in rows])
+        floors[rows] = floors[rows].maximum(floor)
 
 
 def _top_k_top_p_floor(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The smallest logit that top-k and then top-p keep; [num_rows]."""
+    """The smallest logit that top-k and then top-p keep; [num_rows].
+
+    Args:
+        scaled: [num_rows, vocab_size], float64; logits divided by the temperature, the largest of
+            each row being 0.
+        params: of the rows.
+    """
     vocab_size = scaled.shape[-1]
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
     needed = [k if k < vocab_size else min(TOP_P_CANDIDATES, vocab_size) for k in top_k]

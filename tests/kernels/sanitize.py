@@ -138,6 +138,17 @@ def run_layer_ops(dtype: torch.dtype, offset: int) -> None:
         ops.gelu_and_mul(out, gate_up, "tanh")
 
 
+def run_sampling(dtype: torch.dtype, offset: int) -> None:
+    for vocab_size in (1, 100, 1032, 40_001):
+        numbers = torch.rand(3, 5, dtype=torch.float64, device="cuda")
+        numbers[0, 0], numbers[1] = 0.0, -numbers[1]
+        ops.sample_tokens(
+            torch.empty(5, dtype=torch.int64, device="cuda"),
+            normal(5, vocab_size, dtype=dtype, offset=offset),
+            *(row.clone() for row in numbers),
+        )
+
+
 if __name__ == "__main__":
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for offset in (0, 1):  # aligned to 16 bytes, and not
@@ -145,5 +156,6 @@ if __name__ == "__main__":
                 run_attention(dtype, cache_dtype, offset)
                 run_cache_ops(dtype, cache_dtype, offset)
             run_layer_ops(dtype, offset)
+            run_sampling(dtype, offset)
     torch.cuda.synchronize()
     print("ran every op")

@@ -118,6 +118,17 @@ def linear_arguments() -> Arguments:
     }
 
 
+def sample_tokens_arguments() -> Arguments:
+    return {
+        "out": torch.zeros(7, dtype=torch.int64),
+        "logits": torch.zeros(7, 64),
+        **{
+            name: torch.zeros(7, dtype=torch.float64)
+            for name in ("temperatures", "floors", "uniforms")
+        },
+    }
+
+
 VALID: dict[str, Callable[[], Arguments]] = {
     "paged_attention": paged_attention_arguments,
     "plan_attention": plan_attention_arguments,
@@ -130,6 +141,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "silu_and_mul": silu_and_mul_arguments,
     "gelu_and_mul": gelu_and_mul_arguments,
     "linear": linear_arguments,
+    "sample_tokens": sample_tokens_arguments,
 }
 
 
@@ -326,6 +338,17 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("out", zeros(7, 31), "out must have shape [7, 32], got [7, 31]"),
         ("bias", zeros(31), "bias must have shape [32], got [31]"),
         ("bias", torch.Tensor.half, "bias must be float32, got float16"),
+    ],
+    "sample_tokens": [
+        ("logits", torch.Tensor.double, f"logits {FLOATS}, got float64"),
+        ("logits", zeros(64), "logits must have shape [any, any], got [64]"),
+        ("logits", gapped, f"logits {GAPPED}"),
+        ("logits", zeros(7, 0), "vocab_size must be in [1, 1048576], got 0"),
+        ("out", zeros(6, dtype=torch.int64), "out must have shape [7], got [6]"),
+        ("out", torch.Tensor.int, "out must be int64, got int32"),
+        ("temperatures", torch.Tensor.float, "temperatures must be float64, got float32"),
+        ("floors", zeros(8, dtype=torch.float64), "floors must have shape [7], got [8]"),
+        ("uniforms", gapped, f"uniforms {GAPPED}"),
     ],
 }  # fmt: skip
 

@@ -145,6 +145,24 @@ def silu_and_mul(draw: Draw, dtype: torch.dtype) -> Captured:
     )
 
 
+def sample_tokens(draw: Draw, dtype: torch.dtype) -> Captured:
+    logits = draw.normal(NUM_TOKENS, 5000, dtype=dtype)
+    temperatures, uniforms = torch.rand(
+        2, NUM_TOKENS, dtype=torch.float64, device=draw.device
+    )
+    floors = -3 * torch.rand_like(uniforms)
+    out = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=draw.device)
+
+    def renew() -> None:
+        renew_normals(draw, [logits])
+        for tensor in (temperatures, uniforms):
+            tensor.copy_(torch.rand_like(tensor))
+
+    return Captured(
+        lambda: ops.sample_tokens(out, logits, temperatures, floors, uniforms), renew, [out]
+    )
+
+
 def gelu_and_mul(draw: Draw, dtype: torch.dtype) -> Captured:
     input = draw.normal(NUM_TOKENS, 512, dtype=dtype)
     outs = {how: torch.zeros_like(input[:, :256]) for how in ("none", "tanh")}
@@ -251,6 +269,7 @@ OPS: dict[str, Callable[[Draw, torch.dtype], Captured]] = {
         reshape_and_cache,
         rms_norm,
         rotary_reshape_and_cache,
+        sample_tokens,
         silu_and_mul,
         swap_blocks,
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nano_vllm.sampling import sampler, truncation
+from nano_vllm.sampling import truncation
 from nano_vllm.sampling.logprobs import logprob_entries
 from nano_vllm.sampling.sampler import ROWS_AT_ONCE, Sampler
 from nano_vllm.sampling_params import SamplingParams
@@ -82,7 +82,7 @@ def test_draws_follow_the_distribution(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_draws, vocab_size = 20_000, 20
-    monkeypatch.setattr(sampler, "ROWS_AT_ONCE", num_draws)
+    monkeypatch.setattr(truncation, "ROWS_AT_ONCE", num_draws)
     logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)) * 1.5
     params = SamplingParams(**settings)
     expected = distribution(logits.numpy(), params) * num_draws
@@ -158,8 +158,10 @@ def test_top_p_over_a_flat_row(top_p: float, monkeypatch: pytest.MonkeyPatch) ->
     generator = torch.Generator().manual_seed(3)
     logits = torch.stack((torch.randn(64, generator=generator) * 0.1, torch.arange(64.0)))
     params = [SamplingParams(top_p=top_p), SamplingParams(top_p=top_p)]
-    scaled = (logits - logits.amax(-1, keepdim=True)).double()
-    kept = truncation.truncate(scaled, params).isfinite()
+    floors = torch.full((2,), -INF, dtype=torch.float64)
+    truncation.raise_floors(floors, logits, params)
+    logits = logits.double()
+    kept = logits - logits.amax(-1, keepdim=True) >= floors.unsqueeze(-1)
     for row in range(2):
         expected = distribution(logits[row].numpy(), params[row]) > 0
         assert kept[row].tolist() == expected.tolist()
