@@ -30,10 +30,19 @@ class Batch:
     """Copy-on-write copies (source block, destination block) to make before the step."""
     preempted: list[Sequence] = field(default_factory=list)
     """Sequences that lost their blocks to make room."""
+    ahead_rows: list[int] | None = None
+    """Of a step scheduled ahead, behind one that is still computed: for each row, that of the step
+    before whose token it continues. The sequences do not know these tokens yet, nor count them.
+    """
 
     @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.scheduled)
+
+    @property
+    def lead(self) -> int:
+        """Tokens that each sequence is ahead of what it knows."""
+        return 0 if self.ahead_rows is None else 1
 
 
 @dataclass(slots=True)

@@ -68,6 +68,10 @@ class EngineConfig:
     """Split long prompts over steps, so that they do not stall running sequences."""
     enforce_eager: bool = False
     """Launch every kernel by itself, also where a step could be one CUDA graph."""
+    async_scheduling: bool = True
+    """On a GPU, launch a decode step while the one before is still computed, where its tokens
+    cannot change what is launched. Outputs are the same.
+    """
 
     def __post_init__(self) -> None:
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))

@@ -92,6 +92,26 @@ class BlockManager:
             self._copy_on_write(table, index, copies)
         return True
 
+    def append_ahead(self, sequences: list[Sequence]) -> bool:
+        """Make the slot behind the next token's exist and be each sequence's own.
+
+        Returns:
+            False, and nothing has changed, where that needs more blocks than are free, or a copy.
+        """
+        missing = []
+        for sequence in sequences:
+            table = sequence.block_table
+            index = (sequence.num_computed_tokens + 1) // self.block_size
+            if index == len(table):
+                missing.append(table)
+            elif self.allocator.ref_count(table[index]) > 1:
+                return False
+        if len(missing) > self.allocator.num_free:
+            return False
+        for table in missing:
+            table.append(self.allocator.allocate())
+        return True
+
     def commit(self, sequence: Sequence) -> None:
         """Let others find the full blocks whose tokens have all been computed."""
         if not self.enable_prefix_caching:

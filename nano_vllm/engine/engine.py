@@ -26,7 +26,7 @@ from nano_vllm.tokenizer.detokenizer import Detokenizer
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nano_vllm.runner.model_runner import ModelRunner
+    from nano_vllm.runner.model_runner import LaunchedStep, ModelRunner
 
 
 class Engine:
@@ -72,6 +72,8 @@ class Engine:
         self._clock = clock
         self._metrics = EngineMetrics()
         self._closed = False
+        self._launched: tuple[Batch, LaunchedStep] | None = None
+        """The step that was launched ahead."""
 
     @classmethod
     def from_config(
@@ -175,12 +177,18 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Advance the requests under way by one step; what is to be reported of them."""
-        with nvtx_range("schedule"):
-            batch = self.scheduler.schedule()
-        if batch is None:
+        launched, self._launched = self._launched or self._launch(), None
+        if launched is None:
             return []
-        self._note_start(batch)
-        result = self.runner.execute(batch)
+        batch, step = launched
+        if self.config.async_scheduling and self.runner.can_run_ahead(batch):
+            self._launched = self._launch(behind=batch)
+        try:
+            result = step.result()
+        except BaseException:
+            # What came behind it is computed again, with the step itself.
+            self._launched = None
+            raise
         with nvtx_range("update"):
             advanced = self.scheduler.update(batch, result)
             self._metrics.num_steps += 1
@@ -214,7 +222,20 @@ class Engine:
         self._closed = True
         for request_id in list(self._requests):
             self.abort(request_id)
+        self._launched = None
         self.runner.close()
+
+    def _launch(self, behind: Batch | None = None) -> tuple[Batch, LaunchedStep] | None:
+        """Start the next step: one behind a batch that is still computed, or None where its tokens
+        must be known first; or else any there is.
+        """
+        with nvtx_range("schedule"):
+            scheduler = self.scheduler
+            batch = scheduler.schedule() if behind is None else scheduler.schedule_ahead(behind)
+        if batch is None:
+            return None
+        self._note_start(batch)
+        return batch, self.runner.launch(batch)
 
     def _note_start(self, batch: Batch) -> None:
         now = self._clock()

@@ -130,6 +130,34 @@ class Scheduler:
         assert batch.scheduled, "a step without work"
         return batch
 
+    def schedule_ahead(self, batch: Batch) -> Batch | None:
+        """The step behind a batch whose tokens are not known yet, where they cannot change it.
+
+        That is where every running sequence decodes in the batch, nobody waits for a place that is
+        free, and blocks suffice. Sequences that reach their length in the batch are left out. One
+        that turns out to have ended otherwise is computed in vain: its blocks may be given away at
+        once, as whatever the device does for the next owner comes later.
+
+        Args:
+            batch: the last one that was scheduled; `update` comes after this.
+        """
+        if self.waiting and len(self.running) < self.max_num_seqs:
+            return None
+        going = [
+            (r, s.sequence) for r, s in enumerate(batch.scheduled) if not s.sequence.is_finished
+        ]
+        if len(going) < len(self.running) or not all(
+            s.samples and s.num_tokens == 1 for s in batch.scheduled
+        ):
+            return None
+        staying = [(row, s) for row, s in going if not self._reaches_length(s, 1)]
+        if not staying or not self.block_manager.append_ahead([s for _, s in staying]):
+            return None
+        return Batch(
+            [ScheduledSequence(sequence, 1, True) for _, sequence in staying],
+            ahead_rows=[row for row, _ in staying],
+        )
+
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:
         """Take in a step's result.
 
@@ -234,11 +262,15 @@ class Scheduler:
         if token_id in sequence.end_token_ids and sequence.num_output_tokens > params.min_tokens:
             by_stop_token = token_id in (params.stop_token_ids or ())
             self.finish(sequence, "stop", token_id if by_stop_token else None)
-        elif (
-            sequence.num_output_tokens == params.max_tokens
-            or sequence.num_tokens >= self.max_model_len
-        ):
+        elif self._reaches_length(sequence):
             self.finish(sequence, "length")
+
+    def _reaches_length(self, sequence: Sequence, num_more: int = 0) -> bool:
+        """Whether the sequence ends for its length, with so many more tokens."""
+        return (
+            sequence.num_output_tokens + num_more == sequence.params.max_tokens
+            or sequence.num_tokens + num_more >= self.max_model_len
+        )
 
     def _release_held(self, sequence: Sequence) -> None:
         """Queue those who waited for this sequence to compute the prompt, next in line."""

@@ -81,7 +81,8 @@ class InputBatch:
             self._workspace = torch.empty(numel, dtype=torch.float32, device=device)
 
     def prepare(self, batch: Batch, padded_size: int | None = None) -> ModelInput:
-        """Fill the staging buffer from the batch and send it to the device.
+        """Fill the staging buffer from the batch and send it to the device. Tokens that are not
+        known yet, of a batch scheduled ahead, are 0.
 
         Args:
             batch: what to compute.
@@ -113,19 +114,26 @@ class InputBatch:
             host.append(self._staging[offset:end].view(dtype).view(shape).numpy())
             device.append(self._buffer[offset:end].view(dtype).view(shape))
             offset = end
-        max_query_len, max_seq_len = prepare_batch(
-            [s.sequence.token_ids for s in scheduled],
-            [s.sequence.block_table for s in scheduled],
-            [s.sequence.num_computed_tokens for s in scheduled],
-            [s.num_tokens for s in scheduled],
-            self.block_size,
-            host[0][:num_tokens],
-            host[1][:num_tokens],
-            host[2][:num_tokens],
-            host[3][: num_seqs + 1],
-            host[4][:num_seqs],
-            host[6],
-        )
+        token_ids = [s.sequence.token_ids for s in scheduled]
+        for tokens in token_ids if batch.lead else ():
+            tokens.append(0)  # stands for the token to come, for the length of this call
+        try:
+            max_query_len, max_seq_len = prepare_batch(
+                token_ids,
+                [s.sequence.block_table for s in scheduled],
+                [s.sequence.num_computed_tokens + batch.lead for s in scheduled],
+                [s.num_tokens for s in scheduled],
+                self.block_size,
+                host[0][:num_tokens],
+                host[1][:num_tokens],
+                host[2][:num_tokens],
+                host[3][: num_seqs + 1],
+                host[4][:num_seqs],
+                host[6],
+            )
+        finally:
+            for tokens in token_ids if batch.lead else ():
+                tokens.pop()
         is_shared = self._shares_prefixes and find_shared_prefixes(
             host[3][: num_seqs + 1],
             host[4][:num_seqs],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from nano_vllm.runner.cuda_graphs import DecodeGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
 from nano_vllm.runner.memory import num_kv_blocks
 from nano_vllm.sampling.logprobs import logprob_entries
-from nano_vllm.sampling.sampler import Sampler
+from nano_vllm.sampling.sampler import Sampler, needs_tokens
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
@@ -101,13 +102,25 @@ class ModelRunner:
                 largest = min(config.max_num_seqs, self.max_num_batched_tokens)
                 self.graphs = DecodeGraphs(self._decode, largest)
         self.sampler = Sampler(seed=config.seed)
+        self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
+        """What the last step sampled."""
         timer.lap("KV cache")
         self.load_laps = timer.laps
         """Seconds by phase."""
 
+    def can_run_ahead(self, batch: Batch) -> bool:
+        """Whether the step behind a batch may be launched before its tokens are known: on a GPU,
+        where its sampling depends on none of them.
+        """
+        return self.device.type == "cuda" and not any(
+            needs_tokens(scheduled.sequence) for scheduled in batch.scheduled
+        )
+
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> StepResult:
-        """Advance every scheduled sequence; sample where the last known token was computed."""
+    def launch(self, batch: Batch) -> LaunchedStep:
+        """Advance every scheduled sequence; sample where the last known token was computed. On a
+        GPU this returns while it computes.
+        """
         assert self.kv_cache is not None, "the runner is closed"
         with nvtx_range("prepare"):
             if batch.block_copies:
@@ -115,16 +128,32 @@ class ModelRunner:
                 ops.copy_blocks(self.kv_cache.pool, mapping)
             graph_size = self.graphs.size_for(batch) if self.graphs is not None else None
             inputs = self.input_batch.prepare(batch, graph_size)
-        if self.graphs is not None and graph_size is not None:
-            with nvtx_range("forward"):
-                logits = self.graphs.logits(inputs)
-            with nvtx_range("sample"):
-                rows = list(range(len(batch.scheduled)))
-                return StepResult(*self._sample(batch, rows, logits[: len(rows)]))
+            if batch.ahead_rows is not None:
+                self._feed_tokens(inputs, batch.ahead_rows)
         with nvtx_range("forward"):
-            hidden = self._forward(inputs)
+            if self.graphs is not None and graph_size is not None:
+                rows = list(range(len(batch.scheduled)))
+                logits = self.graphs.logits(inputs)[: len(rows)]
+                prompt_logprobs = {}
+            else:
+                hidden = self._forward(inputs)
+                rows, logits = self._last_logits(batch, hidden)
+                prompt_logprobs = self._prompt_logprobs(batch, hidden)
         with nvtx_range("sample"):
-            return self._sample_last(batch, hidden)
+            sequences = [batch.scheduled[row].sequence for row in rows]
+            self._token_ids = self.sampler.choose(logits, sequences, batch.lead)
+        return LaunchedStep(
+            batch, self.sampler, rows, logits, HostCopy(self._token_ids), prompt_logprobs
+        )
+
+    def _feed_tokens(self, inputs: ModelInput, rows: list[int]) -> None:
+        """Take the tokens that the step before has sampled for these rows of it."""
+        token_ids = self._token_ids
+        if rows != list(range(len(token_ids))):
+            index = torch.tensor(rows).to(self.device, non_blocking=True)
+            token_ids = token_ids.index_select(0, index)
+        # A row that failed has a number below 0, and is computed in vain.
+        torch.clamp(token_ids, min=0, out=inputs.input_ids[: len(rows)])
 
     def _forward(self, inputs: ModelInput) -> torch.Tensor:
         assert self.kv_cache is not None
@@ -135,8 +164,8 @@ class ModelRunner:
     def _decode(self, inputs: ModelInput) -> torch.Tensor:
         return self.model.compute_logits(self._forward(inputs))
 
-    def _sample_last(self, batch: Batch, hidden: torch.Tensor) -> StepResult:
-        """Where the last known token was computed; logits are computed for these rows alone."""
+    def _last_logits(self, batch: Batch, hidden: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """The batch's rows that sample and their logits, which are computed for them alone."""
         last_rows, sampling_rows = [], []
         end = 0
         for row, scheduled in enumerate(batch.scheduled):
@@ -144,25 +173,8 @@ class ModelRunner:
             if scheduled.samples:
                 sampling_rows.append(row)
                 last_rows.append(end - 1)
-        logits = None
-        if sampling_rows:
-            index = torch.tensor(last_rows, device=self.device)
-            logits = self.model.compute_logits(hidden.index_select(0, index))
-        sampled, failures = self._sample(batch, sampling_rows, logits)
-        return StepResult(sampled, failures, self._prompt_logprobs(batch, hidden))
-
-    def _sample(
-        self, batch: Batch, rows: list[int], logits: torch.Tensor | None
-    ) -> tuple[list[SampledToken | None], dict[int, str]]:
-        """Tokens and failures of the batch's rows that have logits, [len(rows), vocab_size]."""
-        sampled: list[SampledToken | None] = [None] * len(batch.scheduled)
-        if logits is None:
-            return sampled, {}
-        tokens, failed = self.sampler(logits, [batch.scheduled[row].sequence for row in rows])
-        failures = {rows[i]: reason for i, reason in failed.items()}
-        for row, token in zip(rows, tokens, strict=True):
-            sampled[row] = None if row in failures else token
-        return sampled, failures
+        index = torch.tensor(last_rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        return sampling_rows, self.model.compute_logits(hidden.index_select(0, index))
 
     def _prompt_logprobs(
         self, batch: Batch, hidden: torch.Tensor
@@ -188,11 +200,57 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give all memory back; the runner cannot execute any more."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.kv_cache = None
         self.graphs = None
         del self.model, self.input_batch
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class HostCopy:
+    """A tensor's values on their way to the host; on a CPU, there already."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> list[int]:
+        """Waits for what was launched before the copy, and for nothing that came later."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor.tolist()
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step that the device computes."""
+
+    batch: Batch
+    sampler: Sampler
+    rows: list[int]
+    """Of the batch, those that sample."""
+    logits: torch.Tensor
+    """[len(rows), vocab_size]; gone with the next launch."""
+    token_ids: HostCopy
+    prompt_logprobs: dict[int, list[dict[int, Logprob]]]
+
+    @torch.inference_mode()
+    def result(self) -> StepResult:
+        """Waits for the step."""
+        sampled: list[SampledToken | None] = [None] * len(self.batch.scheduled)
+        sequences = [self.batch.scheduled[row].sequence for row in self.rows]
+        tokens, failed = self.sampler.describe(self.token_ids.tolist(), self.logits, sequences)
+        failures = {self.rows[i]: reason for i, reason in failed.items()}
+        for row, token in zip(self.rows, tokens, strict=True):
+            sampled[row] = None if row in failures else token
+        return StepResult(sampled, failures, self.prompt_logprobs)
 
 
 def _choose_device(name: str) -> torch.device:

@@ -42,20 +42,46 @@ class Sampler:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def __call__(
-        self, logits: torch.Tensor, sequences: list[Sequence]
-    ) -> tuple[list[SampledToken], dict[int, str]]:
-        """Sample one token per row.
+    def choose(
+        self, logits: torch.Tensor, sequences: list[Sequence], lead: int = 0
+    ) -> torch.Tensor:
+        """Sample one token per row, without waiting for the device.
 
         Args:
             logits: [num_rows, vocab_size], any floating dtype; not changed.
             sequences: of the rows.
+            lead: tokens that the sequences do not know yet; above 0 for those alone that
+                `needs_tokens` does not name.
 
         Returns:
-            a token for each row, and for rows that have none the reason: a maximum that is NaN or
-            infinite, or no token that is allowed.
+            [num_rows], int64; below 0 for a row that has no token: its maximum is NaN or infinite,
+            or no token is allowed.
         """
-        token_ids = self._choose(logits, sequences).tolist()
+        adjusted = [row for row, sequence in enumerate(sequences) if _is_adjusted(sequence)]
+        if not adjusted or lead:
+            return self._draw(logits, sequences, lead)
+        token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        adjusted_set = set(adjusted)
+        plain = [row for row in range(len(sequences)) if row not in adjusted_set]
+        if plain:
+            token_ids[plain] = self._draw(_select(logits, plain), [sequences[row] for row in plain])
+        for low in range(0, len(adjusted), ROWS_AT_ONCE):
+            part = adjusted[low : low + ROWS_AT_ONCE]
+            rows = _select(logits, part)
+            token_ids[part] = self._choose_adjusted(rows, [sequences[row] for row in part])
+        return token_ids
+
+    def describe(
+        self, token_ids: list[int], logits: torch.Tensor, sequences: list[Sequence]
+    ) -> tuple[list[SampledToken], dict[int, str]]:
+        """The tokens chosen, with log-probabilities where they are asked for.
+
+        Args:
+            token_ids: from `choose`, as are the logits and the sequences.
+
+        Returns:
+            a token for each row, and for rows that have none the reason.
+        """
         failures = {row: _FAILURES[t] for row, t in enumerate(token_ids) if t < 0}
         tokens = [SampledToken(token_id) for token_id in token_ids]
         rows = [
@@ -72,24 +98,6 @@ class Sampler:
                 tokens[row].logprobs = entry
         return tokens, failures
 
-    def _choose(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-        """Token ids, or a failure below 0; [num_rows], int64."""
-        adjusted = [row for row, sequence in enumerate(sequences) if _is_adjusted(sequence)]
-        if not adjusted:
-            return self._draw(logits, sequences)
-        token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-        adjusted_set = set(adjusted)
-        plain = [row for row in range(len(sequences)) if row not in adjusted_set]
-        if plain:
-            token_ids[plain] = self._draw(
-                _select(logits, plain), [sequences[row] for row in plain]
-            )
-        for low in range(0, len(adjusted), ROWS_AT_ONCE):
-            part = adjusted[low : low + ROWS_AT_ONCE]
-            rows = _select(logits, part)
-            token_ids[part] = self._choose_adjusted(rows, [sequences[row] for row in part])
-        return token_ids
-
     def _choose_adjusted(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         logits = logits.float()
         finite = logits.amax(dim=-1).isfinite()
@@ -100,13 +108,13 @@ class Sampler:
         token_ids = self._draw(logits, sequences)
         return token_ids.where(token_ids >= 0, _NOTHING_ALLOWED).where(finite, _NOT_FINITE)
 
-    def _draw(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, sequences: list[Sequence], lead: int = 0) -> torch.Tensor:
         params = [sequence.params for sequence in sequences]
         if all(p.greedy for p in params):
             values, token_ids = logits.max(dim=-1)  # NaN counts as the largest
             return token_ids.where(values.isfinite(), _NOT_FINITE)
         temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64)
-        numbers = torch.stack((temperatures, min_p_floors(params), self._uniforms(sequences)))
+        numbers = torch.stack((temperatures, min_p_floors(params), self._uniforms(sequences, lead)))
         # Not waited for: the device may still be busy with the logits.
         temperatures, floors, draws = numbers.to(logits.device, non_blocking=True)
         raise_floors(floors, logits, params)
@@ -114,14 +122,21 @@ class Sampler:
         ops.sample_tokens(token_ids, logits, temperatures, floors, draws)
         return token_ids
 
-    def _uniforms(self, sequences: list[Sequence]) -> torch.Tensor:
+    def _uniforms(self, sequences: list[Sequence], lead: int) -> torch.Tensor:
         keys, streams = [], []
         for sequence in sequences:
             seed = sequence.params.seed
             keys.append(self._seed if seed is None else seed + sequence.index)
             streams.append(sequence.seq_id + 1 if seed is None else 0)
-        positions = [sequence.num_output_tokens for sequence in sequences]
+        positions = [sequence.num_output_tokens + lead for sequence in sequences]
         return torch.from_numpy(uniforms(keys, positions, streams))
+
+
+def needs_tokens(sequence: Sequence) -> bool:
+    """Whether the token behind the next one depends on it by more than the model, or the next
+    one's logits are asked for after it has been chosen.
+    """
+    return _is_adjusted(sequence) or sequence.params.logprobs is not None
 
 
 def _is_adjusted(sequence: Sequence) -> bool:

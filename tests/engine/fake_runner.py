@@ -62,6 +62,7 @@ class FakeRunner:
         num_blocks, block_size, max_model_len, max_num_batched_tokens: as the real runner's.
         script: tokens to give out instead, by request and completion; for tests of what follows.
         failing: requests whose logits are not finite.
+        runs_ahead: whether steps may be launched before the tokens of the one before are known.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FakeRunner:
         max_num_batched_tokens: int = 64,
         script: dict[tuple[str, int], list[int]] | None = None,
         failing: Iterable[str] = (),
+        runs_ahead: bool = True,
     ) -> None:
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
         self.num_blocks = num_blocks
@@ -80,12 +82,30 @@ class FakeRunner:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.script = script or {}
         self.failing = set(failing)
+        self.runs_ahead = runs_ahead
         self.batches: list[Batch] = []
+        self._sampled: list[SampledToken | None] = []
         self.is_closed = False
         self._slots: list[int | None] = [None] * (num_blocks * block_size)
 
-    def execute(self, batch: Batch) -> StepResult:
+    def can_run_ahead(self, batch: Batch) -> bool:
+        return self.runs_ahead
+
+    def launch(self, batch: Batch) -> SimpleNamespace:
+        """Computes at once, as if by a device that takes one step after the other."""
+        result = self._execute(batch)
+        self._sampled = result.sampled
+        return SimpleNamespace(result=lambda: result)
+
+    def _execute(self, batch: Batch) -> StepResult:
         self.batches.append(batch)
+        known = [s.sequence.token_ids for s in batch.scheduled]
+        if batch.ahead_rows is not None:
+            given = [self._sampled[row] for row in batch.ahead_rows]
+            known = [
+                [*tokens, token.token_id if token else 0]
+                for tokens, token in zip(known, given, strict=True)
+            ]
         size = self.block_size
         sources = {source for source, _ in batch.block_copies}
         destinations = [destination for _, destination in batch.block_copies]
@@ -96,13 +116,13 @@ class FakeRunner:
                 source * size : (source + 1) * size
             ]
         # All rows write before any reads, as in a layer of the model.
-        for scheduled in batch.scheduled:
+        for scheduled, token_ids in zip(batch.scheduled, known, strict=True):
             sequence = scheduled.sequence
-            first = sequence.num_computed_tokens
+            first = sequence.num_computed_tokens + batch.lead
             for position in range(first, first + scheduled.num_tokens):
                 before = self._read(sequence, position - 1) if position else None
                 slot = self._slot(sequence, position)
-                self._slots[slot] = digest(before, sequence.token_ids[position])
+                self._slots[slot] = digest(before, token_ids[position])
         result = StepResult([None] * len(batch.scheduled))
         for row, scheduled in enumerate(batch.scheduled):
             sequence = scheduled.sequence
@@ -111,18 +131,19 @@ class FakeRunner:
             if sequence.request_id in self.failing:
                 result.failures[row] = "not finite"
                 continue
-            result.sampled[row] = SampledToken(self._sample(sequence))
+            result.sampled[row] = SampledToken(self._sample(sequence, batch.lead))
         return result
 
     def close(self) -> None:
         self.is_closed = True
 
-    def _sample(self, sequence: Sequence) -> int:
+    def _sample(self, sequence: Sequence, lead: int) -> int:
+        num_output = sequence.num_output_tokens + lead
         script = self.script.get((sequence.request_id, sequence.index))
         if script is not None:
-            return script[sequence.num_output_tokens]
-        cached = [self._read(sequence, position) for position in range(sequence.num_tokens)]
-        return next_token(cached, sequence.params, sequence.index, sequence.num_output_tokens)
+            return script[num_output] if num_output < len(script) else 0
+        cached = [self._read(sequence, position) for position in range(sequence.num_tokens + lead)]
+        return next_token(cached, sequence.params, sequence.index, num_output)
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         block, row = divmod(position, self.block_size)

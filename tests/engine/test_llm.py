@@ -112,17 +112,17 @@ def test_draws_do_not_depend_on_requests_that_were_refused() -> None:
 
 def test_what_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = make_llm()
-    execute = llm.engine.runner.execute
+    launch = llm.engine.runner.launch
 
     def interrupted(batch: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.engine.runner, "execute", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(llm, ["a", "b"])
     assert not llm.engine.has_work
     assert llm.get_metrics().num_free_blocks == 64
-    monkeypatch.setattr(llm.engine.runner, "execute", execute)
+    monkeypatch.setattr(llm.engine.runner, "launch", launch)
     assert generate(llm, [97])[0].outputs[0].token_ids == reference_tokens([97], PARAMS, 0, 64)
 
 

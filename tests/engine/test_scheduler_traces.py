@@ -43,6 +43,7 @@ def run_trace(seed: int) -> dict[str, int]:
     )
     engine = make_engine(
         runner,
+        async_scheduling=draw.random() < 0.7,
         max_num_seqs=draw.choice([1, 3, 16]),
         enable_chunked_prefill=chunked,
         enable_prefix_caching=draw.random() < 0.7,
@@ -97,6 +98,7 @@ def run_trace(seed: int) -> dict[str, int]:
         "preempted": metrics.num_preemptions,
         "cached": metrics.num_cached_tokens,
         "copied": sum(len(batch.block_copies) for batch in runner.batches),
+        "ahead": sum(batch.lead for batch in runner.batches),
         "aborted": len(aborted),
         "chunked": sum(not s.samples for batch in runner.batches for s in batch.scheduled),
     }

@@ -147,9 +147,7 @@ def silu_and_mul(draw: Draw, dtype: torch.dtype) -> Captured:
 
 def sample_tokens(draw: Draw, dtype: torch.dtype) -> Captured:
     logits = draw.normal(NUM_TOKENS, 5000, dtype=dtype)
-    temperatures, uniforms = torch.rand(
-        2, NUM_TOKENS, dtype=torch.float64, device=draw.device
-    )
+    temperatures, uniforms = torch.rand(2, NUM_TOKENS, dtype=torch.float64, device=draw.device)
     floors = -3 * torch.rand_like(uniforms)
     out = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=draw.device)
 

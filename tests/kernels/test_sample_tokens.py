@@ -117,9 +117,7 @@ def test_a_floor_keeps_what_equals_it(device: str) -> None:
     draw = Draw(0, device)
     logits = torch.tensor([[1.1, 3.3, 3.3, 0.7, 2.2]], device=device)
     exponent = float((logits[0, 4].double() - logits[0, 1].double()) / 0.7)
-    found = {
-        sample(draw, logits, [0.7], [exponent], [step / 1000])[0] for step in range(1000)
-    }
+    found = {sample(draw, logits, [0.7], [exponent], [step / 1000])[0] for step in range(1000)}
     assert found == {1, 2, 4}
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from nano_vllm.batch import Batch, ScheduledSequence, StepResult
+from nano_vllm.batch import Batch, ScheduledSequence
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
 from nano_vllm.runner.cuda_graphs import DecodeGraphs, graph_sizes
 from nano_vllm.runner.input_batch import ModelInput
-from nano_vllm.runner.model_runner import ModelRunner
+from nano_vllm.runner.model_runner import LaunchedStep, ModelRunner
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
 from tests.models.checkpoints import make_checkpoint
@@ -67,12 +67,12 @@ class PaddedRunner(ModelRunner):
         self.graphs = WithoutCapture(self._decode, 7)
         self.decodes: set[tuple[int, int]] = set()
 
-    def execute(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> LaunchedStep:
         assert self.graphs is not None
         size = self.graphs.size_for(batch)
         if size is not None:
             self.decodes.add((len(batch.scheduled), size))
-        return super().execute(batch)
+        return super().launch(batch)
 
 
 def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
