@@ -36,17 +36,24 @@ class EngineRun:
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype
+    cache_dtype: torch.dtype
 
     @classmethod
     def of(cls, llm: LLM) -> EngineRun:
         runner = llm.engine.runner
-        return cls(runner.model_path, runner.model_config, runner.device, runner.dtype)
+        return cls(
+            runner.model_path,
+            runner.model_config,
+            runner.device,
+            runner.dtype,
+            runner.cache_dtype,
+        )
 
     def roofline(self) -> Roofline:
         """Measures the device's ceilings: call it when the engine has given its memory back."""
         from nano_vllm.bench.roofline import Roofline
 
-        return Roofline.measure(self.config, self.dtype, self.device)
+        return Roofline.measure(self.config, self.dtype, self.cache_dtype, self.device)
 
     @property
     def dtype_name(self) -> str:

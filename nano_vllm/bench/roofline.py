@@ -20,18 +20,27 @@ class Roofline:
 
     config: ModelConfig
     dtype: torch.dtype
-    """Of weights and KV cache."""
+    """Of the weights."""
+    cache_dtype: torch.dtype
+    """Of the KV cache."""
     copy: float | None = None
     """Bytes per second, read and written, of a large copy; None if unknown, as the next."""
     matmul: float | None = None
     """Floating-point operations per second of a large product."""
 
     @classmethod
-    def measure(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Roofline:
+    def measure(
+        cls,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+        device: torch.device,
+    ) -> Roofline:
         """With the ceilings of a GPU. A CPU, whose caches hold much of a small model, has none."""
         if device.type != "cuda":
-            return cls(config, dtype)
-        return cls(config, dtype, timing.copy_ceiling(device), timing.matmul_ceiling(device, dtype))
+            return cls(config, dtype, cache_dtype)
+        copy, matmul = timing.copy_ceiling(device), timing.matmul_ceiling(device, dtype)
+        return cls(config, dtype, cache_dtype, copy, matmul)
 
     @property
     def layer_weights(self) -> int:
@@ -56,7 +65,8 @@ class Roofline:
             for inputs, outputs in zip(workload.input_lens, workload.output_lens, strict=True)
         )
         steps = max(workload.output_lens) - 1
-        return steps * self.step_weight_bytes + tokens * bytes_per_block(self.config, 1, self.dtype)
+        per_token = bytes_per_block(self.config, 1, self.cache_dtype)
+        return steps * self.step_weight_bytes + tokens * per_token
 
     def prefill_flops(self, workload: Workload) -> int:
         """Of the prompts: the layers' products, and attention over what the causal mask leaves."""

@@ -16,9 +16,9 @@ from nano_vllm.weights.resolve import resolve_model
 COPY, MATMUL = 3.03e12, 785e12
 
 
-def roofline(name: str) -> Roofline:
+def roofline(name: str, cache_dtype: torch.dtype = torch.bfloat16) -> Roofline:
     config = load_model_config(resolve_model(name, "dummy"))
-    return Roofline(config, torch.bfloat16, COPY, MATMUL)
+    return Roofline(config, torch.bfloat16, cache_dtype, COPY, MATMUL)
 
 
 def even(batch: int, input_len: int, output_len: int) -> Workload:
@@ -53,9 +53,18 @@ def test_operations_of_long_prompts(name: str, tflop: float) -> None:
     assert roofline(name).prefill_flops(even(16, 4096, 1)) / 1e12 == pytest.approx(tflop, rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("llama-3.1-8b", 12.85), ("qwen3-0.6b", 5.14)])
-def test_floor_of_the_default_throughput(name: str, seconds: float) -> None:
-    model = roofline(name)
+@pytest.mark.parametrize(
+    ("name", "cache_dtype", "seconds"),
+    [
+        ("llama-3.1-8b", torch.bfloat16, 12.85),
+        ("qwen3-0.6b", torch.bfloat16, 5.14),
+        ("qwen3-0.6b", torch.float8_e4m3fn, 2.86),
+    ],
+)
+def test_floor_of_the_default_throughput(
+    name: str, cache_dtype: torch.dtype, seconds: float
+) -> None:
+    model = roofline(name, cache_dtype)
     workload = Workload.random(256, (100, 1024), (100, 1024), model.config.vocab_size, seed=0)
     prefill, decode = model.prefill_seconds(workload), model.decode_seconds(workload)
     assert prefill is not None
@@ -78,7 +87,7 @@ def test_tokens_seen_are_counted_one_by_one(window: int | None) -> None:
 
 
 def test_without_ceilings_there_are_no_floors() -> None:
-    model = Roofline.measure(tiny(None), torch.float32, torch.device("cpu"))
+    model = Roofline.measure(tiny(None), torch.float32, torch.float32, torch.device("cpu"))
     assert model.decode_seconds(even(1, 2, 3)) is None
     assert model.prefill_seconds(even(1, 2, 3)) is None
     assert model.ceilings() == {}
