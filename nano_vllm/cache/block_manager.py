@@ -93,22 +93,20 @@ class BlockManager:
         return True
 
     def append_ahead(self, sequences: list[Sequence]) -> bool:
-        """Make the slot behind the next token's exist and be each sequence's own.
+        """Make the slot behind the next token's exist. It is the sequence's own: `append` has seen
+        to the block before it, and a new one is nobody else's.
 
         Returns:
-            False, and nothing has changed, where that needs more blocks than are free, or a copy.
+            False, and nothing has changed, where that needs more blocks than are free.
         """
-        missing = []
-        for sequence in sequences:
-            table = sequence.block_table
-            index = (sequence.num_computed_tokens + 1) // self.block_size
-            if index == len(table):
-                missing.append(table)
-            elif self.allocator.ref_count(table[index]) > 1:
-                return False
-        if len(missing) > self.allocator.num_free:
+        full = [
+            sequence.block_table
+            for sequence in sequences
+            if sequence.num_computed_tokens + 1 == len(sequence.block_table) * self.block_size
+        ]
+        if len(full) > self.allocator.num_free:
             return False
-        for table in missing:
+        for table in full:
             table.append(self.allocator.allocate())
         return True
 

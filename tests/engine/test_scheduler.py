@@ -70,6 +70,64 @@ def test_decodes_come_first_then_the_chunk_then_waiting_ones_in_order() -> None:
     assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1), ("d", 1)]
 
 
+def decode_and_ahead(scheduler: Scheduler) -> tuple[Batch, Batch | None]:
+    """A step whose tokens are not known yet, and the one behind it."""
+    batch = scheduler.schedule()
+    assert batch is not None
+    return batch, scheduler.schedule_ahead(batch)
+
+
+def test_a_step_ahead_goes_on_with_those_that_do_not_end() -> None:
+    scheduler = make_scheduler()
+    for name, max_tokens in (("a", 9), ("b", 2), ("c", 9)):
+        add(scheduler, name, 7, max_tokens=max_tokens)
+    batch, ahead = decode_and_ahead(scheduler)
+    assert ahead is None  # prompts
+    scheduler.update(batch, StepResult([SampledToken(1)] * 3))
+    batch, ahead = decode_and_ahead(scheduler)
+    assert rows(batch) == [("a", 1), ("b", 1), ("c", 1)]
+    assert ahead is not None
+    assert rows(ahead) == [("a", 1), ("c", 1)]
+    assert ahead.ahead_rows == [0, 2]
+    assert [len(s.sequence.block_table) for s in ahead.scheduled] == [2, 2]
+    scheduler.update(batch, StepResult([SampledToken(1)] * 3))
+    scheduler.finish(scheduler.running[0], "stop")
+    scheduler.update(ahead, StepResult([SampledToken(1)] * 2))
+    assert [s.request_id for s in scheduler.running] == ["c"]
+    assert scheduler.running[0].num_output_tokens == 3
+    further = scheduler.schedule_ahead(ahead)
+    assert further is not None
+    assert (rows(further), further.ahead_rows) == ([("c", 1)], [1])
+
+
+def test_no_step_ahead_of_a_sequence_that_could_be_admitted() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    add(scheduler, "a", 7)
+    step(scheduler)
+    batch, ahead = decode_and_ahead(scheduler)
+    assert ahead is not None
+    add(scheduler, "b", 7)
+    scheduler.update(batch, StepResult([SampledToken(1)]))
+    assert scheduler.schedule_ahead(ahead) is None
+    scheduler.update(ahead, StepResult([SampledToken(1)]))
+    assert step(scheduler) == [("a", 1), ("b", 7)]
+    add(scheduler, "c", 7)  # for whom there is no place
+    assert decode_and_ahead(scheduler)[1] is not None
+
+
+def test_no_step_ahead_without_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=3, max_model_len=16)
+    for name in "ab":
+        add(scheduler, name, 6, max_tokens=5)
+    step(scheduler)
+    batch, ahead = decode_and_ahead(scheduler)
+    assert ahead is not None  # each has a slot left
+    scheduler.update(batch, StepResult([SampledToken(1)] * 2))
+    assert scheduler.schedule_ahead(ahead) is None  # two blocks, where one is free
+    assert scheduler.block_manager.num_free_blocks == 1
+    assert [len(s.block_table) for s in scheduler.running] == [1, 1]
+
+
 def test_a_finished_sequence_is_replaced_in_the_very_next_step() -> None:
     scheduler = make_scheduler(max_num_seqs=2)
     add(scheduler, "a", 4, max_tokens=2)
