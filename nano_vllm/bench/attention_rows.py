@@ -40,7 +40,7 @@ def attention_row(setup: Setup, heads: Heads, shape: AttentionShape) -> dict[str
         for _ in range(sets)
     ]
     seconds, others = _measure(label, inputs, peers, setup.float8_cache)
-    amount: dict[str, int] = (
+    amount: dict[str, Any] = (
         {"moved": shape.kv_bytes(heads, itemsize)}
         if shape.query_len == 1
         else {"flops": shape.flops(heads)}

@@ -37,6 +37,7 @@ class Setup:
         *,
         moved: int | None = None,
         flops: int | None = None,
+        is_paged: bool = True,
         peers: dict[str, float | None] | None = None,
     ) -> dict[str, Any]:
         """A row of a kernel that is held against the copy or the matmul ceiling.
@@ -45,6 +46,7 @@ class Setup:
             seconds: of one call of ours.
             moved: bytes read and written; either this or `flops`.
             flops: floating-point operations.
+            is_paged: whether the time depends on the block size.
             peers: seconds of one call by the name of what is compared; None where it has no time.
         """
         assert (moved is None) != (flops is None)
@@ -54,6 +56,7 @@ class Setup:
             "kernel": kernel,
             "heads": str(heads),
             "shape": shape,
+            "block_size": self.block_size if is_paged else None,
             "us": seconds * 1e6,
             "rate": amount / seconds / (1e9 if flops is None else 1e12),
             "unit": "GB/s" if flops is None else "TFLOP/s",
@@ -73,6 +76,7 @@ def table_line(row: dict[str, Any], peers: tuple[str, ...]) -> dict[str, str]:
         "kernel": row["kernel"],
         "heads": row["heads"],
         "shape": row["shape"],
+        "block": "-" if row["block_size"] is None else str(row["block_size"]),
         "us": _microseconds(row["us"]),
         "rate": f"{row['rate']:.4g} {row['unit']}",
         "of ceiling": f"{row['of ceiling']:.0%}",

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from nano_vllm.bench import attention_grid
@@ -37,7 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, default=None, help="query heads, for all models")
     parser.add_argument("--num-kv-heads", type=int, default=None, help="for all models")
     parser.add_argument("--head-dim", type=int, default=None, help="for all models")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens per KV block")
+    parser.add_argument(
+        "--block-sizes",
+        nargs="+",
+        type=int,
+        default=[16],
+        metavar="N",
+        help="tokens per KV block; each shape once for each",
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this")
     parser.add_argument(
         "--peers",
@@ -62,6 +70,10 @@ def run(args: argparse.Namespace) -> None:
 
     if not any(args.only in part for part in PARTS):
         raise ValueError(f"--only {args.only!r} is in none of the names: {', '.join(PARTS)}")
+    block_sizes = list(dict.fromkeys(args.block_sizes))
+    for size in block_sizes:
+        if size % 8 or not 8 <= size <= 256:
+            raise ValueError(f"--block-sizes must be multiples of 8 from 8 to 256, got {size}")
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,10 +83,12 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = torch.device(name), getattr(torch, dtype_name)
     peers = find_peers(PEERS, args.peers, on_gpu)
     copy, matmul = copy_ceiling(device), matmul_ceiling(device, dtype)
-    setup = Setup(device, dtype, args.block_size, copy, matmul, peers, args.fp8_cache)
-    names = setup.compared
+    setups = [
+        Setup(device, dtype, size, copy, matmul, peers, args.fp8_cache) for size in block_sizes
+    ]
+    names = setups[0].compared
     rows = []
-    for row in (row for heads in models for row in _rows(setup, heads, args.only)):
+    for row in (row for heads in models for row in _rows(setups, heads, args.only)):
         rows.append(row)
         # a run takes minutes, and a peer can take the process down with it
         print(*table_line(row, names).values(), sep="  ", file=sys.stderr, flush=True)
@@ -82,7 +96,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("no shape fits the free memory")
     machine = describe_machine(name) | {
         "dtype": dtype_name,
-        "block_size": args.block_size,
         "copy GB/s": round(copy / 1e9),
         "matmul TFLOP/s": round(matmul / 1e12, 2),
         "peers": "; ".join(map(str, peers)) or "none",
@@ -112,22 +125,28 @@ def chosen_heads(args: argparse.Namespace, on_gpu: bool) -> list[Heads]:
     return list(dict.fromkeys(models))
 
 
-def _rows(setup: Setup, heads: Heads, only: str) -> Iterator[dict[str, Any]]:
+def _rows(setups: list[Setup], heads: Heads, only: str) -> Iterator[dict[str, Any]]:
+    """Each shape in all setups, one after the other, so that the card is as hot for each.
+
+    Args:
+        setups: the same but for their block sizes.
+    """
     from nano_vllm.bench.attention_rows import attention_row
     from nano_vllm.bench.layer_rows import cache_rows, layer_rows
 
     decode, prefill, cache, layer = (only in part for part in PARTS)
-    on_gpu = setup.device.type == "cuda"
+    on_gpu = setups[0].device.type == "cuda"
     shapes = []
     if decode:
         shapes += attention_grid.DECODES if on_gpu else attention_grid.CPU_DECODES
     if prefill:
         shapes += attention_grid.PREFILLS if on_gpu else attention_grid.CPU_PREFILLS
-    for shape in shapes:
+    for shape, setup in product(shapes, setups):
         row = attention_row(setup, heads, shape)
         if row is not None:
             yield row
     if cache:
-        yield from cache_rows(setup, heads)
+        for setup in setups:
+            yield from cache_rows(setup, heads)
     if layer:
-        yield from layer_rows(setup, heads)
+        yield from layer_rows(setups[0], heads)

@@ -24,7 +24,7 @@ def cache_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
             torch.randn(tokens, kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2)
         )
         pool = torch.empty(
-            2, tokens // block_size, kv_heads, block_size, head_dim, device=device, dtype=dtype
+            2, -(-tokens // block_size), kv_heads, block_size, head_dim, device=device, dtype=dtype
         )
         slots = torch.randperm(tokens, device=device)
         keys, values = pool[0].transpose(1, 2), pool[1].transpose(1, 2)
@@ -57,14 +57,17 @@ def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
     ]
     norms = [partial(ops.fused_add_rms_norm, x, x, r, weight, 1e-5) for x, r in pairs]
     seconds = median_seconds(norms, device)
-    rows = [setup.row("fused_add_rms_norm", heads, shape, seconds, moved=moved)]
+    rows = [setup.row("fused_add_rms_norm", heads, shape, seconds, moved=moved, is_paged=False)]
 
     moved = 3 * tokens * (hidden // 2) * dtype.itemsize
     gates = [partial(ops.silu_and_mul, r.new_empty(tokens, hidden // 2), r) for _, r in pairs]
     torchs = [partial(_torch_silu_and_mul, r) for _, r in pairs]
     seconds, peer = alternate([repeat_timer(gates, device), repeat_timer(torchs, device)])
     peers: dict[str, float | None] = {"torch": peer}
-    return [*rows, setup.row("silu_and_mul", heads, shape, seconds, moved=moved, peers=peers)]
+    return [
+        *rows,
+        setup.row("silu_and_mul", heads, shape, seconds, moved=moved, is_paged=False, peers=peers),
+    ]
 
 
 def _torch_silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

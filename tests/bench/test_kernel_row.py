@@ -22,6 +22,7 @@ def test_table_fits_160_columns(capsys: pytest.CaptureFixture[str]) -> None:
         for shape in DECODES + PREFILLS
     ]
     rows.append(setup.row("copy_blocks", "64/8x128", "256 blocks x 32 layers", 1e-3, moved=10**9))
+    rows.append(setup.row("rms", "64/8x128", "1 x 64", 1e-3, moved=10**9, is_paged=False))
     report("kernels", {}, rows, [table_line(row, PEERS) for row in rows])
     _, *table, _ = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + len(rows)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
+from typing import Any
 
 import pytest
 
-from nano_vllm.bench import attention_grid, kernels, timing
+from nano_vllm.bench import attention_grid, attention_rows, kernels, timing
 from nano_vllm.bench.attention_grid import decode, prefill
+from nano_vllm.bench.attention_inputs import AttentionInputs
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,32 @@ def test_float8_cache(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(result["rows"]) == 2
     for row in result["rows"]:
         assert row["fp8 cache / ours"] == pytest.approx(row["fp8 cache us"] / row["us"])
+
+
+def test_block_sizes_are_measured_next_to_one_another(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def inputs(*arguments: Any) -> AttentionInputs:
+        made = AttentionInputs(*arguments)
+        used.append(made.pool.shape[3])
+        return made
+
+    monkeypatch.setattr(attention_rows, "AttentionInputs", inputs)
+    monkeypatch.setattr(attention_rows, "input_sets", lambda size, device: 1)
+    run("--only", "attention", "--block-sizes", "16", "64", "8", "16")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["shape"], row["block_size"]) for row in result["rows"]] == [
+        (shape, block_size) for shape in ("2 x 19", "1 x 9") for block_size in (16, 64, 8)
+    ]
+    assert used == [16, 64, 8] * 2
+    assert all(row["us"] > 0 for row in result["rows"])
+
+
+def test_impossible_block_size_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match="multiples of 8 from 8 to 256, got 20"):
+        run("--block-sizes", "16", "20")
 
 
 def test_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
