@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kNumThreads) sample_tokens_kernel(SampleTokens
     total += warp_weight[i];
   }
   // Below the total even where the product is rounded up.
-  const auto target = min(static_cast<uint64_t>(p.uniforms[row] * static_cast<double>(total)),
-                          total - 1);
+  const auto target =
+      min(static_cast<uint64_t>(p.uniforms[row] * static_cast<double>(total)), total - 1);
   if (target < before || target - before >= warp_weight[warp]) return;
   uint64_t left = target - before;
   for (int at = begin + lane;; at += kWarpSize) {

@@ -94,8 +94,8 @@ struct SampleRows {
       total += sums[piece];
     }
     // Below the total even where the product is rounded up.
-    uint64_t left = std::min(static_cast<uint64_t>(p.uniforms[row] * static_cast<double>(total)),
-                             total - 1);
+    uint64_t left =
+        std::min(static_cast<uint64_t>(p.uniforms[row] * static_cast<double>(total)), total - 1);
     int64_t piece = 0, token = 0;
     while (left >= sums[piece]) left -= sums[piece++];
     weigher.template weigh<kLanes>(piece * kPieceTokens, weights);
