@@ -19,7 +19,7 @@ PEERS = ("flashinfer", "fa3", "fa3-fwd", "torch")
 PARTS = (
     "paged_attention decode",
     "paged_attention prefill",
-    "reshape_and_cache copy_blocks",
+    "reshape_and_cache rotary_reshape_and_cache copy_blocks",
     "fused_add_rms_norm silu_and_mul",
 )
 

@@ -30,7 +30,10 @@ def cache_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
         keys, values = pool[0].transpose(1, 2), pool[1].transpose(1, 2)
         calls.append(partial(ops.reshape_and_cache, key, value, keys, values, slots))
     seconds = median_seconds(calls, device)
-    rows = [setup.row("reshape_and_cache", heads, f"{tokens} tokens", seconds, moved=moved)]
+    rows = [
+        setup.row("reshape_and_cache", heads, f"{tokens} tokens", seconds, moved=moved),
+        _rotary_row(setup, heads, tokens),
+    ]
 
     layers, pairs = 32, 256 if device.type == "cuda" else 16
     pool = torch.randn(
@@ -41,6 +44,43 @@ def cache_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
     shape = f"{pairs} blocks x {layers} layers"
     moved = pool.numel() * dtype.itemsize
     return [*rows, setup.row("copy_blocks", heads, shape, seconds, moved=moved)]
+
+
+def _rotary_row(setup: Setup, heads: Heads, tokens: int) -> dict[str, Any]:
+    """Queries and keys normalised and rotated, keys and values written into the cache."""
+    device, dtype, block_size, dim = setup.device, setup.dtype, setup.block_size, heads.head_dim
+    moved = (2 * heads.num_heads + 4 * heads.num_kv_heads) * tokens * dim * dtype.itemsize
+    positions = torch.arange(tokens, device=device)
+    slots = torch.randperm(tokens, device=device)
+    angles = torch.rand(tokens, dim // 2, device=device)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    weight = torch.ones(dim, device=device, dtype=dtype)
+    calls = []
+    for _ in range(input_sets(moved, device)):
+        query, key, value = (
+            torch.randn(tokens, num_heads, dim, device=device, dtype=dtype)
+            for num_heads in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+        )
+        shape = (2, -(-tokens // block_size), heads.num_kv_heads, block_size, dim)
+        keys, values = torch.empty(shape, device=device, dtype=dtype).transpose(2, 3)
+        calls.append(
+            partial(
+                ops.rotary_reshape_and_cache,
+                positions,
+                query,
+                key,
+                value,
+                keys,
+                values,
+                slots,
+                cos_sin,
+                query_norm_weight=weight,
+                key_norm_weight=weight,
+                norm_eps=1e-6,
+            )
+        )
+    seconds = median_seconds(calls, device)
+    return setup.row("rotary_reshape_and_cache", heads, f"{tokens} tokens", seconds, moved=moved)
 
 
 def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
