@@ -58,7 +58,8 @@ class Sampler:
             or no token is allowed.
         """
         adjusted = [row for row, sequence in enumerate(sequences) if _is_adjusted(sequence)]
-        if not adjusted or lead:
+        assert not (adjusted and lead), "a draw that needs tokens which are not known"
+        if not adjusted:
             return self._draw(logits, sequences, lead)
         token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
         adjusted_set = set(adjusted)
