@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kNumThreads = 1024;
 constexpr int kNumWarps = kNumThreads / kWarpSize;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 // A logit and where it stands. Of equal ones the first counts; NaN counts as infinite.
 struct Best {
@@ -36,14 +38,13 @@ struct Weigher {
   __device__ Weigher(float largest, double temperature, double floor)
       : largest(largest),
         // Finite, as it multiplies zeros.
-        inverse(fminf(static_cast<float>(1.44269504088896 / temperature),
-                      std::numeric_limits<float>::max())),
+        inverse(fminf(static_cast<float>(1.44269504088896 / temperature), kLargest)),
         temperature(temperature),
         floor(floor) {}
 
   __device__ uint64_t operator()(float logit) const {
     // As exactly as the floor was found: a token that equals it must stay.
-    if (floor > -std::numeric_limits<double>::infinity() &&
+    if (floor > -kInfinity &&
         (static_cast<double>(logit) - static_cast<double>(largest)) / temperature < floor) {
       return 0;
     }
@@ -76,7 +77,6 @@ __device__ void for_vectors(const T* row, int vocab_size, int begin, int end, in
 template <class T, bool kIsAligned>
 __global__ void __launch_bounds__(kNumThreads) sample_tokens_kernel(SampleTokensParams p) {
   constexpr int kSize = Vec<T>::kSize;
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   __shared__ Best warp_best[kNumWarps];
   __shared__ uint64_t warp_weight[kNumWarps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
