@@ -21,7 +21,7 @@ from nano_vllm.runner.cuda_graphs import DecodeGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
 from nano_vllm.runner.memory import num_kv_blocks
 from nano_vllm.sampling.logprobs import logprob_entries
-from nano_vllm.sampling.sampler import Sampler, needs_tokens
+from nano_vllm.sampling.sampler import Sampler, can_sample_ahead
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
@@ -110,10 +110,10 @@ class ModelRunner:
 
     def can_run_ahead(self, batch: Batch) -> bool:
         """Whether the step behind a batch may be launched before its tokens are known: on a GPU,
-        where its sampling depends on none of them.
+        where its sampling neither depends on them nor waits.
         """
-        return self.device.type == "cuda" and not any(
-            needs_tokens(scheduled.sequence) for scheduled in batch.scheduled
+        return self.device.type == "cuda" and all(
+            can_sample_ahead(scheduled.sequence) for scheduled in batch.scheduled
         )
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ from nano_vllm.sampling.logprobs import logprob_entries
 from nano_vllm.sampling.penalties import apply_penalties, has_penalties
 from nano_vllm.sampling.philox import uniforms
 from nano_vllm.sampling.token_masks import apply_token_masks, has_token_masks
-from nano_vllm.sampling.truncation import min_p_floors, raise_floors
+from nano_vllm.sampling.truncation import has_nucleus, min_p_floors, raise_floors
 from nano_vllm.sequence import Sequence
 
 ROWS_AT_ONCE = 32
@@ -45,13 +45,13 @@ class Sampler:
     def choose(
         self, logits: torch.Tensor, sequences: list[Sequence], lead: int = 0
     ) -> torch.Tensor:
-        """Sample one token per row, without waiting for the device.
+        """Sample one token per row; without waiting for the device where `can_sample_ahead`.
 
         Args:
             logits: [num_rows, vocab_size], any floating dtype; not changed.
             sequences: of the rows.
-            lead: tokens that the sequences do not know yet; above 0 for those alone that
-                `needs_tokens` does not name.
+            lead: tokens that the sequences do not know yet; above 0 only where all of them
+                `can_sample_ahead`.
 
         Returns:
             [num_rows], int64; below 0 for a row that has no token: its maximum is NaN or infinite,
@@ -133,11 +133,16 @@ class Sampler:
         return torch.from_numpy(uniforms(keys, positions, streams))
 
 
-def needs_tokens(sequence: Sequence) -> bool:
-    """Whether the token behind the next one depends on it by more than the model, or the next
-    one's logits are asked for after it has been chosen.
+def can_sample_ahead(sequence: Sequence) -> bool:
+    """Whether the token behind the next one can be drawn before that is known: it depends on it by
+    the model alone, nobody asks for logits after the draw, and the draw does not wait for the
+    device.
     """
-    return _is_adjusted(sequence) or sequence.params.logprobs is not None
+    return not (
+        _is_adjusted(sequence)
+        or sequence.params.logprobs is not None
+        or has_nucleus(sequence.params)
+    )
 
 
 def _is_adjusted(sequence: Sequence) -> bool:

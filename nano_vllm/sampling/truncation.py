@@ -16,6 +16,11 @@ ROWS_AT_ONCE = 32
 """Rows whose logits exist at the same time in float64."""
 
 
+def has_nucleus(params: SamplingParams) -> bool:
+    """Whether top-k or top-p may drop a token, for which the row's logits have to be looked at."""
+    return not params.greedy and (params.top_p < 1.0 or params.top_k > 0)
+
+
 def min_p_floors(params: list[SamplingParams]) -> torch.Tensor:
     """What min-p asks of (logit - largest) / temperature; [num_rows], float64."""
     floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
@@ -33,11 +38,7 @@ def raise_floors(floors: torch.Tensor, logits: torch.Tensor, params: list[Sampli
         logits: [num_rows, vocab_size], any floating dtype; not changed.
         params: of the rows; greedy ones drop nothing.
     """
-    nucleus = [
-        row
-        for row, p in enumerate(params)
-        if not p.greedy and (p.top_p < 1.0 or 0 < p.top_k < logits.shape[-1])
-    ]
+    nucleus = [row for row, p in enumerate(params) if has_nucleus(p)]
     for low in range(0, len(nucleus), ROWS_AT_ONCE):
         rows = nucleus[low : low + ROWS_AT_ONCE]
         temperatures = torch.tensor(

@@ -146,15 +146,19 @@ def silu_and_mul(draw: Draw, dtype: torch.dtype) -> Captured:
 
 
 def sample_tokens(draw: Draw, dtype: torch.dtype) -> Captured:
+    def doubles(low: float, high: float) -> torch.Tensor:
+        values = [draw.uniform(low, high) for _ in range(NUM_TOKENS)]
+        return torch.tensor(values, dtype=torch.float64, device=draw.device)
+
     logits = draw.normal(NUM_TOKENS, 5000, dtype=dtype)
-    temperatures, uniforms = torch.rand(2, NUM_TOKENS, dtype=torch.float64, device=draw.device)
-    floors = -3 * torch.rand_like(uniforms)
+    temperatures, floors, uniforms = doubles(0.1, 2), doubles(-5, 0), doubles(0, 1)
     out = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=draw.device)
 
     def renew() -> None:
         renew_normals(draw, [logits])
-        for tensor in (temperatures, uniforms):
-            tensor.copy_(torch.rand_like(tensor))
+        temperatures.copy_(doubles(0.1, 2))
+        floors.copy_(doubles(-5, 0))
+        uniforms.copy_(doubles(0, 1))
 
     return Captured(
         lambda: ops.sample_tokens(out, logits, temperatures, floors, uniforms), renew, [out]

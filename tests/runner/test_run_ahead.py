@@ -10,7 +10,7 @@ import pytest
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.batch import Batch
 from nano_vllm.runner.model_runner import ModelRunner
-from nano_vllm.sampling.sampler import needs_tokens
+from nano_vllm.sampling.sampler import can_sample_ahead
 from tests.models.checkpoints import make_checkpoint
 
 VOCAB_SIZE = 199
@@ -19,8 +19,8 @@ VOCAB_SIZE = 199
 def draw_params(draw: random.Random, number: int) -> SamplingParams:
     return SamplingParams(
         temperature=draw.choice((0.0, 0.7, 1.5)),
-        top_p=draw.choice((1.0, 1.0, 0.9)),
-        top_k=draw.choice((0, 0, 20)),
+        top_p=draw.choice((1.0,) * 9 + (0.9,)),
+        top_k=draw.choice((0,) * 9 + (20,)),
         min_p=draw.choice((0.0, 0.0, 0.05)),
         seed=draw.choice((None, number)),
         n=draw.choice((1, 1, 3)),
@@ -59,7 +59,7 @@ def test_tokens_are_the_same(
     monkeypatch.setattr(
         ModelRunner,
         "can_run_ahead",
-        lambda _, batch: not any(needs_tokens(s.sequence) for s in batch.scheduled),
+        lambda _, batch: all(can_sample_ahead(s.sequence) for s in batch.scheduled),
     )
 
     def generate(async_scheduling: bool) -> list[list[list[int]]]:

@@ -312,7 +312,8 @@ def test_a_greedy_batch_does_nothing_else(monkeypatch: pytest.MonkeyPatch) -> No
     def forbidden(*args: object) -> None:
         raise AssertionError("more than an argmax")
 
-    monkeypatch.setattr(Sampler, "_choose_adjusted", forbidden)
+    for name in ("_choose_adjusted", "_uniforms"):
+        monkeypatch.setattr(Sampler, name, forbidden)
     logits = torch.randn(4, 10)
     sequences = [make_sequence(row, temperature=0.0) for row in range(4)]
     assert sample(logits, sequences) == logits.argmax(-1).tolist()
