@@ -312,8 +312,10 @@ def gelu_and_mul(out: torch.Tensor, input: torch.Tensor, approximate: str = "non
 def linear(
     out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
-    """out = input @ weight.T + bias for few rows on a CPU; a row's bits do not depend on the other
-    rows.
+    """out = input @ weight.T + bias for few rows; a row's bits do not depend on the other rows.
+
+    On CUDA it needs what `linear_max_rows` says, and rows that begin at multiples of 16 bytes. The
+    weight is read ahead of the kernel before: nothing that is still running may write it.
 
     Args:
         out: [num_rows, out_features].
@@ -322,6 +324,24 @@ def linear(
         bias: [out_features].
     """
     _ops.linear(out, input, weight, bias)
+
+
+def linear_silu_and_mul(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor) -> None:
+    """out = silu(input @ gate.T) * (input @ up.T) for few rows on CUDA, as `linear` does it.
+
+    Args:
+        out: [num_rows, intermediate_size].
+        input: [num_rows, in_features].
+        weight: [2 * intermediate_size, in_features]; gate, then up.
+    """
+    _ops.linear_silu_and_mul(out, input, weight)
+
+
+def linear_max_rows(weight: torch.Tensor) -> int:
+    """Rows up to which `linear` can multiply with a weight [out_features, in_features]; 0 where it
+    cannot. On CUDA: on sm_90, in float16 and bfloat16, with features in multiples of 8.
+    """
+    return int(_ops.linear_max_rows(weight))
 
 
 def quantized_linear(

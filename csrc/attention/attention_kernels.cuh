@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/kv_tile.cuh"
+#include "common/launch.cuh"
 
 namespace nano_vllm::cuda {
 
@@ -89,74 +90,6 @@ void dispatch_16_bit(const AttentionLaunch& p, const Run& run) {
     };
     p.dtype == DType::kFloat16 ? with(__half{}) : with(__nv_bfloat16{});
   });
-}
-
-// Whether this compilation is for Hopper, and with its own instructions (sm_90a). The kernels that
-// need it are empty in others and refuse all but one thread, by which has_code() knows them.
-#if __CUDA_ARCH__ == 900
-constexpr bool kIsSm90 = true;
-#else
-constexpr bool kIsSm90 = false;
-#endif
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kIsSm90a = true;
-#else
-constexpr bool kIsSm90a = false;
-#endif
-
-// Whether this build has code of the kernel for the current device.
-template <class Kernel>
-bool has_code(Kernel* kernel, int num_threads) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-         attributes.maxThreadsPerBlock >= num_threads;
-}
-
-template <class Kernel, class... Args>
-void launch_with_attributes(const char* name, Kernel* kernel, dim3 grid, int num_threads,
-                            size_t shared_bytes, cudaStream_t stream,
-                            cudaLaunchAttribute* attributes, int num_attributes,
-                            const Args&... args) {
-  check(grid.y <= 65535 && grid.z <= 65535, name,
-        ": a grid has at most 65535 blocks in y and z, got ", grid.y, " and ", grid.z);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  if (error == cudaSuccess && shared_bytes > 0) {
-    // As many blocks of an SM as its shared memory holds: the first-level cache has no other use.
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
-  }
-  check(error == cudaSuccess, name, ": ", shared_bytes,
-        " bytes of shared memory refused: ", cudaGetErrorString(error));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(num_threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = static_cast<unsigned>(num_attributes);
-  error = cudaLaunchKernelEx(&config, kernel, args...);
-  check(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
-}
-
-// Launches with dynamic shared memory beyond the 48 KiB that need no permission.
-template <class Kernel, class... Args>
-void launch_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
-                   size_t shared_bytes, cudaStream_t stream, const Args&... args) {
-  launch_with_attributes(name, kernel, grid, num_threads, shared_bytes, stream, nullptr, 0,
-                         args...);
-}
-
-// The same for a kernel that waits for the one before it in the stream by itself (sm_90): it starts
-// as soon as that one allows it.
-template <class Kernel, class... Args>
-void launch_dependent_kernel(const char* name, Kernel* kernel, dim3 grid, int num_threads,
-                             size_t shared_bytes, cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  launch_with_attributes(name, kernel, grid, num_threads, shared_bytes, stream, &attribute, 1,
-                         args...);
 }
 
 }  // namespace nano_vllm::cuda

@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "attention/attention_kernels.cuh"
-#include "attention/hopper.cuh"
+#include "common/hopper.cuh"
 
 namespace nano_vllm::cuda {
 

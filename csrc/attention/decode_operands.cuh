@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attention/online_softmax.cuh"
-#include "attention/swizzled_tile.cuh"
+#include "common/swizzled_tile.cuh"
 
 namespace nano_vllm::cuda::decode_sm90 {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attention/float8.cuh"
-#include "attention/ptx.cuh"
 #include "attention/sequence_rows.cuh"
+#include "common/ptx.cuh"
 
 namespace nano_vllm::cuda {
 

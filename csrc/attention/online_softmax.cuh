@@ -2,8 +2,8 @@
 // in powers of two.
 #pragma once
 
-#include "attention/ptx.cuh"
 #include "attention/sequence_rows.cuh"
+#include "common/ptx.cuh"
 
 namespace nano_vllm::cuda {
 

@@ -384,8 +384,8 @@ __global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1, Shape::kBlocksPerSm
       prefetch_map(keys.map);
       prefetch_map(values.map);
     }
-    wait_for_last_kernel();
     allow_next_kernel();
+    wait_for_last_kernel();
     const DecodePlan plan(p.plan, geometry.max_parts);
     const Part part{plan.cuts[blockIdx.x], plan.cuts[blockIdx.x + 1]};
     if (part.begin.seq >= p.num_seqs) return;

@@ -1,6 +1,6 @@
 // Sorts the prefills of a batch by length, see prefill_plan.cuh.
-#include "attention/hopper.cuh"
 #include "attention/prefill_plan.cuh"
+#include "common/hopper.cuh"
 
 namespace nano_vllm::cuda {
 namespace {

@@ -86,6 +86,63 @@ void activate(const Tensor& out, const Tensor& input, Activation activation) {
   NANO_VLLM_DISPATCH(activation_and_mul, input, params);
 }
 
+#ifdef NANO_VLLM_CUDA
+// Multiples of 8 elements are multiples of 16 bytes.
+void check_in_vectors(const char* name, const Tensor& tensor) {
+  check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) % 8 == 0,
+        name, " must begin at a multiple of 16 bytes and have rows that do, got a stride of ",
+        tensor.stride(0));
+}
+
+void multiply_on_cuda(const LinearParams& params, const Tensor& out, const Tensor& input,
+                      const Tensor& weight) {
+  const CudaScope cuda_scope(input);
+  const int max_rows = cuda::linear_max_rows(params.dtype, params.in_features, params.out_features);
+  check(max_rows > 0,
+        "linear on CUDA needs sm_90, float16 or bfloat16, and features in multiples of 8, got ",
+        name_of(params.dtype), " and a weight of ", shape_of(weight));
+  check(params.num_rows <= max_rows, "linear takes at most ", max_rows, " rows, got ",
+        params.num_rows);
+  check_in_vectors("out", out);
+  check_in_vectors("input", input);
+  check_in_vectors("weight", weight);
+  cuda::linear(params, cuda_scope.stream());
+}
+#endif
+
+void multiply(const Tensor& out, const Tensor& input, const Tensor& weight,
+              const std::optional<Tensor>& bias, bool is_gated) {
+  LinearParams params{};
+  params.dtype = float_dtype("input", input);
+  const ScalarType dtype = input.scalar_type();
+  check_shape("input", input, {-1, -1});
+  check_last_contiguous("input", input);
+  check_tensor("weight", weight, input, dtype, {-1, input.size(1)});
+  check(!is_gated || weight.size(0) % 2 == 0, "weight must hold gate and up, got ", weight.size(0),
+        " rows");
+  const int64_t out_features = weight.size(0) / (is_gated ? 2 : 1);
+  check_tensor("out", out, input, dtype, {input.size(0), out_features});
+  if (bias.has_value()) check_tensor("bias", *bias, input, dtype, {out_features});
+  params.out = out.mutable_data_ptr();
+  params.input = input.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  params.out_stride_row = out.stride(0);
+  params.input_stride_row = input.stride(0);
+  params.weight_stride_row = weight.stride(0);
+  params.num_rows = to_int32("num_rows", input.size(0));
+  params.in_features = to_int32("in_features", input.size(1));
+  params.out_features = to_int32("out_features", out_features);
+  params.is_gated = is_gated;
+  if (params.num_rows == 0 || params.out_features == 0) return;
+#ifdef NANO_VLLM_CUDA
+  if (input.is_cuda()) return multiply_on_cuda(params, out, input, weight);
+#endif
+  check(input.is_cpu(), "linear: this build has no CUDA kernels; got a tensor on ",
+        device_of(input), "; rebuild with NANO_VLLM_BUILD=cuda");
+  cpu::linear(params);
+}
+
 }  // namespace
 
 void rms_norm(const Tensor& out, const Tensor& input, const Tensor& weight, double eps) {
@@ -109,27 +166,25 @@ void gelu_and_mul(const Tensor& out, const Tensor& input, const std::string& app
 
 void linear(const Tensor& out, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& bias) {
-  LinearParams params{};
-  check(input.is_cpu(), "linear runs on the CPU alone, got a tensor on ", device_of(input));
-  params.dtype = float_dtype("input", input);
-  const ScalarType dtype = input.scalar_type();
-  check_shape("input", input, {-1, -1});
-  check_last_contiguous("input", input);
-  check_tensor("weight", weight, input, dtype, {-1, input.size(1)});
-  check_tensor("out", out, input, dtype, {input.size(0), weight.size(0)});
-  if (bias.has_value()) check_tensor("bias", *bias, input, dtype, {weight.size(0)});
-  params.out = out.mutable_data_ptr();
-  params.input = input.const_data_ptr();
-  params.weight = weight.const_data_ptr();
-  params.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  params.out_stride_row = out.stride(0);
-  params.input_stride_row = input.stride(0);
-  params.weight_stride_row = weight.stride(0);
-  params.num_rows = to_int32("num_rows", input.size(0));
-  params.in_features = to_int32("in_features", input.size(1));
-  params.out_features = to_int32("out_features", weight.size(0));
-  if (params.num_rows == 0 || params.out_features == 0) return;
-  cpu::linear(params);
+  multiply(out, input, weight, bias, false);
+}
+
+void linear_silu_and_mul(const Tensor& out, const Tensor& input, const Tensor& weight) {
+  check(input.is_cuda(), "linear_silu_and_mul runs on CUDA alone, got a tensor on ",
+        device_of(input));
+  multiply(out, input, weight, std::nullopt, true);
+}
+
+int64_t linear_max_rows(const Tensor& weight) {
+  check_shape("weight", weight, {-1, -1});
+  if (weight.is_cpu()) return cpu::kLinearMaxRows;
+#ifdef NANO_VLLM_CUDA
+  if (weight.is_cuda()) {
+    const CudaScope cuda_scope(weight);
+    return cuda::linear_max_rows(float_dtype("weight", weight), weight.size(1), weight.size(0));
+  }
+#endif
+  return 0;
 }
 
 }  // namespace nano_vllm

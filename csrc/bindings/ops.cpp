@@ -56,6 +56,8 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def("silu_and_mul(Tensor(a!) out, Tensor input) -> ()");
   library.def("gelu_and_mul(Tensor(a!) out, Tensor input, str approximate) -> ()");
   library.def("linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
+  library.def("linear_silu_and_mul(Tensor(a!) out, Tensor input, Tensor weight) -> ()");
+  library.def("linear_max_rows(Tensor weight) -> int");
   library.def("quantized_linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   library.def(
       "sample_tokens(Tensor(a!) out, Tensor logits, Tensor temperatures, Tensor floors, Tensor "
@@ -78,6 +80,8 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("silu_and_mul", TORCH_BOX(&nano_vllm::silu_and_mul));
   library.impl("gelu_and_mul", TORCH_BOX(&nano_vllm::gelu_and_mul));
   library.impl("linear", TORCH_BOX(&nano_vllm::linear));
+  library.impl("linear_silu_and_mul", TORCH_BOX(&nano_vllm::linear_silu_and_mul));
+  library.impl("linear_max_rows", TORCH_BOX(&nano_vllm::linear_max_rows));
   library.impl("quantized_linear", TORCH_BOX(&nano_vllm::quantized_linear));
   library.impl("sample_tokens", TORCH_BOX(&nano_vllm::sample_tokens));
 }

@@ -5,6 +5,8 @@
 
 #include "cache/reshape_and_cache.cuh"
 #include "cache/rotary_reshape_and_cache.h"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "layers/rms_norm.cuh"
 
 namespace nano_vllm::cuda {
@@ -178,6 +180,8 @@ template <class T, class Cache, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool
 __global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHasNorm, kIsAligned>)
     rotary_reshape_and_cache_kernel(Params p) {
   constexpr int kSize = Vec<T>::kSize, kHeads = kVecsPerThread / kHeadVecs;
+  allow_next_kernel();
+  wait_for_last_kernel();
   const int64_t token = int64_t{blockIdx.x} * blockDim.z + threadIdx.z;
   if (token >= p.kv.num_tokens) return;  // a warp has but one token: all of its threads leave
   const int first_head = blockIdx.y * blockDim.y + threadIdx.y;
@@ -286,9 +290,10 @@ void launch(const Params& p, cudaStream_t stream) {
   const unsigned block_warps = ceil_div(warps, blocks);
   const unsigned tokens = kNumThreads / kWarpSize / block_warps;
   const dim3 grid(ceil_div(static_cast<unsigned>(p.kv.num_tokens), tokens), blocks);
-  rotary_reshape_and_cache_kernel<T, Cache, kHeadVecs, kIsNeox, kHasNorm, kIsAligned>
-      <<<grid, dim3(x, block_warps * heads_in_warp, tokens), 0, stream>>>(p);
-  check_launch("rotary_reshape_and_cache");
+  launch_in_chain(
+      "rotary_reshape_and_cache",
+      rotary_reshape_and_cache_kernel<T, Cache, kHeadVecs, kIsNeox, kHasNorm, kIsAligned>, grid,
+      dim3(x, block_warps * heads_in_warp, tokens), stream, p);
 }
 
 // Calls run(std::true_type or std::false_type) for each of the conditions, in their order.

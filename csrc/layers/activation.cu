@@ -1,7 +1,8 @@
 // CUDA gated activations: one vector of the output for each thread.
 #include <algorithm>
 
-#include "common/cuda_common.cuh"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "layers/activation.h"
 
 namespace nano_vllm::cuda {
@@ -31,6 +32,8 @@ struct GeluTanh {
 template <class T, class Function, bool kIsAligned>
 __global__ void __launch_bounds__(kNumThreads) activation_and_mul_kernel(ActivationParams p) {
   constexpr int64_t kSize = Vec<T>::kSize;
+  allow_next_kernel();
+  wait_for_last_kernel();
   const int64_t token = blockIdx.x;
   const T* gate = static_cast<const T*>(p.input) + token * p.input_stride_token;
   const T* up = gate + p.intermediate_size;
@@ -59,8 +62,7 @@ void launch(const ActivationParams& p, cudaStream_t stream) {
                     static_cast<unsigned>(std::min(pieces, kMaxGridY)));
     const auto kernel = is_aligned ? activation_and_mul_kernel<T, Function, true>
                                    : activation_and_mul_kernel<T, Function, false>;
-    kernel<<<grid, kNumThreads, 0, stream>>>(p);
-    check_launch("activation_and_mul");
+    launch_in_chain("activation_and_mul", kernel, grid, dim3(kNumThreads), stream, p);
   });
 }
 

@@ -1,30 +1,42 @@
-// Matrix product with few rows, as a decode step has them, on a CPU: it streams the weights once at
-// memory speed. There is no CUDA twin: on a GPU the product is cuBLAS's, through torch.
+// Matrix product with few rows, as a decode step has them: it streams the weights once at memory
+// speed. Products of more rows are torch's.
 #pragma once
 
 #include <cstdint>
 
+#include "common/stream.h"
 #include "common/types.h"
 
 namespace nano_vllm {
 
 // out[m, n] = sum_k input[m, k] * weight[n, k] (+ bias[n]), accumulated in float32 in an order that
-// depends on in_features alone: a row's result does not change with the number of rows.
+// depends on the weight's shape alone: a row's result does not change with the number of rows (on
+// CUDA, on GPUs alike). Gated, out = silu(gate) * up, both such products.
 struct LinearParams {
   DType dtype;         // of everything
   void* out;           // [num_rows, out_features]
   const void* input;   // [num_rows, in_features]
-  const void* weight;  // [out_features, in_features]
-  const void* bias;    // [out_features] or nullptr
+  const void* weight;  // [out_features, in_features]; gated, twice as many rows: gate, then up
+  const void* bias;    // [out_features] or nullptr; nullptr where gated
 
   // Strides in elements; the last dimension is contiguous.
   int64_t out_stride_row, input_stride_row, weight_stride_row;
 
   int32_t num_rows, in_features, out_features;
+  bool is_gated;  // on CUDA
 };
 
 namespace cpu {
+constexpr int kLinearMaxRows = 32;  // torch is faster beyond
 void linear(const LinearParams& params);
-}
+}  // namespace cpu
+namespace cuda {
+constexpr int kLinearMaxRows = 256;  // that the kernel can do
+// Rows that `linear` can do with a weight of this dtype and shape on the current device; 0: there
+// is no kernel for it.
+int linear_max_rows(DType dtype, int64_t in_features, int64_t out_features);
+// Rows and bases lie at multiples of 16 bytes.
+void linear(const LinearParams& params, cudaStream_t stream);
+}  // namespace cuda
 
 }  // namespace nano_vllm

@@ -1,6 +1,8 @@
 // CUDA rms_norm: a row's elements stay in registers between the sum and the product.
 #include <algorithm>
 
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "layers/rms_norm.cuh"
 #include "layers/rms_norm.h"
 
@@ -17,6 +19,8 @@ constexpr int kShortRowWarps = 4;  // rows that one warp takes whole, for each b
 template <class T, int kVecsPerThread, bool kIsAligned>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p, int64_t num_rows) {
   constexpr int kSize = Vec<T>::kSize;
+  allow_next_kernel();
+  wait_for_last_kernel();
   const int64_t index = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (index >= num_rows) return;
   const int64_t row = index / p.num_heads, head = index % p.num_heads;
@@ -81,8 +85,7 @@ void launch(const RmsNormParams& p, dim3 block_dim, cudaStream_t stream) {
   const unsigned grid = grid_x("rms_norm", ceil_div<int64_t>(num_rows, block_dim.y));
   const auto kernel = fits_vectors<T>(p) ? rms_norm_kernel<T, kVecsPerThread, true>
                                          : rms_norm_kernel<T, kVecsPerThread, false>;
-  kernel<<<grid, block_dim, 0, stream>>>(p, num_rows);
-  check_launch("rms_norm");
+  launch_in_chain("rms_norm", kernel, dim3(grid), block_dim, stream, p, num_rows);
 }
 
 }  // namespace

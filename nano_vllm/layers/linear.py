@@ -8,11 +8,6 @@ from torch.nn import functional
 
 from nano_vllm import ops
 
-SKINNY_ROWS = 32
-"""On a CPU, products of up to this many rows go through the project's own kernel, the others
-through torch's.
-"""
-
 
 class Linear(nn.Module):
     """y = x W^T + b.
@@ -29,6 +24,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.packed: torch.Tensor | None = None
         """A quantized weight, on a CPU, which then stands for `weight`; see `quantization/`."""
+        self.max_rows = ops.linear_max_rows(self.weight)
+        """Products of up to this many rows go through the project's own kernel, others through
+        torch's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, in_features] -> [num_rows, out_features]."""
@@ -36,7 +34,7 @@ class Linear(nn.Module):
             out = x.new_empty(x.shape[0], self.weight.shape[0])
             ops.quantized_linear(out, x, self.packed, self.bias)
             return out
-        if x.device.type == "cpu" and x.shape[0] <= SKINNY_ROWS:
+        if x.shape[0] <= self.max_rows:
             out = x.new_empty(x.shape[0], self.weight.shape[0])
             ops.linear(out, x, self.weight, self.bias)
             return out

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from nano_vllm import ops
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.activation import gated_activation
 from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache, cache_scale
@@ -81,8 +82,17 @@ class GatedMLP(nn.Module):
         )
         self.down_proj = Linear(size, config.hidden_size, bias=config.mlp_bias)
         self.activation = gated_activation(config.hidden_act)
+        self.fuses_silu = (
+            config.hidden_act == "silu"
+            and not config.mlp_bias
+            and self.gate_up_proj.weight.device.type == "cuda"
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fuses_silu and x.shape[0] <= self.gate_up_proj.max_rows:
+            out = x.new_empty(x.shape[0], self.down_proj.weight.shape[1])
+            ops.linear_silu_and_mul(out, x, self.gate_up_proj.weight)
+            return self.down_proj(out)
         gate_up = self.gate_up_proj(x)
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         self.activation(out, gate_up)

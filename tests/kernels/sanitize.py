@@ -138,6 +138,17 @@ def run_layer_ops(dtype: torch.dtype, offset: int) -> None:
         ops.gelu_and_mul(out, gate_up, "tanh")
 
 
+def run_linear(dtype: torch.dtype) -> None:
+    for num_rows in (1, 9, 20, 50, 100, 200):
+        for in_features, out_features in ((64, 64), (1032, 72), (512, 520)):
+            input = normal(num_rows, in_features, dtype=dtype)
+            weight = normal(2 * out_features, in_features, dtype=dtype)
+            torch.cuda.synchronize()
+            out = input.new_empty(num_rows, out_features)
+            ops.linear(out, input, weight[:out_features])
+            ops.linear_silu_and_mul(out, input, weight)
+
+
 def run_sampling(dtype: torch.dtype, offset: int) -> None:
     for vocab_size in (1, 100, 1032, 40_001):
         numbers = torch.rand(3, 5, dtype=torch.float64, device="cuda")
@@ -157,5 +168,7 @@ if __name__ == "__main__":
                 run_cache_ops(dtype, cache_dtype, offset)
             run_layer_ops(dtype, offset)
             run_sampling(dtype, offset)
+        if dtype != torch.float32:
+            run_linear(dtype)
     torch.cuda.synchronize()
     print("ran every op")

@@ -165,6 +165,25 @@ def sample_tokens(draw: Draw, dtype: torch.dtype) -> Captured:
     )
 
 
+def linear(draw: Draw, dtype: torch.dtype) -> Captured:
+    return linear_of(ops.linear, draw, dtype, 1)
+
+
+def linear_silu_and_mul(draw: Draw, dtype: torch.dtype) -> Captured:
+    return linear_of(ops.linear_silu_and_mul, draw, dtype, 2)
+
+
+def linear_of(
+    op: Callable[..., None], draw: Draw, dtype: torch.dtype, num_stacked: int
+) -> Captured:
+    dtype = torch.float16 if dtype == torch.float32 else dtype  # which it is not for
+    input = draw.normal(NUM_TOKENS, 1024, dtype=dtype)
+    weight = draw.normal(num_stacked * 512, 1024, dtype=dtype)
+    out = input.new_zeros(NUM_TOKENS, 512)
+    torch.cuda.synchronize()
+    return Captured(lambda: op(out, input, weight), lambda: renew_normals(draw, [input]), [out])
+
+
 def gelu_and_mul(draw: Draw, dtype: torch.dtype) -> Captured:
     input = draw.normal(NUM_TOKENS, 512, dtype=dtype)
     outs = {how: torch.zeros_like(input[:, :256]) for how in ("none", "tanh")}
@@ -267,6 +286,8 @@ OPS: dict[str, Callable[[Draw, torch.dtype], Captured]] = {
         copy_blocks,
         fused_add_rms_norm,
         gelu_and_mul,
+        linear,
+        linear_silu_and_mul,
         plan_attention,
         reshape_and_cache,
         rms_norm,
@@ -317,7 +338,7 @@ def test_no_op_is_missing() -> None:
     on_cuda = {name for name, _ in getmembers(ops, isfunction)} - {
         "has_cuda",
         "paged_attention_workspace_numel",
-        "linear",
+        "linear_max_rows",
         "quantized_linear",
     }
     assert on_cuda == {*OPS, "paged_attention"}

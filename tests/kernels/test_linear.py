@@ -1,4 +1,4 @@
-"""`linear` against its reference: on the CPU alone."""
+"""`linear` and its gated form against their reference."""
 
 from __future__ import annotations
 
@@ -66,8 +66,157 @@ def test_no_in_features(dtype: torch.dtype, seed: int) -> None:
     assert_equal_bits(out, bias.expand(2, 5))
 
 
+# On CUDA.
+
+each_16_bit_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def padded_rows(draw: Draw, tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in rows that begin at multiples of 16 bytes, NaN between them."""
+    rows, columns = tensor.shape
+    memory = torch.full(
+        (rows, columns + 8 * draw.between(0, 2)), torch.nan, dtype=tensor.dtype, device="cuda"
+    )
+    memory[:, :columns] = tensor
+    return memory[:, :columns]
+
+
+def check_on_cuda(
+    draw: Draw,
+    dtype: torch.dtype,
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    is_gated: bool,
+) -> None:
+    input = padded_rows(draw, draw.normal(num_rows, in_features, dtype=dtype))
+    weight_rows = out_features * (2 if is_gated else 1)
+    weight = padded_rows(draw, draw.normal(weight_rows, in_features, dtype=dtype))
+    bias = None if is_gated else draw.choice((None, draw.normal(out_features, dtype=dtype)))
+    memory = torch.full((num_rows + 2, out_features + 8), torch.nan, dtype=dtype, device="cuda")
+    out = memory[1:-1, :out_features]
+    torch.cuda.synchronize()  # weights are at rest
+    if is_gated:
+        ops.linear_silu_and_mul(out, input, weight)
+    else:
+        ops.linear(out, input, weight, bias)
+    product = torch.empty(num_rows, weight_rows, dtype=torch.float64, device="cuda")
+    reference.linear(product, input, weight, bias)
+    if is_gated:
+        expected = product.new_empty(num_rows, out_features)
+        reference.silu_and_mul(expected, product)
+    else:
+        expected = product
+    assert_close(out, expected)
+    assert bool(memory[0].isnan().all() and memory[-1].isnan().all())
+    assert bool(memory[:, out_features:].isnan().all())
+
+
 @pytest.mark.cuda
-def test_refuses_a_gpu() -> None:
-    ones = torch.ones(2, 2, device="cuda")
-    with pytest.raises(ValueError, match="linear runs on the CPU alone, got a tensor on cuda:0"):
-        ops.linear(torch.empty(2, 2, device="cuda"), ones, ones)
+@each_16_bit_dtype
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 127, 128, 129, 256])
+def test_rows_on_cuda(dtype: torch.dtype, seed: int, is_gated: bool, num_rows: int) -> None:
+    draw = Draw(seed, "cuda")
+    for in_features, out_features in ((1024, 3072), (2048, 1024), (576, 192), (4096, 14336)):
+        check_on_cuda(draw, dtype, num_rows, in_features, out_features, is_gated)
+
+
+@pytest.mark.cuda
+@each_16_bit_dtype
+@pytest.mark.parametrize("is_gated", [False, True])
+@random_cases(30)
+def test_random_shapes_on_cuda(dtype: torch.dtype, seed: int, case: int, is_gated: bool) -> None:
+    draw = Draw(seed, "cuda")
+    num_rows = draw.choice((draw.between(1, 16), draw.between(1, 256)))
+    in_features, out_features = 8 * draw.between(1, 500), 8 * draw.between(1, 700)
+    check_on_cuda(draw, dtype, num_rows, in_features, out_features, is_gated)
+
+
+@pytest.mark.cuda
+@each_16_bit_dtype
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_row_alone_on_cuda(dtype: torch.dtype, seed: int, is_gated: bool) -> None:
+    """A row's bits do not depend on the others, whatever kernel their number takes."""
+    draw = Draw(seed, "cuda")
+    for in_features, out_features in ((1024, 1024), (3072, 1024), (200, 6000)):
+        rows = draw.normal(256, in_features, dtype=dtype)
+        weight = draw.normal(out_features * (2 if is_gated else 1), in_features, dtype=dtype)
+        torch.cuda.synchronize()
+        op = ops.linear_silu_and_mul if is_gated else ops.linear
+        together = rows.new_empty(256, out_features)
+        op(together, rows, weight)
+        for count in (1, 3, 8, 16, 32, 64, 100, 128):
+            some = rows[:count].new_empty(count, out_features)
+            op(some, rows[256 - count :], weight)
+            assert_equal_bits(some, together[256 - count :])
+
+
+@pytest.mark.cuda
+@each_16_bit_dtype
+def test_chain_on_cuda(dtype: torch.dtype, seed: int) -> None:
+    """Kernels that start before the one ahead has ended see all of its results: as one by one."""
+    draw = Draw(seed, "cuda")
+    up, down, norm = (
+        draw.normal(8192, 1024, dtype=dtype) / 32,
+        draw.normal(1024, 4096, dtype=dtype) / 64,
+        draw.normal(1024, dtype=dtype),
+    )
+    for num_rows in (1, 8, 40, 200):
+        start = draw.normal(num_rows, 1024, dtype=dtype)
+
+        def run(pause: bool) -> torch.Tensor:
+            x, residual = start.clone(), torch.zeros_like(start)
+            wide = x.new_empty(num_rows, 4096)
+            calls = (
+                lambda: ops.fused_add_rms_norm(x, x, residual, norm, 1e-6),
+                lambda: ops.linear_silu_and_mul(wide, x, up),
+                lambda: ops.linear(x, wide, down),
+            )
+            torch.cuda.synchronize()
+            for call in 20 * calls:
+                call()
+                if pause:
+                    torch.cuda.synchronize()
+            return residual
+
+        expected = run(pause=True)
+        for _ in range(5):
+            assert_equal_bits(run(pause=False), expected)
+
+
+def test_max_rows(device: str) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for shape in ((64, 64), (72, 8), (7, 64), (64, 7)):
+            max_rows = ops.linear_max_rows(torch.empty(shape, dtype=dtype, device=device))
+            if device == "cpu":
+                assert max_rows == 32
+            elif torch.cuda.get_device_capability() == (9, 0):
+                fits = dtype != torch.float32 and shape[0] % 8 == shape[1] % 8 == 0
+                assert max_rows == (256 if fits else 0)
+
+
+@pytest.mark.cuda
+def test_refusals_on_cuda() -> None:
+    def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    with pytest.raises(ValueError, match="needs sm_90, .*got float32 and a weight of .8, 8."):
+        float32 = torch.float32
+        ops.linear(*(empty(8, 8, dtype=float32) for _ in range(3)))
+    with pytest.raises(ValueError, match="multiples of 8, got float16 and a weight of .8, 12."):
+        ops.linear(empty(2, 8), empty(2, 12), empty(8, 12))
+    with pytest.raises(ValueError, match="linear takes at most 256 rows, got 257"):
+        ops.linear(empty(257, 8), empty(257, 8), empty(8, 8))
+    with pytest.raises(
+        ValueError, match="input must begin at a multiple of 16 bytes .*stride of 9"
+    ):
+        ops.linear(empty(2, 8), empty(2, 9)[:, :8], empty(8, 8))
+    with pytest.raises(ValueError, match="weight must hold gate and up, got 9 rows"):
+        ops.linear_silu_and_mul(empty(2, 4), empty(2, 8), empty(9, 8))
+
+
+def test_gated_refuses_a_cpu() -> None:
+    ones = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="linear_silu_and_mul runs on CUDA alone, got .* cpu"):
+        ops.linear_silu_and_mul(torch.empty(2, 1), ones, ones)

@@ -177,13 +177,17 @@ enum cudaFuncAttribute {
 };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 constexpr int cudaLaunchAttributeProgrammaticStreamSerialization = 0;
+constexpr int cudaLaunchAttributeClusterDimension = 1;
 struct cudaFuncAttributes {
-  int maxThreadsPerBlock;
+  int maxThreadsPerBlock, ptxVersion;
 };
 struct cudaLaunchAttribute {
   int id;
   struct {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -191,7 +195,7 @@ struct cudaLaunchConfig_t {
   size_t dynamicSmemBytes;
   cudaStream_t stream;
   cudaLaunchAttribute* attrs;
-  int numAttrs;
+  unsigned numAttrs;
 };
 
 namespace cuda_on_cpu {
@@ -215,6 +219,7 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   attributes->maxThreadsPerBlock = 1024;
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 template <class... Parameters, class... Args>

@@ -1,7 +1,7 @@
-// What attention/barrier.cuh says, on a CPU.
+// What common/barrier.cuh says, on a CPU.
 #pragma once
 
-#include "attention/ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace nano_vllm::cuda {
 

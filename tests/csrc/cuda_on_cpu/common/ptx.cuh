@@ -1,4 +1,4 @@
-// What attention/ptx.cuh says, on a CPU.
+// What common/ptx.cuh says, on a CPU.
 #pragma once
 
 #include "common/cuda_common.cuh"
@@ -76,6 +76,9 @@ inline void copy_async(void* to, const void* from, bool valid) {
 inline void commit_copies() {}
 template <int kPending>
 void wait_copies() {}
+
+inline void allow_next_kernel() {}
+inline void wait_for_last_kernel() {}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 

@@ -1,5 +1,6 @@
 // Instructions that CUDA C++ has no name for: matrix fragments, their product, asynchronous copies
-// to shared memory (PTX ISA, "Warp-level Matrix Instructions" and "cp.async").
+// to shared memory, waiting for the kernel before (PTX ISA, "Warp-level Matrix Instructions",
+// "cp.async", "griddepcontrol").
 //
 // An 8 x 8 fragment of 16-bit elements lies one register a lane: lane l holds columns 2 (l % 4) and
 // 2 (l % 4) + 1 of row l / 4, the lower column in the lower half.
@@ -75,6 +76,20 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int kPending>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Programmatic dependent launch (sm_90 and up): lets the next kernel of the stream start; waits
+// until the one before has ended and its writes are visible. A kernel that is launched as a
+// dependent one waits before it reads what others write, and before it writes.
+__device__ inline void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // 2^x to 2 units in the last place; exactly 1 at 0 and 0 at -infinity.

@@ -2,7 +2,7 @@
 // and rings of them.
 #pragma once
 
-#include "attention/ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace nano_vllm::cuda {
 

@@ -1,7 +1,7 @@
 // Barriers among threads, among blocks, and with the copy engine of sm_90 (PTX ISA, "mbarrier").
 #pragma once
 
-#include "attention/ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace nano_vllm::cuda {
 

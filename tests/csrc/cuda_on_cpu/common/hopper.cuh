@@ -1,10 +1,11 @@
-// What attention/hopper.cuh says, on a CPU: products and copies are done at once.
+// What common/hopper.cuh says, on a CPU: products and copies are done at once.
 #pragma once
 
 #include <vector>
 
-#include "attention/barrier.cuh"
-#include "attention/swizzled_tile.cuh"
+#include "common/barrier.cuh"
+#include "common/launch.cuh"
+#include "common/swizzled_tile.cuh"
 
 struct alignas(64) CUtensorMap {
   nano_vllm::cuda::BoxedTensor tensor;
@@ -19,8 +20,6 @@ template <int kCount>
 void release_registers() {}
 template <int kCount>
 void take_registers() {}
-inline void allow_next_kernel() {}
-inline void wait_for_last_kernel() {}
 inline void fence_products() {}
 inline void commit_products() {}
 template <int kPending>

@@ -1,6 +1,6 @@
 // Instructions of Hopper (sm_90a) that CUDA C++ has no name for, and tensor maps: what a kernel
 // needs to feed the asynchronous tensor cores (PTX ISA, "cp.async.bulk.tensor", "Asynchronous
-// Warpgroup Level Matrix Instructions", "setmaxnreg", "griddepcontrol").
+// Warpgroup Level Matrix Instructions", "setmaxnreg", "barrier.cluster").
 //
 // A warpgroup is four warps, the first a multiple of four. It multiplies matrices in shared memory
 // that lie in blocks of 8 rows x 128, 64 or 32 bytes (see SwizzledTile).
@@ -8,8 +8,9 @@
 
 #include <cuda.h>
 
-#include "attention/barrier.cuh"
-#include "attention/swizzled_tile.cuh"
+#include "common/barrier.cuh"
+#include "common/launch.cuh"
+#include "common/swizzled_tile.cuh"
 
 namespace nano_vllm::cuda {
 
@@ -53,10 +54,34 @@ __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Programmatic dependent launch: lets the next kernel of the stream start; waits until the one
-// before has ended and its writes are visible.
-__device__ inline void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Blocks of a cluster meet: what their threads wrote before they arrived is seen by those that
+// wait.
+__device__ inline void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline int rank_in_cluster() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// Four floats at this address of another block's shared memory.
+__device__ inline float4 load_of_block(const float* address, int rank) {
+  float4 x;
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+      "}"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "r"(shared_address(address)), "r"(rank)
+      : "memory");
+  return x;
+}
 
 // Before the first product that reads or adds to registers which other instructions touched.
 __device__ inline void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -95,12 +120,16 @@ struct Warpgroup {
 };
 
 // clang-format off
+#define SUMS_4(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
 #define SUMS_8(i)                                                                              \
   "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3]), "+f"(sums[i + 1][0]), \
       "+f"(sums[i + 1][1]), "+f"(sums[i + 1][2]), "+f"(sums[i + 1][3])
 #define SUMS_16(i) SUMS_8(i), SUMS_8(i + 2)
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 4)
 #define SUMS_64(i) SUMS_32(i), SUMS_32(i + 8)
+#define NAMES_4 "%0, %1, %2, %3"
+#define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
+#define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -140,12 +169,18 @@ struct Warpgroup {
 #define DEFINE_BOTH_TYPES(columns, count, ...)                                           \
   DEFINE_PRODUCTS(__half, "f16", columns, count, __VA_ARGS__)                            \
   DEFINE_PRODUCTS(__nv_bfloat16, "bf16", columns, count, __VA_ARGS__)
+#define ALL_SUMS_4 SUMS_4(0)
+#define ALL_SUMS_8 SUMS_8(0)
+#define ALL_SUMS_16 SUMS_16(0)
 #define ALL_SUMS_32 SUMS_32(0)
 #define ALL_SUMS_40 SUMS_32(0), SUMS_8(8)
 #define ALL_SUMS_48 SUMS_32(0), SUMS_16(8)
 #define ALL_SUMS_64 SUMS_64(0)
 #define ALL_SUMS_96 SUMS_64(0), SUMS_32(16)
 #define ALL_SUMS_128 SUMS_64(0), SUMS_64(16)
+DEFINE_BOTH_TYPES(8, 4, "4", "5", "6", "7", "8", "9")
+DEFINE_BOTH_TYPES(16, 8, "8", "9", "10", "11", "12", "13")
+DEFINE_BOTH_TYPES(32, 16, "16", "17", "18", "19", "20", "21")
 DEFINE_BOTH_TYPES(64, 32, "32", "33", "34", "35", "36", "37")
 DEFINE_BOTH_TYPES(80, 40, "40", "41", "42", "43", "44", "45")
 DEFINE_BOTH_TYPES(96, 48, "48", "49", "50", "51", "52", "53")
@@ -166,10 +201,17 @@ DEFINE_BOTH_TYPES(256, 128, "128", "129", "130", "131", "132", "133")
 #undef NAMES_40
 #undef ALL_SUMS_32
 #undef NAMES_32
+#undef ALL_SUMS_16
+#undef NAMES_16
+#undef ALL_SUMS_8
+#undef NAMES_8
+#undef ALL_SUMS_4
+#undef NAMES_4
 #undef SUMS_64
 #undef SUMS_32
 #undef SUMS_16
 #undef SUMS_8
+#undef SUMS_4
 // clang-format on
 
 // Of 16-bit elements, whatever they are. The driver's encoder, found at run time: the library does
