@@ -314,7 +314,7 @@ def linear(
 ) -> None:
     """out = input @ weight.T + bias for few rows; a row's bits do not depend on the other rows.
 
-    On CUDA it needs what `linear_max_rows` says, and rows that begin at multiples of 16 bytes. The
+    On CUDA it takes what `linear_max_rows` says, and rows that begin at multiples of 16 bytes. The
     weight is read ahead of the kernel before: nothing that is still running may write it.
 
     Args:
@@ -338,8 +338,9 @@ def linear_silu_and_mul(out: torch.Tensor, input: torch.Tensor, weight: torch.Te
 
 
 def linear_max_rows(weight: torch.Tensor) -> int:
-    """Rows up to which `linear` can multiply with a weight [out_features, in_features]; 0 where it
-    cannot. On CUDA: on sm_90, in float16 and bfloat16, with features in multiples of 8.
+    """Rows up to which `linear` is the product to take for a weight [out_features, in_features]; 0
+    where there is none. On CUDA: on sm_90, in float16 and bfloat16, with features in multiples of
+    8.
     """
     return int(_ops.linear_max_rows(weight))
 

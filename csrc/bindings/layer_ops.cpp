@@ -97,12 +97,11 @@ void check_in_vectors(const char* name, const Tensor& tensor) {
 void multiply_on_cuda(const LinearParams& params, const Tensor& out, const Tensor& input,
                       const Tensor& weight) {
   const CudaScope cuda_scope(input);
-  const int max_rows = cuda::linear_max_rows(params.dtype, params.in_features, params.out_features);
-  check(max_rows > 0,
+  check(cuda::can_linear(params.dtype, params.in_features, params.out_features),
         "linear on CUDA needs sm_90, float16 or bfloat16, and features in multiples of 8, got ",
         name_of(params.dtype), " and a weight of ", shape_of(weight));
-  check(params.num_rows <= max_rows, "linear takes at most ", max_rows, " rows, got ",
-        params.num_rows);
+  check(params.num_rows <= kLinearMaxRows, "linear takes at most ", kLinearMaxRows,
+        " rows on CUDA, got ", params.num_rows);
   check_in_vectors("out", out);
   check_in_vectors("input", input);
   check_in_vectors("weight", weight);
@@ -177,11 +176,12 @@ void linear_silu_and_mul(const Tensor& out, const Tensor& input, const Tensor& w
 
 int64_t linear_max_rows(const Tensor& weight) {
   check_shape("weight", weight, {-1, -1});
-  if (weight.is_cpu()) return cpu::kLinearMaxRows;
+  if (weight.is_cpu()) return kLinearMaxRows;
 #ifdef NANO_VLLM_CUDA
   if (weight.is_cuda()) {
     const CudaScope cuda_scope(weight);
-    return cuda::linear_max_rows(float_dtype("weight", weight), weight.size(1), weight.size(0));
+    const DType dtype = float_dtype("weight", weight);
+    return cuda::can_linear(dtype, weight.size(1), weight.size(0)) ? kLinearMaxRows : 0;
   }
 #endif
   return 0;

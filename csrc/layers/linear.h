@@ -26,15 +26,14 @@ struct LinearParams {
   bool is_gated;  // on CUDA
 };
 
+constexpr int kLinearMaxRows = 32;  // torch is faster beyond, on both devices
+
 namespace cpu {
-constexpr int kLinearMaxRows = 32;  // torch is faster beyond
 void linear(const LinearParams& params);
-}  // namespace cpu
+}
 namespace cuda {
-constexpr int kLinearMaxRows = 256;  // that the kernel can do
-// Rows that `linear` can do with a weight of this dtype and shape on the current device; 0: there
-// is no kernel for it.
-int linear_max_rows(DType dtype, int64_t in_features, int64_t out_features);
+// Whether there is a kernel for a weight of this dtype and shape on the current device.
+bool can_linear(DType dtype, int64_t in_features, int64_t out_features);
 // Rows and bases lie at multiples of 16 bytes.
 void linear(const LinearParams& params, cudaStream_t stream);
 }  // namespace cuda

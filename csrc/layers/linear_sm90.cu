@@ -27,12 +27,7 @@ struct Shape {
   static constexpr size_t kWeightBytes = Tile::bytes(kTileRows);
   static constexpr size_t kInputBytes = Tile::bytes(kInputRows);
   // Few enough that the blocks of the next product find room on the SM beside this one's.
-  static constexpr int kStages = kInputRows <= 8     ? 8
-                                 : kInputRows <= 16  ? 7
-                                 : kInputRows <= 32  ? 6
-                                 : kInputRows <= 64  ? 5
-                                 : kInputRows <= 128 ? 4
-                                                     : 3;
+  static constexpr int kStages = kInputRows <= 8 ? 8 : kInputRows <= 16 ? 7 : 6;
 };
 
 template <class Shape>
@@ -208,13 +203,14 @@ __global__ void __launch_bounds__(kIsSm90a ? kNumThreads : 1)
   }
 }
 
-// Blocks that share a tile. Time goes with the steps of the SM that has most, and a little with the
-// ranks to be added. Decided by the weight's shape alone: a row's bits do not depend on the others.
+// Blocks that share a tile. Time goes with the steps of the SM that has most and with the meeting
+// of the cluster, measured in steps. Decided by the weight's shape alone: a row's bits do not
+// depend on the others.
 inline int choose_splits(int num_tiles, int num_steps) {
   int best = 1;
   double least = 0;
   for (int splits = 1; splits <= kMaxSplits && splits <= num_steps; splits *= 2) {
-    constexpr double kCostOfMeeting[] = {0, 1.5, 2, 0, 2.5};  // in steps, by splits / 2
+    constexpr double kCostOfMeeting[] = {0, 12, 19, 0, 19};  // by splits / 2
     const int blocks_of_sm = ceil_div(num_tiles * splits, num_multiprocessors());
     const double cost = double(blocks_of_sm) * num_steps / splits + kCostOfMeeting[splits / 2];
     if (splits == 1 || cost < least) {
@@ -254,10 +250,7 @@ template <class T, bool kIsGated>
 void launch_for_rows(const LinearParams& p, cudaStream_t stream) {
   if (p.num_rows <= 8) return launch<Shape<T, 8, kIsGated>>(p, stream);
   if (p.num_rows <= 16) return launch<Shape<T, 16, kIsGated>>(p, stream);
-  if (p.num_rows <= 32) return launch<Shape<T, 32, kIsGated>>(p, stream);
-  if (p.num_rows <= 64) return launch<Shape<T, 64, kIsGated>>(p, stream);
-  if (p.num_rows <= 128) return launch<Shape<T, 128, kIsGated>>(p, stream);
-  launch<Shape<T, 256, kIsGated>>(p, stream);
+  launch<Shape<T, 32, kIsGated>>(p, stream);
 }
 
 inline bool has_kernels() {
@@ -267,11 +260,9 @@ inline bool has_kernels() {
 
 }  // namespace linear_sm90
 
-int linear_max_rows(DType dtype, int64_t in_features, int64_t out_features) {
-  const bool fits = dtype != DType::kFloat32 && compute_capability() == 90 &&
-                    linear_sm90::has_kernels() && in_features > 0 && in_features % 8 == 0 &&
-                    out_features % 8 == 0;
-  return fits ? kLinearMaxRows : 0;
+bool can_linear(DType dtype, int64_t in_features, int64_t out_features) {
+  return dtype != DType::kFloat32 && compute_capability() == 90 && linear_sm90::has_kernels() &&
+         in_features > 0 && in_features % 8 == 0 && out_features % 8 == 0;
 }
 
 void linear(const LinearParams& p, cudaStream_t stream) {

@@ -91,7 +91,10 @@ def check_on_cuda(
 ) -> None:
     input = padded_rows(draw, draw.normal(num_rows, in_features, dtype=dtype))
     weight_rows = out_features * (2 if is_gated else 1)
-    weight = padded_rows(draw, draw.normal(weight_rows, in_features, dtype=dtype))
+    # Products of size 1, which fit float16.
+    weight = padded_rows(
+        draw, draw.normal(weight_rows, in_features, dtype=dtype) * in_features**-0.5
+    )
     bias = None if is_gated else draw.choice((None, draw.normal(out_features, dtype=dtype)))
     memory = torch.full((num_rows + 2, out_features + 8), torch.nan, dtype=dtype, device="cuda")
     out = memory[1:-1, :out_features]
@@ -115,7 +118,7 @@ def check_on_cuda(
 @pytest.mark.cuda
 @each_16_bit_dtype
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 127, 128, 129, 256])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32])
 def test_rows_on_cuda(dtype: torch.dtype, seed: int, is_gated: bool, num_rows: int) -> None:
     draw = Draw(seed, "cuda")
     for in_features, out_features in ((1024, 3072), (2048, 1024), (576, 192), (4096, 14336)):
@@ -128,7 +131,7 @@ def test_rows_on_cuda(dtype: torch.dtype, seed: int, is_gated: bool, num_rows: i
 @random_cases(30)
 def test_random_shapes_on_cuda(dtype: torch.dtype, seed: int, case: int, is_gated: bool) -> None:
     draw = Draw(seed, "cuda")
-    num_rows = draw.choice((draw.between(1, 16), draw.between(1, 256)))
+    num_rows = draw.between(1, 32)
     in_features, out_features = 8 * draw.between(1, 500), 8 * draw.between(1, 700)
     check_on_cuda(draw, dtype, num_rows, in_features, out_features, is_gated)
 
@@ -140,49 +143,54 @@ def test_row_alone_on_cuda(dtype: torch.dtype, seed: int, is_gated: bool) -> Non
     """A row's bits do not depend on the others, whatever kernel their number takes."""
     draw = Draw(seed, "cuda")
     for in_features, out_features in ((1024, 1024), (3072, 1024), (200, 6000)):
-        rows = draw.normal(256, in_features, dtype=dtype)
+        rows = draw.normal(32, in_features, dtype=dtype)
         weight = draw.normal(out_features * (2 if is_gated else 1), in_features, dtype=dtype)
         torch.cuda.synchronize()
         op = ops.linear_silu_and_mul if is_gated else ops.linear
-        together = rows.new_empty(256, out_features)
+        together = rows.new_empty(32, out_features)
         op(together, rows, weight)
-        for count in (1, 3, 8, 16, 32, 64, 100, 128):
+        for count in (1, 3, 8, 9, 16, 17, 30):
             some = rows[:count].new_empty(count, out_features)
-            op(some, rows[256 - count :], weight)
-            assert_equal_bits(some, together[256 - count :])
+            op(some, rows[32 - count :], weight)
+            assert_equal_bits(some, together[32 - count :])
+
+
+def layers_of(draw: Draw, dtype: torch.dtype, start: torch.Tensor, pauses: bool) -> torch.Tensor:
+    """Twenty feed-forward blocks on a residual stream."""
+    up, down = (
+        draw.normal(rows, columns, dtype=dtype) * columns**-0.5
+        for rows, columns in ((8192, 1024), (1024, 4096))
+    )
+    norm_weight = draw.normal(1024, dtype=dtype)
+    x, hidden, wide = torch.zeros_like(start), start.clone(), start.new_empty(len(start), 4096)
+
+    def normalise() -> None:
+        ops.fused_add_rms_norm(x, x, hidden, norm_weight, 1e-6)
+
+    def widen() -> None:
+        ops.linear_silu_and_mul(wide, x, up)
+
+    def narrow() -> None:
+        ops.linear(x, wide, down)
+
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for step in (normalise, widen, narrow):
+            step()
+            if pauses:
+                torch.cuda.synchronize()
+    return hidden
 
 
 @pytest.mark.cuda
 @each_16_bit_dtype
-def test_chain_on_cuda(dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize("num_rows", [1, 8, 12, 30])
+def test_chain_on_cuda(dtype: torch.dtype, seed: int, num_rows: int) -> None:
     """Kernels that start before the one ahead has ended see all of its results: as one by one."""
-    draw = Draw(seed, "cuda")
-    up, down, norm = (
-        draw.normal(8192, 1024, dtype=dtype) / 32,
-        draw.normal(1024, 4096, dtype=dtype) / 64,
-        draw.normal(1024, dtype=dtype),
-    )
-    for num_rows in (1, 8, 40, 200):
-        start = draw.normal(num_rows, 1024, dtype=dtype)
-
-        def run(pause: bool) -> torch.Tensor:
-            x, residual = start.clone(), torch.zeros_like(start)
-            wide = x.new_empty(num_rows, 4096)
-            calls = (
-                lambda: ops.fused_add_rms_norm(x, x, residual, norm, 1e-6),
-                lambda: ops.linear_silu_and_mul(wide, x, up),
-                lambda: ops.linear(x, wide, down),
-            )
-            torch.cuda.synchronize()
-            for call in 20 * calls:
-                call()
-                if pause:
-                    torch.cuda.synchronize()
-            return residual
-
-        expected = run(pause=True)
-        for _ in range(5):
-            assert_equal_bits(run(pause=False), expected)
+    start = Draw(seed, "cuda").normal(num_rows, 1024, dtype=dtype)
+    expected = layers_of(Draw(seed, "cuda"), dtype, start, pauses=True)
+    for _ in range(5):
+        assert_equal_bits(layers_of(Draw(seed, "cuda"), dtype, start, pauses=False), expected)
 
 
 def test_max_rows(device: str) -> None:
@@ -193,7 +201,7 @@ def test_max_rows(device: str) -> None:
                 assert max_rows == 32
             elif torch.cuda.get_device_capability() == (9, 0):
                 fits = dtype != torch.float32 and shape[0] % 8 == shape[1] % 8 == 0
-                assert max_rows == (256 if fits else 0)
+                assert max_rows == (32 if fits else 0)
 
 
 @pytest.mark.cuda
@@ -201,22 +209,22 @@ def test_refusals_on_cuda() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
-    with pytest.raises(ValueError, match="needs sm_90, .*got float32 and a weight of .8, 8."):
-        float32 = torch.float32
+    float32 = torch.float32
+    with pytest.raises(ValueError, match=r"needs sm_90, .*got float32 and a weight of .8, 8."):
         ops.linear(*(empty(8, 8, dtype=float32) for _ in range(3)))
-    with pytest.raises(ValueError, match="multiples of 8, got float16 and a weight of .8, 12."):
+    with pytest.raises(ValueError, match=r"multiples of 8, got float16 and a weight of .8, 12."):
         ops.linear(empty(2, 8), empty(2, 12), empty(8, 12))
-    with pytest.raises(ValueError, match="linear takes at most 256 rows, got 257"):
-        ops.linear(empty(257, 8), empty(257, 8), empty(8, 8))
+    with pytest.raises(ValueError, match="linear takes at most 32 rows on CUDA, got 33"):
+        ops.linear(empty(33, 8), empty(33, 8), empty(8, 8))
     with pytest.raises(
-        ValueError, match="input must begin at a multiple of 16 bytes .*stride of 9"
+        ValueError, match=r"input must begin at a multiple of 16 bytes .*stride of 9"
     ):
         ops.linear(empty(2, 8), empty(2, 9)[:, :8], empty(8, 8))
     with pytest.raises(ValueError, match="weight must hold gate and up, got 9 rows"):
         ops.linear_silu_and_mul(empty(2, 4), empty(2, 8), empty(9, 8))
 
 
-def test_gated_refuses_a_cpu() -> None:
+def test_what_a_cpu_refuses() -> None:
     ones = torch.ones(2, 2)
-    with pytest.raises(ValueError, match="linear_silu_and_mul runs on CUDA alone, got .* cpu"):
+    with pytest.raises(ValueError, match=r"linear_silu_and_mul runs on CUDA alone, got .* cpu"):
         ops.linear_silu_and_mul(torch.empty(2, 1), ones, ones)
