@@ -20,7 +20,7 @@ PARTS = (
     "paged_attention decode",
     "paged_attention prefill",
     "reshape_and_cache rotary_reshape_and_cache copy_blocks",
-    "fused_add_rms_norm silu_and_mul",
+    "fused_add_rms_norm silu_and_mul linear",
 )
 
 

@@ -84,7 +84,7 @@ def _rotary_row(setup: Setup, heads: Heads, tokens: int) -> dict[str, Any]:
 
 
 def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
-    """The peer of silu_and_mul is torch, if it is among the peers."""
+    """The peer of silu_and_mul and linear is torch."""
     device, dtype = setup.device, setup.dtype
     tokens = 8192 if device.type == "cuda" else 1024
     hidden = heads.num_heads * heads.head_dim
@@ -107,7 +107,35 @@ def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
     return [
         *rows,
         setup.row("silu_and_mul", heads, shape, seconds, moved=moved, is_paged=False, peers=peers),
+        *_linear_rows(setup, heads),
     ]
+
+
+def _linear_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
+    """A decode's largest product, of a hidden size by three times as much; bytes of the weight."""
+    device, hidden = setup.device, heads.num_heads * heads.head_dim
+    moved = 3 * hidden * hidden * setup.dtype.itemsize
+    weights = [
+        torch.randn(3 * hidden, hidden, device=device, dtype=setup.dtype)
+        for _ in range(input_sets(moved, device))
+    ]
+    rows = []
+    for num_rows in (1, 8, 32):
+        if num_rows > ops.linear_max_rows(weights[0]):
+            continue
+        x = torch.randn(num_rows, hidden, device=device, dtype=setup.dtype)
+        out = x.new_empty(num_rows, 3 * hidden)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the weights are at rest
+        ours = [partial(ops.linear, out, x, weight) for weight in weights]
+        torchs = [partial(torch.mm, x, weight.T, out=out) for weight in weights]
+        seconds, peer = alternate([repeat_timer(ours, device), repeat_timer(torchs, device)])
+        shape = f"{num_rows} x {hidden} x {3 * hidden}"
+        peers: dict[str, float | None] = {"torch": peer}
+        rows.append(
+            setup.row("linear", heads, shape, seconds, moved=moved, is_paged=False, peers=peers)
+        )
+    return rows
 
 
 def _torch_silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ class Sampler:
 
     In this order: repetition, frequency and presence penalties; logit_bias; allowed_token_ids;
     bad_words and min_tokens; temperature; top-k; top-p; min-p; the draw. Log-probabilities are
-    those of the raw logits. Only what a row asks for is computed; a greedy batch is one argmax.
+    those of the raw logits. Only what a row asks for is computed; a greedy batch draws no numbers.
 
     A draw is one number, looked up in the row's cumulative probabilities. It comes from a counter
     based generator and depends on (seed + completion index, position) alone, or, without a seed, on
@@ -111,15 +111,16 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor, sequences: list[Sequence], lead: int = 0) -> torch.Tensor:
         params = [sequence.params for sequence in sequences]
+        token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
         if all(p.greedy for p in params):
-            values, token_ids = logits.max(dim=-1)  # NaN counts as the largest
-            return token_ids.where(values.isfinite(), _NOT_FINITE)
+            zeros = torch.zeros(len(sequences), dtype=torch.float64, device=logits.device)
+            ops.sample_tokens(token_ids, logits, zeros, zeros, zeros)
+            return token_ids
         temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64)
         numbers = torch.stack((temperatures, min_p_floors(params), self._uniforms(sequences, lead)))
         # Not waited for: the device may still be busy with the logits.
         temperatures, floors, draws = numbers.to(logits.device, non_blocking=True)
         raise_floors(floors, logits, params)
-        token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
         ops.sample_tokens(token_ids, logits, temperatures, floors, draws)
         return token_ids
 
