@@ -91,11 +91,12 @@ class Engine:
         """
         from nano_vllm.runner.model_runner import ModelRunner
 
+        tokenizer = None
+        if not config.skip_tokenizer_init:
+            # Ahead of the weights: what is wrong with it is said at once.
+            tokenizer = Tokenizer.from_path(_tokenizer_path(config))
         runner = ModelRunner(config, progress, clock)
         try:
-            tokenizer = None
-            if not config.skip_tokenizer_init:
-                tokenizer = Tokenizer.from_path(_tokenizer_path(config, runner.model_path))
             return cls(config, runner, tokenizer, clock)
         except BaseException:
             runner.close()
@@ -292,12 +293,10 @@ def _check_pool(runner: ModelRunner) -> None:
         )
 
 
-def _tokenizer_path(config: EngineConfig, model_path: Path) -> Path:
-    if config.tokenizer is None:
-        return model_path
-    path = Path(config.tokenizer).expanduser()
-    if path.exists():
-        return path
+def _tokenizer_path(config: EngineConfig) -> Path:
     from nano_vllm.weights.resolve import resolve_model
 
-    return resolve_model(config.tokenizer)
+    if config.tokenizer is None:
+        return resolve_model(config.model, config.load_format)
+    path = Path(config.tokenizer).expanduser()
+    return path if path.exists() else resolve_model(config.tokenizer)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import nano_vllm
 from nano_vllm.engine.llm import LLM
 from nano_vllm.sampling_params import SamplingParams
 from tests.engine.fake_runner import FakeRunner, make_engine, make_tokenizer, reference_tokens
+from tests.models.checkpoints import make_checkpoint
 
 PARAMS = SamplingParams(seed=1, max_tokens=6)
 
@@ -172,3 +174,11 @@ def test_leaving_the_context_closes_the_engine() -> None:
 def test_an_unknown_option_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="'max_num_seq'; did you mean 'max_num_seqs'"):
         LLM("model", max_num_seq=3)
+
+
+def test_a_missing_tokenizer_is_told_before_the_weights_are_read(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, seed=1)
+    for weights in tmp_path.glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+        LLM(str(tmp_path), device="cpu")
