@@ -47,7 +47,9 @@ void linear(const Tensor& out, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& bias);
 
 void linear_silu_and_mul(const Tensor& out, const Tensor& input, const Tensor& weight);
+
 int64_t linear_max_rows(const Tensor& weight);
+
 void quantized_linear(const Tensor& out, const Tensor& input, const Tensor& weight,
                       const std::optional<Tensor>& bias);
 

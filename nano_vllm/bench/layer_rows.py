@@ -84,7 +84,7 @@ def _rotary_row(setup: Setup, heads: Heads, tokens: int) -> dict[str, Any]:
 
 
 def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
-    """The peer of silu_and_mul and linear is torch."""
+    """The peer of silu_and_mul and linear is torch, if it is among the peers."""
     device, dtype = setup.device, setup.dtype
     tokens = 8192 if device.type == "cuda" else 1024
     hidden = heads.num_heads * heads.head_dim
