@@ -10,8 +10,8 @@
 namespace nano_vllm {
 
 // out[m, n] = sum_k input[m, k] * weight[n, k] (+ bias[n]), accumulated in float32 in an order that
-// depends on the weight's shape alone and, on CUDA, on how many SMs the GPU has: a row's result does
-// not change with the number of rows. Gated, out = silu(gate) * up, both such products.
+// depends on the weight's shape alone (on CUDA, on the number of SMs too): a row's result does not
+// change with the number of rows. Gated, out = silu(gate) * up, both such products.
 struct LinearParams {
   DType dtype;         // of everything
   void* out;           // [num_rows, out_features]
