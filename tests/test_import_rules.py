@@ -15,7 +15,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports from its own room and from lower ones; rooms on one line do not know each other.
 FLOORS = (
-    ("config", "sampling_params", "sequence", "batch", "outputs", "metrics", "_core"),
+    (
+        "config",
+        "sampling_params",
+        "sequence",
+        "batch",
+        "outputs",
+        "metrics",
+        "step_record",
+        "_core",
+    ),
     ("ops",),
     ("quantization", "distributed"),
     ("layers",),
@@ -30,7 +39,17 @@ FLOORS = (
 PLAIN_DATA = FLOORS[0]
 LIGHT = (*PLAIN_DATA, "", "cli", "generate", "serve", "bench.__main__", "engine.scheduler")
 TORCH_FREE = (*LIGHT, "tokenizer", "cache.block_manager")
-HEAVY = {"torch", "numpy", "gguf", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "tqdm"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "gguf",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "jinja2",
+    "tqdm",
+    "matplotlib",
+}
 
 
 def module_of(path: Path) -> str:

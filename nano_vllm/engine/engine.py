@@ -18,10 +18,11 @@ from nano_vllm.engine.request import Completion, Request
 from nano_vllm.engine.scheduler import Scheduler
 from nano_vllm.engine.stop_strings import StopStrings
 from nano_vllm.engine.validation import RequestLimits
-from nano_vllm.metrics import EngineMetrics, nvtx_range
+from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
+from nano_vllm.step_record import StepRecorder, step_range
 from nano_vllm.tokenizer.detokenizer import Detokenizer
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
@@ -74,6 +75,7 @@ class Engine:
         self._closed = False
         self._launched: tuple[Batch, LaunchedStep] | None = None
         """The step that was launched ahead."""
+        self._recorder: StepRecorder | None = None
 
     @classmethod
     def from_config(
@@ -185,12 +187,13 @@ class Engine:
         if self.config.async_scheduling and self.runner.can_run_ahead(batch):
             self._launched = self._launch(behind=batch)
         try:
-            result = step.result()
+            with step_range("wait", self._recorder):
+                result = step.result()
         except BaseException:
             # What came behind it is computed again, with the step itself.
             self._launched = None
             raise
-        with nvtx_range("update"):
+        with step_range("update", self._recorder):
             advanced = self.scheduler.update(batch, result)
             self._metrics.num_steps += 1
             return self._report(advanced)
@@ -216,6 +219,14 @@ class Engine:
             num_free_blocks=manager.num_free_blocks,
         )
 
+    def record_steps(self, recorder: StepRecorder | None) -> None:
+        """Keep what each step does from here on; None ends that. RuntimeError while a step is under
+        way.
+        """
+        if self._launched is not None:
+            raise RuntimeError("a step is under way")
+        self._recorder = self.runner.recorder = recorder
+
     def close(self) -> None:
         """Abort what is under way and give the memory back."""
         if self._closed:
@@ -230,7 +241,7 @@ class Engine:
         """Start the next step: one behind a batch that is still computed, or None where its tokens
         must be known first; or else any there is.
         """
-        with nvtx_range("schedule"):
+        with step_range("schedule", self._recorder):
             scheduler = self.scheduler
             batch = scheduler.schedule() if behind is None else scheduler.schedule_ahead(behind)
         if batch is None:

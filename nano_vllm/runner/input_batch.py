@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,12 @@ class InputBatch:
             )
             self._workspace = torch.empty(numel, dtype=torch.float32, device=device)
 
-    def prepare(self, batch: Batch, padded_size: int | None = None) -> ModelInput:
+    def prepare(
+        self,
+        batch: Batch,
+        padded_size: int | None = None,
+        begin: Callable[[], None] | None = None,
+    ) -> ModelInput:
         """Fill the staging buffer from the batch and send it to the device. Tokens that are not
         known yet, of a batch scheduled ahead, are 0.
 
@@ -89,6 +95,7 @@ class InputBatch:
             padded_size: for a batch of decodes, sequences to pad it to with ones that have nothing
                 to do. Batches of a padded size have their tensors always in the same memory, and
                 bounds that hold for all of them.
+            begin: called where the host's part is done and the device's begins.
         """
         scheduled = batch.scheduled
         num_tokens, num_seqs = batch.num_tokens, len(scheduled)
@@ -148,6 +155,8 @@ class InputBatch:
             host[3][num_seqs + 1 :] = num_tokens
             host[4][num_seqs:] = 0
             host[5][:, num_seqs:] = 0
+        if begin is not None:
+            begin()
         if self._copied is not None:
             self._buffer[:offset].copy_(self._staging[:offset], non_blocking=True)
             self._copied.record()

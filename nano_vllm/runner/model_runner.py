@@ -13,7 +13,7 @@ from nano_vllm import ops
 from nano_vllm.batch import Batch, SampledToken, StepResult
 from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
-from nano_vllm.metrics import LapTimer, nvtx_range
+from nano_vllm.metrics import LapTimer
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
@@ -22,6 +22,7 @@ from nano_vllm.runner.input_batch import InputBatch, ModelInput
 from nano_vllm.runner.memory import num_kv_blocks
 from nano_vllm.sampling.logprobs import logprob_entries
 from nano_vllm.sampling.sampler import Sampler, can_sample_ahead
+from nano_vllm.step_record import StepRecorder, step_range
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
@@ -104,6 +105,8 @@ class ModelRunner:
         self.sampler = Sampler(seed=config.seed)
         self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
         """What the last step sampled."""
+        self.recorder: StepRecorder | None = None
+        """Set by Engine.record_steps."""
         timer.lap("KV cache")
         self.load_laps = timer.laps
         """Seconds by phase."""
@@ -122,15 +125,17 @@ class ModelRunner:
         GPU this returns while it computes.
         """
         assert self.kv_cache is not None, "the runner is closed"
-        with nvtx_range("prepare"):
+        recorder = self.recorder
+        with step_range("prepare", recorder):
             if batch.block_copies:
                 mapping = torch.tensor(batch.block_copies, dtype=torch.int64, device=self.device)
                 ops.copy_blocks(self.kv_cache.pool, mapping)
             graph_size = self.graphs.size_for(batch) if self.graphs is not None else None
-            inputs = self.input_batch.prepare(batch, graph_size)
+            begin = None if recorder is None else recorder.begin
+            inputs = self.input_batch.prepare(batch, graph_size, begin)
             if batch.ahead_rows is not None:
                 self._feed_tokens(inputs, batch.ahead_rows)
-        with nvtx_range("forward"):
+        with step_range("forward", recorder):
             if self.graphs is not None and graph_size is not None:
                 rows = list(range(len(batch.scheduled)))
                 logits = self.graphs.logits(inputs)[: len(rows)]
@@ -139,12 +144,13 @@ class ModelRunner:
                 hidden = self._forward(inputs)
                 rows, logits = self._last_logits(batch, hidden)
                 prompt_logprobs = self._prompt_logprobs(batch, hidden)
-        with nvtx_range("sample"):
+        with step_range("sample", recorder):
             sequences = [batch.scheduled[row].sequence for row in rows]
             self._token_ids = self.sampler.choose(logits, sequences, batch.lead)
-        return LaunchedStep(
-            batch, self.sampler, rows, logits, HostCopy(self._token_ids), prompt_logprobs
-        )
+            token_ids = HostCopy(self._token_ids)
+        if recorder is not None:
+            recorder.end(batch, graph_size is not None)
+        return LaunchedStep(batch, self.sampler, rows, logits, token_ids, prompt_logprobs)
 
     def _feed_tokens(self, inputs: ModelInput, rows: list[int]) -> None:
         """Take the tokens that the step before has sampled for these rows of it."""
