@@ -1,4 +1,4 @@
-"""Prints a benchmark's rows: a table, then all of it as one JSON line."""
+"""Prints a benchmark's rows: tables, then all of it as one JSON line."""
 
 from __future__ import annotations
 
@@ -37,22 +37,32 @@ def report(
     machine: dict[str, Any],
     rows: list[dict[str, Any]],
     table: list[dict[str, str]] | None = None,
+    more: dict[str, list[dict[str, Any]]] | None = None,
 ) -> None:
     """Print the rows; all share the keys of the first.
 
     Args:
         table: the rows as people are to read them, if not as they are.
+        more: other rows, by the name of their table; a table without rows is left out.
     """
-    lines: Sequence[dict[str, Any]] = rows if table is None else table
+    more = more or {}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    _print_table(rows if table is None else table)
+    for name, lines in more.items():
+        if lines:
+            print(f"\n{name}")
+            _print_table(lines)
+    print(json.dumps({"benchmark": benchmark, **machine, "rows": rows, **more}))
+
+
+def _print_table(lines: Sequence[dict[str, Any]]) -> None:
     columns = list(lines[0])
     cells = [[_text(line[column]) for column in columns] for line in lines]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
     for line in (columns, ["-" * width for width in widths], *cells):
         print(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         )
-    print(json.dumps({"benchmark": benchmark, **machine, "rows": rows}))
 
 
 def _text(value: Any) -> str:

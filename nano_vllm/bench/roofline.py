@@ -4,6 +4,7 @@ these take at the device's own ceilings.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from nano_vllm.bench import timing
 from nano_vllm.bench.workload import Workload
 from nano_vllm.cache.kv_cache import bytes_per_block
 from nano_vllm.config import ModelConfig
+from nano_vllm.step_record import StepRecord
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Roofline:
     """Bytes per second, read and written, of a large copy; None if unknown, as the next."""
     matmul: float | None = None
     """Floating-point operations per second of a large product."""
+    is_quantized: bool = False
+    """Whether the weights keep the bits of their file; how many bytes a step reads is then not
+    known here.
+    """
 
     @classmethod
     def measure(
@@ -35,12 +41,13 @@ class Roofline:
         dtype: torch.dtype,
         cache_dtype: torch.dtype,
         device: torch.device,
+        is_quantized: bool = False,
     ) -> Roofline:
         """With the ceilings of a GPU. A CPU, whose caches hold much of a small model, has none."""
         if device.type != "cuda":
-            return cls(config, dtype, cache_dtype)
+            return cls(config, dtype, cache_dtype, is_quantized=is_quantized)
         copy, matmul = timing.copy_ceiling(device), timing.matmul_ceiling(device, dtype)
-        return cls(config, dtype, cache_dtype, copy, matmul)
+        return cls(config, dtype, cache_dtype, copy, matmul, is_quantized)
 
     @property
     def layer_weights(self) -> int:
@@ -51,10 +58,19 @@ class Roofline:
         return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
     @property
+    def head_weights(self) -> int:
+        """Elements of the language-model head."""
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
     def step_weight_bytes(self) -> int:
         """Read by every decode step: the layers and the language-model head."""
-        head = self.config.vocab_size * self.config.hidden_size
-        return (self.layer_weights + head) * self.dtype.itemsize
+        return (self.layer_weights + self.head_weights) * self.dtype.itemsize
+
+    @property
+    def token_kv_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return bytes_per_block(self.config, 1, self.cache_dtype)
 
     def decode_bytes(self, workload: Workload) -> int:
         """Read after the prompts, if all requests advance together: in each step the weights once,
@@ -65,16 +81,30 @@ class Roofline:
             for inputs, outputs in zip(workload.input_lens, workload.output_lens, strict=True)
         )
         steps = max(workload.output_lens) - 1
-        per_token = bytes_per_block(self.config, 1, self.cache_dtype)
-        return steps * self.step_weight_bytes + tokens * per_token
+        return steps * self.step_weight_bytes + tokens * self.token_kv_bytes
 
     def prefill_flops(self, workload: Workload) -> int:
         """Of the prompts: the layers' products, and attention over what the causal mask leaves."""
-        c = self.config
-        attention = 4 * c.num_layers * c.num_heads * c.head_dim
-        return 2 * self.layer_weights * workload.input_tokens + attention * sum(
-            map(self._attended, workload.input_lens)
+        return self._layer_flops(workload.input_lens, workload.input_lens)
+
+    def step_bytes(self, step: StepRecord) -> int | None:
+        """Read by a step: the weights once, and the keys and values that its tokens attend over.
+        None where the weights are quantized.
+        """
+        if self.is_quantized:
+            return None
+        tokens = sum(
+            min(length, (self.config.sliding_window or length) + queries - 1)
+            for queries, length in zip(step.query_lens, step.seq_lens, strict=True)
         )
+        return self.step_weight_bytes + tokens * self.token_kv_bytes
+
+    def step_flops(self, step: StepRecord) -> int:
+        """Of a step: the layers' products, the head's for the sequences that get a token, and
+        attention over what the causal mask leaves.
+        """
+        head = 2 * self.head_weights * step.num_sampled
+        return head + self._layer_flops(step.query_lens, step.seq_lens)
 
     def decode_seconds(self, workload: Workload) -> float | None:
         """The least time of the decode steps of all requests."""
@@ -84,6 +114,13 @@ class Roofline:
         """The least time of the prompts of all requests."""
         return None if self.matmul is None else self.prefill_flops(workload) / self.matmul
 
+    def step_seconds(self, step: StepRecord) -> float | None:
+        """The least time of a step: that of its bytes or that of its operations, the longer one."""
+        num_bytes = self.step_bytes(step)
+        if self.copy is None or self.matmul is None or num_bytes is None:
+            return None
+        return max(num_bytes / self.copy, self.step_flops(step) / self.matmul)
+
     def ceilings(self) -> dict[str, float]:
         """For the head of a report; empty where there are none."""
         if self.copy is None or self.matmul is None:
@@ -92,6 +129,16 @@ class Roofline:
             "copy GB/s": round(self.copy / 1e9),
             "matmul TFLOP/s": round(self.matmul / 1e12, 2),
         }
+
+    def _layer_flops(self, query_lens: Iterable[int], seq_lens: Iterable[int]) -> int:
+        """Of the layers, for the last query_lens tokens of sequences of seq_lens."""
+        c = self.config
+        num_tokens = num_seen = 0
+        for queries, length in zip(query_lens, seq_lens, strict=True):
+            num_tokens += queries
+            num_seen += self._attended(length) - self._attended(length - queries)
+        attention = 4 * c.num_layers * c.num_heads * c.head_dim
+        return 2 * self.layer_weights * num_tokens + attention * num_seen
 
     def _attended(self, length: int) -> int:
         """Tokens that the queries at all positions below `length` see, themselves included."""

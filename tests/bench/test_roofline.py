@@ -10,6 +10,7 @@ import torch
 from nano_vllm.bench.roofline import Roofline, share
 from nano_vllm.bench.workload import Workload
 from nano_vllm.config import ModelConfig
+from nano_vllm.step_record import Interval, StepRecord
 from nano_vllm.weights.model_config import load_model_config
 from nano_vllm.weights.resolve import resolve_model
 
@@ -86,13 +87,58 @@ def test_tokens_seen_are_counted_one_by_one(window: int | None) -> None:
     assert model.decode_bytes(workload) == 3 * 2 * (layer + 5 * 4) + read * 2 * 2 * 2
 
 
+@pytest.mark.parametrize("window", [None, 1, 5, 9, 100])
+def test_steps_of_a_workload_add_up_to_it(window: int | None) -> None:
+    """Prompts of 3 and 9 tokens, the second in two chunks, then 3 decode steps."""
+    model = replace(roofline("qwen3-0.6b"), config=tiny(window))
+    workload = Workload([[0] * 3, [0] * 9], [4, 4])
+    prefills = [step((3, 4), (3, 4), num_sampled=1), step((5,), (9,))]
+    head = 2 * 2 * 5 * 4  # of the two first tokens
+    assert sum(map(model.step_flops, prefills)) == model.prefill_flops(workload) + head
+    decodes = [step((1, 1), (3 + n, 9 + n)) for n in (1, 2, 3)]
+    assert sum(map(model.step_bytes, decodes)) == model.decode_bytes(workload)
+
+
+def test_a_chunk_reads_what_its_first_query_sees_on() -> None:
+    def read(window: int | None) -> int:
+        model = replace(roofline("qwen3-0.6b"), config=tiny(window))
+        num_bytes = model.step_bytes(step((4,), (20,)))
+        assert num_bytes is not None
+        return (num_bytes - model.step_weight_bytes) // model.token_kv_bytes
+
+    assert [read(window) for window in (None, 30, 20, 17, 16, 5, 1)] == [20, 20, 20, 20, 19, 8, 4]
+
+
+def test_floor_of_a_step_is_the_longer_one() -> None:
+    model = roofline("llama-3.1-8b")
+    decode, prompt = step((1,), (100,)), step((4096,), (4096,))
+    num_bytes = model.step_bytes(decode)
+    assert num_bytes is not None
+    assert model.step_seconds(decode) == num_bytes / COPY
+    assert model.step_seconds(prompt) == model.step_flops(prompt) / MATMUL
+
+
+def test_bytes_of_quantized_weights_are_not_known() -> None:
+    model = replace(roofline("qwen3-0.6b"), is_quantized=True)
+    assert model.step_bytes(step((1,), (9,))) is None
+    assert model.step_seconds(step((1,), (9,))) is None
+
+
 def test_without_ceilings_there_are_no_floors() -> None:
     model = Roofline.measure(tiny(None), torch.float32, torch.float32, torch.device("cpu"))
     assert model.decode_seconds(even(1, 2, 3)) is None
     assert model.prefill_seconds(even(1, 2, 3)) is None
+    assert model.step_seconds(step((1,), (9,))) is None
     assert model.ceilings() == {}
     assert share(None, 1.0) is None
     assert share(1.0, 4.0) == 0.25
+
+
+def step(
+    query_lens: tuple[int, ...], seq_lens: tuple[int, ...], num_sampled: int | None = None
+) -> StepRecord:
+    sampled = len(query_lens) if num_sampled is None else num_sampled
+    return StepRecord(query_lens, seq_lens, sampled, False, {}, Interval(0.0, 1.0))
 
 
 def tiny(window: int | None) -> ModelConfig:
