@@ -18,6 +18,7 @@ HEAVY = {
     "huggingface_hub",
     "jinja2",
     "tqdm",
+    "matplotlib",
     "nano_vllm.ops",
 }
 

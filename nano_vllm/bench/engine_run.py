@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +16,63 @@ if TYPE_CHECKING:
     import torch
 
     from nano_vllm.bench.roofline import Roofline
+    from nano_vllm.bench.step_report import RecordedRun
     from nano_vllm.config import ModelConfig
     from nano_vllm.engine.llm import LLM
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Repeats, and the engine's options: token ids need no tokenizer, and with a prefix cache the
-    repeats would look up what they are to compute.
+    """Repeats, files of the recorded run, and the engine's options: token ids need no tokenizer,
+    and with a prefix cache the repeats would look up what they are to compute.
     """
     parser.add_argument(
         "--repeats", type=positive, default=3, help="timed runs, after one that warms up [3]"
     )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the steps of a run of their own: .png, .svg or .pdf"
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write these steps as a trace that ui.perfetto.dev opens"
+    )
     add_engine_arguments(parser, skip_tokenizer_init=True, enable_prefix_caching=False)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError for a file that could not be written once all has run; make the others."""
+    if args.plot is not None:
+        from nano_vllm.bench.step_plot import FORMATS
+
+        if Path(args.plot).suffix not in FORMATS:
+            raise ValueError(f"--plot must end with {', '.join(FORMATS)}, got {args.plot}")
+        try:
+            importlib.import_module("matplotlib.figure")
+        except ImportError as error:
+            raise ValueError(f"--plot needs matplotlib (pip install matplotlib): {error}")
+    try:
+        for path in filter(None, (args.plot, args.trace)):
+            Path(path).open("ab").close()
+    except OSError as error:
+        raise ValueError(f"cannot write: {error}")
+
+
+def write_files(
+    args: argparse.Namespace,
+    machine: dict[str, Any],
+    runs: Sequence[RecordedRun],
+    roofline: Roofline,
+) -> None:
+    """The files that the arguments ask for; ValueError where one cannot be written."""
+    from nano_vllm.bench.step_plot import write_plot
+    from nano_vllm.bench.step_trace import write_trace
+
+    try:
+        if args.trace is not None:
+            write_trace(args.trace, runs)
+        if args.plot is not None:
+            title = ", ".join(machine[key] for key in ("model", "dtype", "device", "date"))
+            write_plot(args.plot, title, runs, roofline)
+    except OSError as error:
+        raise ValueError(f"cannot write: {error}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +84,7 @@ class EngineRun:
     device: torch.device
     dtype: torch.dtype
     cache_dtype: torch.dtype
+    is_quantized: bool
 
     @classmethod
     def of(cls, llm: LLM) -> EngineRun:
@@ -47,13 +95,16 @@ class EngineRun:
             runner.device,
             runner.dtype,
             runner.cache_dtype,
+            llm.engine.config.quantization is not None,
         )
 
     def roofline(self) -> Roofline:
         """Measures the device's ceilings: call it when the engine has given its memory back."""
         from nano_vllm.bench.roofline import Roofline
 
-        return Roofline.measure(self.config, self.dtype, self.cache_dtype, self.device)
+        return Roofline.measure(
+            self.config, self.dtype, self.cache_dtype, self.device, self.is_quantized
+        )
 
     @property
     def dtype_name(self) -> str:

@@ -24,17 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from nano_vllm.bench.engine_run import EngineRun
+    from nano_vllm.bench.engine_run import EngineRun, check_files, write_files
     from nano_vllm.bench.report import report
     from nano_vllm.bench.roofline import share
+    from nano_vllm.bench.step_report import (
+        RecordedRun,
+        figures,
+        steady_decode,
+        tables,
+        timed_steps,
+    )
     from nano_vllm.bench.workload import Workload
     from nano_vllm.cli import engine_options
     from nano_vllm.engine.llm import LLM
 
     if args.output_len < 2:
         raise ValueError(f"--output-len must be at least 2, got {args.output_len}")
+    check_files(args)
     input_len, output_len = (args.input_len,) * 2, (args.output_len,) * 2
     times = []
+    runs = []
     with LLM(**engine_options(args)) as llm:
         engine = EngineRun.of(llm)
         for batch in args.batch_sizes:
@@ -44,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
             first = workload.with_output_len(1).time_llm(llm, 0.0, args.repeats)
             whole = workload.time_llm(llm, 0.0, args.repeats)
             times.append((workload, statistics.median(first), whole))
+            runs.append(RecordedRun(f"batch {batch}", timed_steps(workload.record(llm, 0.0))))
     roofline = engine.roofline()
     steps = args.output_len - 1
     rows: list[dict[str, Any]] = []
@@ -62,5 +72,11 @@ def run(args: argparse.Namespace) -> None:
                 "MBU": share(decode, per_token * steps),
             }
         )
-    lens = {"input": args.input_len, "output": args.output_len}
-    report("latency", engine.describe(roofline) | lens, rows)
+    machine = engine.describe(roofline) | {"input": args.input_len, "output": args.output_len}
+    steady = [
+        {"batch": batch} | figures(decodes, roofline)
+        for batch, run in zip(args.batch_sizes, runs, strict=True)
+        if (decodes := steady_decode(run.steps))
+    ]
+    report("latency", machine, rows, more=tables(steady))
+    write_files(args, machine, runs, roofline)

@@ -19,19 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from nano_vllm.bench.engine_run import EngineRun
+    from nano_vllm.bench.engine_run import EngineRun, check_files, write_files
     from nano_vllm.bench.report import report
     from nano_vllm.bench.roofline import share
+    from nano_vllm.bench.step_report import RecordedRun, rows_by_kind, tables, timed_steps
     from nano_vllm.bench.workload import Workload
     from nano_vllm.cli import engine_options
     from nano_vllm.engine.llm import LLM
 
+    check_files(args)
     with LLM(**engine_options(args)) as llm:
         engine = EngineRun.of(llm)
         workload = Workload.random(
             args.num_prompts, (args.input_len,) * 2, (1, 1), engine.config.vocab_size, args.seed
         )
         walls = workload.time_llm(llm, 0.0, args.repeats)
+        steps = timed_steps(workload.record(llm, 0.0))
     roofline = engine.roofline()
     wall = statistics.median(walls)
     row: dict[str, Any] = {
@@ -43,4 +46,7 @@ def run(args: argparse.Namespace) -> None:
         "TFLOP/s": roofline.prefill_flops(workload) / wall / 1e12,
         "of ceiling": share(roofline.prefill_seconds(workload), wall),
     }
-    report("prefill", engine.describe(roofline), [row])
+    machine = engine.describe(roofline)
+    more = tables(rows_by_kind(steps, roofline))
+    report("prefill", machine, [row], more=more)
+    write_files(args, machine, [RecordedRun("prefill", steps)], roofline)

@@ -37,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from nano_vllm.bench import peers
-    from nano_vllm.bench.engine_run import EngineRun
+    from nano_vllm.bench.engine_run import EngineRun, check_files, write_files
     from nano_vllm.bench.report import report
     from nano_vllm.bench.roofline import share
+    from nano_vllm.bench.step_report import RecordedRun, rows_by_kind, tables, timed_steps
     from nano_vllm.bench.workload import Workload
     from nano_vllm.cli import engine_options
     from nano_vllm.engine.llm import LLM
 
     _check_peers(args)
+    check_files(args)
     with LLM(**engine_options(args)) as llm:
         engine = EngineRun.of(llm)
         workload = Workload.random(
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
             args.seed,
         )
         wall = statistics.median(workload.time_llm(llm, args.temperature, args.repeats))
+        steps = timed_steps(workload.record(llm, args.temperature))
     roofline = engine.roofline()
     prefill, decode = roofline.prefill_seconds(workload), roofline.decode_seconds(workload)
     floor = None if prefill is None or decode is None else prefill + decode
@@ -71,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
         "output": workload.output_tokens,
         "temperature": args.temperature,
     }
-    report("throughput", machine, rows)
+    report("throughput", machine, rows, more=tables(rows_by_kind(steps, roofline)))
+    write_files(args, machine, [RecordedRun("throughput", steps)], roofline)
 
 
 def _check_peers(args: argparse.Namespace) -> None:

@@ -6,11 +6,14 @@ import argparse
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nano_vllm.engine.llm import LLM
+    from nano_vllm.step_record import StepRecord
 
 MAX_TOKEN_ID = 10_000
 """Largest token id of a prompt, if the vocabulary has it."""
@@ -80,6 +83,22 @@ class Workload:
     def time_llm(self, llm: LLM, temperature: float, repeats: int) -> list[float]:
         """Seconds of several runs, after one that warms up; give the engine prefix caching off."""
         return [self.generate(llm, temperature) for _ in range(repeats + 1)][1:]
+
+    def record(self, llm: LLM, temperature: float) -> list[StepRecord]:
+        """What the steps of one run do, behind the timed ones: recording takes time of its own."""
+        import torch
+
+        from nano_vllm.step_record import ClockEvent, DeviceEvent, StepRecorder
+
+        on_gpu = llm.engine.runner.device.type == "cuda"
+        new_event: Callable[[], DeviceEvent] = (
+            partial(torch.cuda.Event, enable_timing=True) if on_gpu else ClockEvent
+        )
+        recorder = StepRecorder(new_event)
+        llm.engine.record_steps(recorder)
+        self.generate(llm, temperature)
+        llm.engine.record_steps(None)
+        return recorder.records()
 
     def generate(self, llm: LLM, temperature: float) -> float:
         """Seconds of one run."""
