@@ -361,26 +361,143 @@ def quantized_linear(
     _ops.quantized_linear(out, input, weight, bias)
 
 
+def adjust_logits(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    token_ids: torch.Tensor,
+    slots: torch.Tensor,
+    new_token_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    repetition_penalties: torch.Tensor,
+    frequency_penalties: torch.Tensor,
+    presence_penalties: torch.Tensor,
+    bias_starts: torch.Tensor,
+    bias_token_ids: torch.Tensor,
+    bias_values: torch.Tensor,
+    allowed_starts: torch.Tensor,
+    allowed_token_ids: torch.Tensor,
+    end_starts: torch.Tensor,
+    end_token_ids: torch.Tensor,
+    min_tokens: torch.Tensor,
+    bad_word_starts: torch.Tensor,
+    bad_word_token_starts: torch.Tensor,
+    bad_word_token_ids: torch.Tensor,
+) -> None:
+    """Logits of some rows as their requests want them: with penalties and a bias, and -inf for what
+    must not come next.
+
+    In this order: the repetition penalty (arXiv 1909.05858) divides a positive logit and multiplies
+    a negative one of each token that the sequence holds; of each token of the output the frequency
+    penalty is subtracted as often as it occurs, then the presence penalty once; the bias is added;
+    -inf are all tokens but the allowed ones, the ends of an output shorter than min_tokens, and the
+    last token of a bad word whose others the output ends with.
+
+    Lists of tokens lie one after the other: list i is token_ids[starts[i] : starts[i + 1]]. They
+    are int32, as is all but the logits, the penalties, bias_values (float32) and new_token_ids
+    (int64).
+
+    Args:
+        out: [num_rows, vocab_size], float32; NaN for a row whose largest logit is not finite.
+        logits: [num_logits_rows, vocab_size].
+        rows: [num_rows]; where each is in logits, new_token_ids and seq_lens.
+        token_ids: [num_slots, max_len]; what each sequence holds. Its last token is written here
+            first.
+        slots: [num_rows]; where in token_ids; -1 for rows without penalties and bad words.
+        new_token_ids: [num_logits_rows]; the last token of each sequence.
+        seq_lens: [num_logits_rows]; tokens of each sequence, the last one counted.
+        prompt_lens: [num_rows].
+        repetition_penalties: [num_rows]; 1 for none.
+        frequency_penalties: [num_rows]; 0 for none, as with the next.
+        presence_penalties: [num_rows].
+        bias_starts: [num_rows + 1], with bias_token_ids and, beside these, bias_values; a token at
+            most once in a row.
+        allowed_starts: [num_rows + 1], with allowed_token_ids; an empty list allows all.
+        end_starts: [num_rows + 1], with end_token_ids.
+        min_tokens: [num_rows].
+        bad_word_starts: [num_rows + 1]; which bad words are the row's.
+        bad_word_token_starts: [num_bad_words + 1], with bad_word_token_ids.
+    """
+    _ops.adjust_logits(
+        out,
+        logits,
+        rows,
+        token_ids,
+        slots,
+        new_token_ids,
+        seq_lens,
+        prompt_lens,
+        repetition_penalties,
+        frequency_penalties,
+        presence_penalties,
+        bias_starts,
+        bias_token_ids,
+        bias_values,
+        allowed_starts,
+        allowed_token_ids,
+        end_starts,
+        end_token_ids,
+        min_tokens,
+        bad_word_starts,
+        bad_word_token_starts,
+        bad_word_token_ids,
+    )
+
+
 def sample_tokens(
     out: torch.Tensor,
     logits: torch.Tensor,
     temperatures: torch.Tensor,
-    floors: torch.Tensor,
-    uniforms: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    streams: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    adjusted: torch.Tensor | None = None,
+    adjusted_rows: torch.Tensor | None = None,
 ) -> None:
     """Draw a token from each row of logits.
 
-    A token's weight is exp((logit - largest) / temperature), to 43 bits behind the point, or 0
-    where the exponent is below the row's floor. The token is the first whose weight, with those
-    before it, is more than uniform * (sum of all). Weights are added as integers: a row's token
-    does not depend on the other rows.
+    A token's weight is exp((logit - largest) / temperature), to 43 bits behind the point. Top-k
+    keeps the tokens from the k-th largest logit upward; top-p of these as many of the likeliest as
+    reach top_p times the sum of their weights; min-p those whose weight is at least that fraction
+    of the largest. Tokens of equal logits stay or go together. The token is the first whose weight,
+    with those before it, is more than number * (sum of the weights kept). Weights are added as
+    integers: a row's token does not depend on the other rows.
+
+    The number, in [0, 1), is a function of the row's seed, stream and position = seq_len -
+    prompt_len alone: 53 bits of Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed, with the
+    position and the stream as the counter's halves.
 
     Args:
-        out: [num_rows], int64; -1 for a row whose largest logit is NaN or infinite.
+        out: [num_rows], int64; -1 for a row whose largest logit is NaN or infinite, -2 for one that
+            is -inf throughout.
         logits: [num_rows, vocab_size], vocab_size in [1, 2^20].
         temperatures: [num_rows], float64, at least 0; 0 takes the likeliest token, the first of
             equal ones.
-        floors: [num_rows], float64, at most 0; -inf for none.
-        uniforms: [num_rows], float64, in [0, 1).
+        top_k: [num_rows], int32; 0 keeps all.
+        top_p: [num_rows], float64, above 0; 1 keeps all.
+        min_p: [num_rows], float64: temperature * log(min_p), at most 0; -inf keeps all.
+        seeds: [num_rows], int64, as is streams.
+        seq_lens: [num_rows], int32, as is prompt_lens.
+        adjusted: [num_adjusted, vocab_size], float32; drawn from in place of `logits`, by rows with
+            a number of at least 0 in `adjusted_rows`.
+        adjusted_rows: [num_rows], int32.
     """
-    _ops.sample_tokens(out, logits, temperatures, floors, uniforms)
+    _ops.sample_tokens(
+        out,
+        logits,
+        temperatures,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        streams,
+        seq_lens,
+        prompt_lens,
+        adjusted,
+        adjusted_rows,
+    )

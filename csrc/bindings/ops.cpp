@@ -60,8 +60,16 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def("linear_max_rows(Tensor weight) -> int");
   library.def("quantized_linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   library.def(
-      "sample_tokens(Tensor(a!) out, Tensor logits, Tensor temperatures, Tensor floors, Tensor "
-      "uniforms) -> ()");
+      "adjust_logits(Tensor(a!) out, Tensor logits, Tensor rows, Tensor(b!) token_ids, Tensor "
+      "slots, Tensor new_token_ids, Tensor seq_lens, Tensor prompt_lens, Tensor "
+      "repetition_penalties, Tensor frequency_penalties, Tensor presence_penalties, Tensor "
+      "bias_starts, Tensor bias_token_ids, Tensor bias_values, Tensor allowed_starts, Tensor "
+      "allowed_token_ids, Tensor end_starts, Tensor end_token_ids, Tensor min_tokens, Tensor "
+      "bad_word_starts, Tensor bad_word_token_starts, Tensor bad_word_token_ids) -> ()");
+  library.def(
+      "sample_tokens(Tensor(a!) out, Tensor logits, Tensor temperatures, Tensor top_k, Tensor "
+      "top_p, Tensor min_p, Tensor seeds, Tensor streams, Tensor seq_lens, Tensor prompt_lens, "
+      "Tensor? adjusted, Tensor? adjusted_rows) -> ()");
 }
 
 // One entry for all devices: which twin runs is decided by the tensors, after they are checked
@@ -83,5 +91,6 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("linear_silu_and_mul", TORCH_BOX(&nano_vllm::linear_silu_and_mul));
   library.impl("linear_max_rows", TORCH_BOX(&nano_vllm::linear_max_rows));
   library.impl("quantized_linear", TORCH_BOX(&nano_vllm::quantized_linear));
+  library.impl("adjust_logits", TORCH_BOX(&nano_vllm::adjust_logits));
   library.impl("sample_tokens", TORCH_BOX(&nano_vllm::sample_tokens));
 }

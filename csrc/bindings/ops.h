@@ -53,7 +53,20 @@ int64_t linear_max_rows(const Tensor& weight);
 void quantized_linear(const Tensor& out, const Tensor& input, const Tensor& weight,
                       const std::optional<Tensor>& bias);
 
+void adjust_logits(const Tensor& out, const Tensor& logits, const Tensor& rows,
+                   const Tensor& token_ids, const Tensor& slots, const Tensor& new_token_ids,
+                   const Tensor& seq_lens, const Tensor& prompt_lens,
+                   const Tensor& repetition_penalties, const Tensor& frequency_penalties,
+                   const Tensor& presence_penalties, const Tensor& bias_starts,
+                   const Tensor& bias_token_ids, const Tensor& bias_values,
+                   const Tensor& allowed_starts, const Tensor& allowed_token_ids,
+                   const Tensor& end_starts, const Tensor& end_token_ids, const Tensor& min_tokens,
+                   const Tensor& bad_word_starts, const Tensor& bad_word_token_starts,
+                   const Tensor& bad_word_token_ids);
 void sample_tokens(const Tensor& out, const Tensor& logits, const Tensor& temperatures,
-                   const Tensor& floors, const Tensor& uniforms);
+                   const Tensor& top_k, const Tensor& top_p, const Tensor& min_p,
+                   const Tensor& seeds, const Tensor& streams, const Tensor& seq_lens,
+                   const Tensor& prompt_lens, const std::optional<Tensor>& adjusted,
+                   const std::optional<Tensor>& adjusted_rows);
 
 }  // namespace nano_vllm

@@ -1,11 +1,15 @@
-// CPU sampling: threads share the rows.
+// CPU sampling: threads share the rows. What top-k and top-p keep is looked for among the likeliest
+// tokens, some hundreds, and in the whole row where these do not suffice.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/simd_convert.h"
 #include "common/simd_math.h"
+#include "sampling/philox.h"
 #include "sampling/sample_tokens.h"
 
 namespace nano_vllm::cpu {
@@ -13,92 +17,179 @@ namespace {
 
 constexpr int64_t kPieceTokens = 1024;
 constexpr int64_t kMaxPieces = kMaxVocabSize / kPieceTokens;
+constexpr int64_t kPartTokens = 64, kNumParts = 256;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Weights of the tokens of one row, a piece at a time.
-template <class T>
+// Weights of tokens.
 class Weigher {
  public:
-  Weigher(const T* row, int64_t vocab_size, float largest, double temperature, double floor)
-      : row_(row),
-        vocab_size_(vocab_size),
-        largest_(largest),
+  Weigher(float largest, double temperature)
+      : largest_(largest),
         // Finite, as it multiplies zeros.
-        inverse_(std::min(static_cast<float>(1 / temperature), std::numeric_limits<float>::max())),
-        temperature_(temperature),
-        floor_(floor) {}
+        inverse_(std::min(static_cast<float>(1 / temperature), std::numeric_limits<float>::max())) {
+  }
 
-  // Those of the piece from this token on; returns their sum.
+  // Of up to kPieceTokens logits; below the threshold they are 0. Returns their sum.
   template <int kLanes>
-  NANO_VLLM_INLINE uint64_t weigh(int64_t first, uint64_t (&weights)[kPieceTokens]) const {
-    const int64_t size = std::min(kPieceTokens, vocab_size_ - first);
-    float logits[kPieceTokens], exponentials[kPieceTokens];
+  NANO_VLLM_INLINE uint64_t weigh(const float* logits, int64_t size, float threshold,
+                                  uint64_t* weights) const {
+    float exponentials[kPieceTokens];
     for (int64_t i = 0; i < size; i += kLanes) {
-      const auto x = simd::load_partial<kLanes>(row_ + first + i, size - i);
-      simd::store_partial(logits + i, x, size - i);
+      const auto x = simd::load_partial<kLanes>(logits + i, size - i);
       simd::store_partial(exponentials + i, simd::exp((x - largest_) * inverse_), size - i);
     }
-    const bool has_floor = floor_ > -std::numeric_limits<double>::infinity();
     uint64_t sum = 0;
     for (int64_t i = 0; i < size; ++i) {
-      // As exactly as the floor was found: a token that equals it must stay.
-      const bool is_out =
-          has_floor &&
-          (static_cast<double>(logits[i]) - static_cast<double>(largest_)) / temperature_ < floor_;
       // Signed: there is an instruction for it, and a weight has 44 bits.
-      weights[i] = is_out ? 0 : static_cast<uint64_t>(std::llrint(exponentials[i] * kSampleUnits));
+      weights[i] = logits[i] >= threshold
+                       ? static_cast<uint64_t>(std::llrint(exponentials[i] * kSampleUnits))
+                       : 0;
       sum += weights[i];
     }
     return sum;
   }
 
+  // Of any number of logits.
+  template <int kLanes>
+  NANO_VLLM_INLINE uint64_t sum(const float* logits, int64_t size, float threshold) const {
+    uint64_t weights[kPieceTokens], sum = 0;
+    for (int64_t first = 0; first < size; first += kPieceTokens) {
+      sum +=
+          weigh<kLanes>(logits + first, std::min(kPieceTokens, size - first), threshold, weights);
+    }
+    return sum;
+  }
+
  private:
-  const T* row_;
-  int64_t vocab_size_;
   float largest_, inverse_;
-  double temperature_, floor_;
 };
+
+// The likeliest tokens of a row, in falling order: at least kNumParts, where there are so many.
+std::vector<float> likeliest(const float* logits, int64_t vocab_size) {
+  std::vector<float> largest;  // of each part of the row
+  for (int64_t first = 0; first < vocab_size; first += kPartTokens) {
+    const int64_t last = std::min(first + kPartTokens, vocab_size);
+    largest.push_back(*std::max_element(logits + first, logits + last));
+  }
+  float lowest = -kInfinity;
+  if (static_cast<int64_t>(largest.size()) > kNumParts) {
+    std::nth_element(largest.begin(), largest.begin() + kNumParts - 1, largest.end(),
+                     std::greater<>());
+    lowest = largest[kNumParts - 1];
+  }
+  std::vector<float> found;
+  std::copy_if(logits, logits + vocab_size, std::back_inserter(found),
+               [&](float logit) { return logit >= lowest; });
+  std::sort(found.begin(), found.end(), std::greater<>());
+  return found;
+}
+
+// The last of the logits, in falling order, with which the weights reach `enough`; -inf if they do
+// not.
+template <int kLanes>
+NANO_VLLM_INLINE float reaches(const std::vector<float>& logits, const Weigher& weigher,
+                               uint64_t enough) {
+  uint64_t weights[kPieceTokens], sum = 0;
+  const int64_t count = static_cast<int64_t>(logits.size());
+  for (int64_t first = 0; first < count; first += kPieceTokens) {
+    const int64_t size = std::min(kPieceTokens, count - first);
+    weigher.weigh<kLanes>(logits.data() + first, size, -kInfinity, weights);
+    for (int64_t i = 0; i < size; ++i) {
+      sum += weights[i];
+      if (sum >= enough) return logits[first + i];
+    }
+  }
+  return -kInfinity;
+}
+
+// The least logit that top-k and top-p keep.
+template <int kLanes>
+NANO_VLLM_INLINE float kept_from(const float* logits, int64_t vocab_size, int64_t top_k,
+                                 double top_p, const Weigher& weigher) {
+  std::vector<float> found = likeliest(logits, vocab_size);
+  const auto all = [&] {
+    std::vector<float> sorted(logits, logits + vocab_size);
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    return sorted;
+  };
+  float kept = -kInfinity;
+  if (top_k > 0 && top_k < vocab_size) {
+    if (static_cast<int64_t>(found.size()) < top_k) found = all();
+    kept = found[static_cast<size_t>(top_k - 1)];
+  }
+  if (!(top_p < 1)) return kept;
+  const uint64_t total = weigher.sum<kLanes>(logits, vocab_size, kept);
+  const uint64_t enough = std::min(
+      std::max(static_cast<uint64_t>(std::ceil(top_p * static_cast<double>(total))), uint64_t{1}),
+      total);
+  float nucleus = reaches<kLanes>(found, weigher, enough);
+  if (nucleus == -kInfinity) nucleus = reaches<kLanes>(all(), weigher, enough);
+  return std::max(kept, nucleus);
+}
 
 template <class T>
 struct SampleRows {
   template <int kLanes>
   static NANO_VLLM_INLINE void run(const SampleTokensParams& p, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) p.out[row] = sample<kLanes>(p, row);
+    std::vector<float> logits(static_cast<size_t>(p.vocab_size));
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t adjusted = p.adjusted_rows == nullptr ? -1 : p.adjusted_rows[row];
+      if (adjusted >= 0) {
+        p.out[row] = sample<kLanes>(p, row, p.adjusted + adjusted * p.adjusted_stride_row);
+        continue;
+      }
+      const T* const source = static_cast<const T*>(p.logits) + row * p.logits_stride_row;
+      for (int64_t i = 0; i < p.vocab_size; i += kLanes) {
+        const int64_t size = p.vocab_size - i;
+        simd::store_partial(logits.data() + i, simd::load_partial<kLanes>(source + i, size), size);
+      }
+      p.out[row] = sample<kLanes>(p, row, logits.data());
+    }
   }
 
   template <int kLanes>
-  static NANO_VLLM_INLINE int64_t sample(const SampleTokensParams& p, int64_t row) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    const T* const logits = static_cast<const T*>(p.logits) + row * p.logits_stride_row;
+  static NANO_VLLM_INLINE int64_t sample(const SampleTokensParams& p, int64_t row,
+                                         const float* logits) {
     float largest = -kInfinity;
-    int64_t likeliest = 0;
-    for (int64_t first = 0; first < p.vocab_size; first += kLanes) {
-      const int64_t size = std::min<int64_t>(kLanes, p.vocab_size - first);
-      float values[kLanes];
-      simd::store_partial(values, simd::load_partial<kLanes>(logits + first, size), kLanes);
-      for (int64_t i = 0; i < size; ++i) {
-        if (std::isnan(values[i])) return -1;
-        if (values[i] > largest) {
-          largest = values[i];
-          likeliest = first + i;
-        }
+    int64_t best = 0;
+    for (int64_t i = 0; i < p.vocab_size; ++i) {
+      if (std::isnan(logits[i])) return kNotFinite;
+      if (logits[i] > largest) {
+        largest = logits[i];
+        best = i;
       }
     }
-    if (std::isinf(largest)) return -1;
-    if (p.temperatures[row] == 0) return likeliest;
+    if (std::isinf(largest)) return largest > 0 ? kNotFinite : kNothingAllowed;
+    const double temperature = p.temperatures[row], top_p = p.top_p[row];
+    if (temperature == 0) return best;
 
-    const Weigher<T> weigher(logits, p.vocab_size, largest, p.temperatures[row], p.floors[row]);
-    uint64_t weights[kPieceTokens];
-    uint64_t sums[kMaxPieces], total = 0;
+    const Weigher weigher(largest, temperature);
+    // The least float that is not below what min-p asks for.
+    const double lowest = static_cast<double>(largest) + p.min_p[row];
+    float threshold = static_cast<float>(lowest);
+    if (static_cast<double>(threshold) < lowest) threshold = std::nextafterf(threshold, kInfinity);
+    if (top_p < 1 || (p.top_k[row] > 0 && p.top_k[row] < p.vocab_size)) {
+      threshold = std::max(threshold,
+                           kept_from<kLanes>(logits, p.vocab_size, p.top_k[row], top_p, weigher));
+    }
+    uint64_t weights[kPieceTokens], sums[kMaxPieces], total = 0;
+    const auto weigh = [&](int64_t first) {
+      return weigher.weigh<kLanes>(logits + first, std::min(kPieceTokens, p.vocab_size - first),
+                                   threshold, weights);
+    };
     for (int64_t piece = 0; piece * kPieceTokens < p.vocab_size; ++piece) {
-      sums[piece] = weigher.template weigh<kLanes>(piece * kPieceTokens, weights);
+      sums[piece] = weigh(piece * kPieceTokens);
       total += sums[piece];
     }
+    const double number =
+        uniform_number(static_cast<uint64_t>(p.seeds[row]),
+                       static_cast<uint64_t>(int64_t{p.seq_lens[row]} - p.prompt_lens[row]),
+                       static_cast<uint64_t>(p.streams[row]));
     // Below the total even where the product is rounded up.
-    uint64_t left =
-        std::min(static_cast<uint64_t>(p.uniforms[row] * static_cast<double>(total)), total - 1);
+    uint64_t left = std::min(static_cast<uint64_t>(number * static_cast<double>(total)), total - 1);
     int64_t piece = 0, token = 0;
     while (left >= sums[piece]) left -= sums[piece++];
-    weigher.template weigh<kLanes>(piece * kPieceTokens, weights);
+    weigh(piece * kPieceTokens);
     while (left >= weights[token]) left -= weights[token++];
     return piece * kPieceTokens + token;
   }

@@ -184,7 +184,7 @@ class Engine:
         if launched is None:
             return []
         batch, step = launched
-        if self.config.async_scheduling and self.runner.can_run_ahead(batch):
+        if self.config.async_scheduling and self.runner.runs_ahead:
             self._launched = self._launch(behind=batch)
         try:
             with step_range("wait", self._recorder):

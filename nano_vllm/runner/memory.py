@@ -8,7 +8,10 @@ import torch
 
 from nano_vllm.cache.kv_cache import bytes_per_block
 from nano_vllm.config import EngineConfig, ModelConfig
+from nano_vllm.sampling.logprobs import ROWS_AT_ONCE
 
+LOGPROB_ROWS = 256
+"""Prompt positions whose logits exist at the same time, for prompt_logprobs."""
 CPU_CONTEXTS = 4
 """Full contexts that the KV cache holds by default on a CPU."""
 
@@ -34,7 +37,7 @@ def num_kv_blocks(
         memory = config.kv_cache_memory
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        reserve = _activation_bytes(config, model, max_num_batched_tokens, dtype)
+        reserve = _activation_bytes(config, model, max_model_len, max_num_batched_tokens, dtype)
         memory = int(free - (1 - config.gpu_memory_utilization) * total) - reserve
         if memory < block_bytes:
             raise ValueError(
@@ -56,21 +59,27 @@ def num_kv_blocks(
 
 
 def _activation_bytes(
-    config: EngineConfig, model: ModelConfig, max_num_batched_tokens: int, dtype: torch.dtype
+    config: EngineConfig,
+    model: ModelConfig,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    dtype: torch.dtype,
 ) -> int:
     """Upper bound of what a step allocates beside weights and cache.
 
     Per token: the residual stream, a layer's input and output, and its widest intermediate
     (queries, keys, values and attention output, or gate, up and their product). Per sampled row:
-    logits, in the model's dtype and as the float32 copies that sampling makes. Half as much again
+    logits, in the model's dtype and adjusted, in float32; and what the sequence has said. For
+    log-probabilities: logits of a part of a prompt, and some rows in float64. Half as much again
     for the allocator's rounding.
     """
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     per_token = (
         4 * model.hidden_size + max(attention, 3 * model.intermediate_size)
     ) * dtype.itemsize
-    per_row = model.vocab_size * (dtype.itemsize + 6 * 4)
+    per_row = model.vocab_size * (dtype.itemsize + 4) + max_model_len * 4
     bound = max_num_batched_tokens * per_token + config.max_num_seqs * per_row
+    bound += model.vocab_size * (LOGPROB_ROWS * dtype.itemsize + ROWS_AT_ONCE * 3 * 8)
     reserve = 256 * 2**20
     if not config.enforce_eager:
         # The graphs of decode steps have memory of their own, and the driver's for their nodes.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,17 +20,15 @@ from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
 from nano_vllm.runner.cuda_graphs import DecodeGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
-from nano_vllm.runner.memory import num_kv_blocks
-from nano_vllm.sampling.logprobs import logprob_entries
-from nano_vllm.sampling.sampler import Sampler, can_sample_ahead
+from nano_vllm.runner.memory import LOGPROB_ROWS, num_kv_blocks
+from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
+from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.step_record import StepRecorder, step_range
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
 MAX_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens computed in one step by default."""
-LOGPROB_ROWS = 256
-"""Prompt positions whose logits exist at the same time, for prompt_logprobs."""
 
 
 class ModelRunner:
@@ -102,7 +101,7 @@ class ModelRunner:
             if self.device.type == "cuda" and not config.enforce_eager:
                 largest = min(config.max_num_seqs, self.max_num_batched_tokens)
                 self.graphs = DecodeGraphs(self._decode, largest)
-        self.sampler = Sampler(seed=config.seed)
+        self.sampler = Sampler(self.max_model_len, config.seed)
         self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
         """What the last step sampled."""
         self.recorder: StepRecorder | None = None
@@ -111,13 +110,10 @@ class ModelRunner:
         self.load_laps = timer.laps
         """Seconds by phase."""
 
-    def can_run_ahead(self, batch: Batch) -> bool:
-        """Whether the step behind a batch may be launched before its tokens are known: on a GPU,
-        where its sampling neither depends on them nor waits.
-        """
-        return self.device.type == "cuda" and all(
-            can_sample_ahead(scheduled.sequence) for scheduled in batch.scheduled
-        )
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the step behind one that is still computed may be launched."""
+        return self.device.type == "cuda"
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
@@ -136,21 +132,35 @@ class ModelRunner:
             if batch.ahead_rows is not None:
                 self._feed_tokens(inputs, batch.ahead_rows)
         with step_range("forward", recorder):
+            prompt_logprobs: list[PromptLogprobs] = []
             if self.graphs is not None and graph_size is not None:
-                rows = list(range(len(batch.scheduled)))
-                logits = self.graphs.logits(inputs)[: len(rows)]
-                prompt_logprobs = {}
+                count = len(batch.scheduled)
+                rows = list(range(count))
+                logits = self.graphs.logits(inputs)[:count]
+                seq_lens, token_ids = inputs.attention.seq_lens[:count], inputs.input_ids[:count]
             else:
                 hidden = self._forward(inputs)
-                rows, logits = self._last_logits(batch, hidden)
+                rows, at, last = self._sampling_rows(batch)
+                logits = self.model.compute_logits(hidden.index_select(0, last))
+                seq_lens = inputs.attention.seq_lens.index_select(0, at)
+                token_ids = inputs.input_ids.index_select(0, last)
                 prompt_logprobs = self._prompt_logprobs(batch, hidden)
         with step_range("sample", recorder):
             sequences = [batch.scheduled[row].sequence for row in rows]
-            self._token_ids = self.sampler.choose(logits, sequences, batch.lead)
-            token_ids = HostCopy(self._token_ids)
+            self._token_ids = self.sampler.choose(
+                logits, sequences, seq_lens, token_ids, batch.lead
+            )
+            logprobs = self.sampler.logprobs(logits, self._token_ids, sequences)
+            launched = LaunchedStep(
+                batch,
+                rows,
+                HostCopy(self._token_ids),
+                None if logprobs is None else HostCopy(logprobs),
+                prompt_logprobs,
+            )
         if recorder is not None:
             recorder.end(batch, graph_size is not None)
-        return LaunchedStep(batch, self.sampler, rows, logits, token_ids, prompt_logprobs)
+        return launched
 
     def _feed_tokens(self, inputs: ModelInput, rows: list[int]) -> None:
         """Take the tokens that the step before has sampled for these rows of it."""
@@ -170,22 +180,22 @@ class ModelRunner:
     def _decode(self, inputs: ModelInput) -> torch.Tensor:
         return self.model.compute_logits(self._forward(inputs))
 
-    def _last_logits(self, batch: Batch, hidden: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-        """The batch's rows that sample and their logits, which are computed for them alone."""
-        last_rows, sampling_rows = [], []
+    def _sampling_rows(self, batch: Batch) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        """The batch's rows that sample; on the device the same, and the last token of each among
+        the step's tokens.
+        """
+        rows, last = [], []
         end = 0
         for row, scheduled in enumerate(batch.scheduled):
             end += scheduled.num_tokens
             if scheduled.samples:
-                sampling_rows.append(row)
-                last_rows.append(end - 1)
-        index = torch.tensor(last_rows, dtype=torch.int64).to(self.device, non_blocking=True)
-        return sampling_rows, self.model.compute_logits(hidden.index_select(0, index))
+                rows.append(row)
+                last.append(end - 1)
+        index = torch.tensor([rows, last], dtype=torch.int64).to(self.device, non_blocking=True)
+        return rows, index[0], index[1]
 
-    def _prompt_logprobs(
-        self, batch: Batch, hidden: torch.Tensor
-    ) -> dict[int, list[dict[int, Logprob]]]:
-        result: dict[int, list[dict[int, Logprob]]] = {}
+    def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[PromptLogprobs]:
+        result = []
         start = 0
         for row, scheduled in enumerate(batch.scheduled):
             sequence, begin = scheduled.sequence, start
@@ -195,13 +205,14 @@ class ModelRunner:
             last = min(first + scheduled.num_tokens, sequence.num_prompt_tokens)
             if num_logprobs is None or first >= last:
                 continue
-            entries: list[dict[int, Logprob]] = []
+            tables = []
             for low in range(first, last, LOGPROB_ROWS):
                 targets = sequence.token_ids[low : min(low + LOGPROB_ROWS, last)]
                 offset = begin + low - first
                 logits = self.model.compute_logits(hidden[offset : offset + len(targets)])
-                entries += logprob_entries(logits, targets, num_logprobs)
-            result[row] = entries
+                index = torch.tensor(targets).to(self.device, non_blocking=True)
+                tables.append(HostCopy(logprob_table(logits, index, num_logprobs)))
+            result.append(PromptLogprobs(row, sequence.token_ids[first:last], num_logprobs, tables))
         return result
 
     def close(self) -> None:
@@ -227,7 +238,7 @@ class HostCopy:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def tolist(self) -> list[int]:
+    def tolist(self) -> list[Any]:
         """Waits for what was launched before the copy, and for nothing that came later."""
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -235,28 +246,44 @@ class HostCopy:
 
 
 @dataclass(slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens, on their way to the host."""
+
+    row: int
+    """Of the batch."""
+    token_ids: list[int]
+    num_logprobs: int
+    tables: list[HostCopy]
+    """`logprob_table` of the tokens, in parts."""
+
+    def entries(self) -> list[dict[int, Logprob]]:
+        """Waits for the step."""
+        table = [row for part in self.tables for row in part.tolist()]
+        return logprob_entries(table, self.token_ids, [self.num_logprobs] * len(table))
+
+
+@dataclass(slots=True)
 class LaunchedStep:
     """A step that the device computes."""
 
     batch: Batch
-    sampler: Sampler
     rows: list[int]
     """Of the batch, those that sample."""
-    logits: torch.Tensor
-    """[len(rows), vocab_size]; gone with the next launch."""
     token_ids: HostCopy
-    prompt_logprobs: dict[int, list[dict[int, Logprob]]]
+    logprobs: HostCopy | None
+    """From `Sampler.logprobs`."""
+    prompt_logprobs: list[PromptLogprobs]
 
-    @torch.inference_mode()
     def result(self) -> StepResult:
         """Waits for the step."""
         sampled: list[SampledToken | None] = [None] * len(self.batch.scheduled)
         sequences = [self.batch.scheduled[row].sequence for row in self.rows]
-        tokens, failed = self.sampler.describe(self.token_ids.tolist(), self.logits, sequences)
+        logprobs = None if self.logprobs is None else self.logprobs.tolist()
+        tokens, failed = describe(self.token_ids.tolist(), logprobs, sequences)
         failures = {self.rows[i]: reason for i, reason in failed.items()}
         for row, token in zip(self.rows, tokens, strict=True):
             sampled[row] = None if row in failures else token
-        return StepResult(sampled, failures, self.prompt_logprobs)
+        return StepResult(sampled, failures, {p.row: p.entries() for p in self.prompt_logprobs})
 
 
 def _choose_device(name: str) -> torch.device:

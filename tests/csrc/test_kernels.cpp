@@ -22,7 +22,6 @@
 #include "layers/linear.h"
 #include "layers/rms_norm.h"
 #include "quantization/quantized_linear.h"
-#include "sampling/sample_tokens.h"
 
 namespace nano_vllm::test {
 namespace {
@@ -464,50 +463,6 @@ void test_copy_blocks() {
   CHECK(pool == expected);
 }
 
-// --- sampling ---
-
-void test_sample_tokens() {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  constexpr int kRows = 6;
-  for (DType dtype : kDTypes) {
-    for (int vocab_size : {1, 7, 8, 1023, 1024, 1025, 3000}) {
-      const int64_t stride = vocab_size + 1;
-      Buffer logits(dtype, kRows * stride);
-      logits.fill(-4, 4);
-      const std::vector<double> temperatures = {0, 1, 0.3, 5, 1, 1e-300};
-      const std::vector<double> floors = {-kInfinity, -kInfinity, -2, -1, 0, -kInfinity};
-      for (double uniform : {0.0, 0.1, 0.5, 0.9, 1 - 0x1p-53}) {
-        const std::vector<double> uniforms(kRows, uniform);
-        std::vector<int64_t> out(kRows, -99);
-        cpu::sample_tokens({dtype, out.data(), logits.data(), temperatures.data(), floors.data(),
-                            uniforms.data(), stride, kRows, vocab_size});
-        for (int row = 0; row < kRows; ++row) {
-          const auto logit = [&](int64_t token) { return logits[row * stride + token]; };
-          double largest = -kInfinity, total = 0, below = 0;
-          for (int i = 0; i < vocab_size; ++i) largest = std::max(largest, logit(i));
-          const auto weight = [&](int64_t token) {
-            if (temperatures[row] == 0) return logit(token) == largest ? 1.0 : 0.0;
-            const double exponent = (logit(token) - largest) / temperatures[row];
-            return exponent < floors[row] ? 0.0 : std::exp(exponent);
-          };
-          CHECK(out[row] >= 0 && out[row] < vocab_size);
-          for (int i = 0; i < vocab_size; ++i) {
-            if (i < out[row]) below += weight(i);
-            total += weight(i);
-          }
-          const double own = weight(out[row]);
-          CHECK(own > 0);
-          if (temperatures[row] == 0) {
-            CHECK(below == 0);  // the first of equal ones
-          } else {
-            CHECK(below / total - 1e-6 <= uniform && uniform <= (below + own) / total + 1e-6);
-          }
-        }
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace nano_vllm::test
 
@@ -519,7 +474,6 @@ int main() {
   test_linear();
   test_quantized_linear();
   test_rms_norm();
-  test_sample_tokens();
   test_activation();
   test_reshape_and_cache();
   test_rotary_reshape_and_cache();

@@ -88,9 +88,6 @@ class FakeRunner:
         self.is_closed = False
         self._slots: list[int | None] = [None] * (num_blocks * block_size)
 
-    def can_run_ahead(self, batch: Batch) -> bool:
-        return self.runs_ahead
-
     def launch(self, batch: Batch) -> SimpleNamespace:
         """Computes at once, as if by a device that takes one step after the other."""
         result = self._execute(batch)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from nano_vllm import ops
+from tests.kernels.sampling import adjust_arguments, sample_arguments
 
 BLOCK_SIZE = 8
 FLOAT8 = torch.float8_e4m3fn
@@ -151,12 +152,37 @@ def run_linear(dtype: torch.dtype) -> None:
 
 def run_sampling(dtype: torch.dtype, offset: int) -> None:
     for vocab_size in (1, 100, 1032, 40_001):
-        numbers = torch.rand(3, 5, dtype=torch.float64, device="cuda")
-        numbers[0, 0], numbers[1] = 0.0, -numbers[1]
+        logits = normal(6, vocab_size, dtype=dtype, offset=offset)
+        said = [[0] * 5, [0, vocab_size - 1] * 20]
+        adjusted = torch.empty(2, vocab_size, device="cuda")
+        ops.adjust_logits(
+            adjusted,
+            **adjust_arguments(
+                logits,
+                said,
+                [2, 3],
+                [5, 1],
+                repetition=[1.5, 1.0],
+                frequency=[0.5, 0.5],
+                presence=[0.0, 0.5],
+                bias=[{0: 1.0}, {}],
+                allowed=[[], [0]],
+                ends=[[0], []],
+                min_tokens=[1, 0],
+                bad_words=[[], [[0, 0]]],
+            ),
+        )
         ops.sample_tokens(
-            torch.empty(5, dtype=torch.int64, device="cuda"),
-            normal(5, vocab_size, dtype=dtype, offset=offset),
-            *(row.clone() for row in numbers),
+            torch.empty(6, dtype=torch.int64, device="cuda"),
+            **sample_arguments(
+                logits,
+                temperatures=[0.0, 1.0, 0.5, 2.0, 1.0, 1.0],
+                top_k=[0, 0, 20, 0, 0, 3000],
+                top_p=[1.0, 1.0, 1.0, 0.9, 0.5, 0.999],
+                min_p=[0.0, 0.5, 0.0, 0.0, 0.0, 0.0],
+            ),
+            adjusted=adjusted,
+            adjusted_rows=torch.tensor([-1, 1, -1, -1, -1, 0], dtype=torch.int32, device="cuda"),
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from nano_vllm import ops
 from tests.kernels.compare import assert_equal_bits
 from tests.kernels.draw import FLOAT8
+from tests.kernels.sampling import adjust_arguments, sample_arguments
 
 Arguments = dict[str, Any]
 
@@ -118,14 +119,19 @@ def linear_arguments() -> Arguments:
     }
 
 
+def adjust_logits_arguments() -> Arguments:
+    said = [[1, 2], [3], [4, 5, 6]]
+    lists = {"bias": [{1: 2.0}, {}, {}], "bad_words": [[], [[1, 2]], [[3]]]}
+    arguments = adjust_arguments(torch.zeros(7, 64), said, [1, 1, 2], **lists)  # type: ignore[arg-type]
+    return {"out": torch.zeros(3, 64), **arguments}
+
+
 def sample_tokens_arguments() -> Arguments:
     return {
         "out": torch.zeros(7, dtype=torch.int64),
-        "logits": torch.zeros(7, 64),
-        **{
-            name: torch.zeros(7, dtype=torch.float64)
-            for name in ("temperatures", "floors", "uniforms")
-        },
+        **sample_arguments(torch.zeros(7, 64)),
+        "adjusted": torch.zeros(2, 64),
+        "adjusted_rows": torch.tensor([-1, 0, 1, -1, -1, -1, -1], dtype=torch.int32),
     }
 
 
@@ -141,6 +147,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "silu_and_mul": silu_and_mul_arguments,
     "gelu_and_mul": gelu_and_mul_arguments,
     "linear": linear_arguments,
+    "adjust_logits": adjust_logits_arguments,
     "sample_tokens": sample_tokens_arguments,
 }
 
@@ -347,8 +354,41 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("out", zeros(6, dtype=torch.int64), "out must have shape [7], got [6]"),
         ("out", torch.Tensor.int, "out must be int64, got int32"),
         ("temperatures", torch.Tensor.float, "temperatures must be float64, got float32"),
-        ("floors", zeros(8, dtype=torch.float64), "floors must have shape [7], got [8]"),
-        ("uniforms", gapped, f"uniforms {GAPPED}"),
+        ("top_k", torch.Tensor.long, "top_k must be int32, got int64"),
+        ("top_p", zeros(8, dtype=torch.float64), "top_p must have shape [7], got [8]"),
+        ("min_p", gapped, f"min_p {GAPPED}"),
+        ("seeds", torch.Tensor.int, "seeds must be int64, got int32"),
+        ("streams", zeros(7, 1, dtype=torch.int64), "streams must have shape [7], got [7, 1]"),
+        ("seq_lens", zeros(6, dtype=torch.int32), "seq_lens must have shape [7], got [6]"),
+        ("prompt_lens", torch.Tensor.long, "prompt_lens must be int32, got int64"),
+        ("adjusted", torch.Tensor.half, "adjusted must be float32, got float16"),
+        ("adjusted", zeros(2, 63), "adjusted must have shape [any, 64], got [2, 63]"),
+        ("adjusted", lambda _: None, "adjusted and adjusted_rows come together, got one of them"),
+        ("adjusted_rows", zeros(6, dtype=torch.int32),
+         "adjusted_rows must have shape [7], got [6]"),
+    ],
+    "adjust_logits": [
+        ("logits", torch.Tensor.double, f"logits {FLOATS}, got float64"),
+        ("logits", gapped, f"logits {GAPPED}"),
+        ("logits", zeros(7, 0), "vocab_size must be in [1, 1048576], got 0"),
+        ("out", torch.Tensor.half, "out must be float32, got float16"),
+        ("out", zeros(7, 64), "out must have shape [3, 64], got [7, 64]"),
+        ("rows", torch.Tensor.long, "rows must be int32, got int64"),
+        ("token_ids", torch.Tensor.long, "token_ids must be int32, got int64"),
+        ("token_ids", zeros(3, dtype=torch.int32),
+         "token_ids must have shape [any, any], got [3]"),
+        ("slots", zeros(4, dtype=torch.int32), "slots must have shape [3], got [4]"),
+        ("new_token_ids", torch.Tensor.int, "new_token_ids must be int64, got int32"),
+        ("seq_lens", zeros(3, dtype=torch.int32), "seq_lens must have shape [7], got [3]"),
+        ("repetition_penalties", torch.Tensor.double,
+         "repetition_penalties must be float32, got float64"),
+        ("bias_starts", zeros(3, dtype=torch.int32), "bias_starts must have shape [4], got [3]"),
+        ("bias_values", zeros(2), "bias_values must have shape [1], got [2]"),
+        ("end_token_ids", torch.Tensor.long, "end_token_ids must be int32, got int64"),
+        ("bad_word_starts", zeros(3, dtype=torch.int32),
+         "bad_word_starts must have shape [4], got [3]"),
+        ("bad_word_token_starts", zeros(0, dtype=torch.int32),
+         "bad_word_token_starts must have at least one element, got [0]"),
     ],
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from nano_vllm import ops
 from tests.kernels.compare import assert_equal_bits
 from tests.kernels.draw import Draw, each_dtype
 from tests.kernels.graph_capture import capture
+from tests.kernels.sampling import adjust_arguments, sample_arguments
 
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 13, 8, 2, 128
 BLOCK_SIZE, NUM_BLOCKS, MAX_POSITION = 16, 20, 500
@@ -146,23 +147,47 @@ def silu_and_mul(draw: Draw, dtype: torch.dtype) -> Captured:
 
 
 def sample_tokens(draw: Draw, dtype: torch.dtype) -> Captured:
-    def doubles(low: float, high: float) -> torch.Tensor:
-        values = [draw.uniform(low, high) for _ in range(NUM_TOKENS)]
-        return torch.tensor(values, dtype=torch.float64, device=draw.device)
+    def given() -> dict[str, torch.Tensor]:
+        each = [draw.uniform(0.1, 1) for _ in range(4 * NUM_TOKENS)]
+        return sample_arguments(
+            draw.normal(NUM_TOKENS, 5000, dtype=dtype),
+            temperatures=each[:NUM_TOKENS],
+            top_k=[draw.choice((0, 20)) for _ in range(NUM_TOKENS)],
+            top_p=each[NUM_TOKENS : 2 * NUM_TOKENS],
+            min_p=[value / 9 for value in each[2 * NUM_TOKENS : 3 * NUM_TOKENS]],
+            seq_lens=[draw.between(5, 99) for _ in range(NUM_TOKENS)],
+        )
 
-    logits = draw.normal(NUM_TOKENS, 5000, dtype=dtype)
-    temperatures, floors, uniforms = doubles(0.1, 2), doubles(-5, 0), doubles(0, 1)
+    arguments = given()
     out = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=draw.device)
 
     def renew() -> None:
-        renew_normals(draw, [logits])
-        temperatures.copy_(doubles(0.1, 2))
-        floors.copy_(doubles(-5, 0))
-        uniforms.copy_(doubles(0, 1))
+        for name, fresh in given().items():
+            arguments[name].copy_(fresh)
 
-    return Captured(
-        lambda: ops.sample_tokens(out, logits, temperatures, floors, uniforms), renew, [out]
-    )
+    return Captured(lambda: ops.sample_tokens(out, **arguments), renew, [out])
+
+
+def adjust_logits(draw: Draw, dtype: torch.dtype) -> Captured:
+    def given() -> dict[str, torch.Tensor]:
+        said = [[draw.between(0, 99) for _ in range(20)] for _ in range(NUM_TOKENS)]
+        return adjust_arguments(
+            draw.normal(NUM_TOKENS, 100, dtype=dtype),
+            said,
+            [draw.between(1, 20) for _ in range(NUM_TOKENS)],
+            repetition=[draw.uniform(0.5, 2) for _ in range(NUM_TOKENS)],
+            presence=[draw.uniform(-2, 2) for _ in range(NUM_TOKENS)],
+            bias=[{draw.between(0, 99): draw.uniform(-9, 9)} for _ in range(NUM_TOKENS)],
+        )
+
+    arguments = given()
+    out = torch.zeros(NUM_TOKENS, 100, device=draw.device)
+
+    def renew() -> None:
+        for name, fresh in given().items():
+            arguments[name].copy_(fresh)
+
+    return Captured(lambda: ops.adjust_logits(out, **arguments), renew, [out])
 
 
 def linear(draw: Draw, dtype: torch.dtype) -> Captured:
@@ -292,6 +317,7 @@ OPS: dict[str, Callable[[Draw, torch.dtype], Captured]] = {
         reshape_and_cache,
         rms_norm,
         rotary_reshape_and_cache,
+        adjust_logits,
         sample_tokens,
         silu_and_mul,
         swap_blocks,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from nano_vllm import ops
 from nano_vllm.batch import SampledToken
-from nano_vllm.sampling import truncation
-from nano_vllm.sampling.logprobs import logprob_entries
-from nano_vllm.sampling.sampler import ROWS_AT_ONCE, Sampler
+from nano_vllm.sampling.logprobs import ROWS_AT_ONCE, logprob_entries, logprob_table
+from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
 
@@ -39,14 +39,33 @@ def make_sequence(
     return sequence
 
 
-def describe(
-    sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]
+def choose(
+    sampler: Sampler,
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    new_tokens: list[int] | None = None,
+) -> torch.Tensor:
+    """With a token each that the sequences do not know yet, if any are given."""
+    new = new_tokens or [sequence.token_ids[-1] for sequence in sequences]
+    lead = 0 if new_tokens is None else 1
+    lens = [sequence.num_tokens + lead for sequence in sequences]
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=logits.device)
+    return sampler.choose(
+        logits, sequences, seq_lens, torch.tensor(new, device=logits.device), lead
+    )
+
+
+def draw_and_describe(
+    logits: torch.Tensor, sequences: list[Sequence], seed: int = 0
 ) -> tuple[list[SampledToken], dict[int, str]]:
-    return sampler.describe(sampler.choose(logits, sequences).tolist(), logits, sequences)
+    sampler = Sampler(64, seed)
+    token_ids = choose(sampler, logits, sequences)
+    logprobs = sampler.logprobs(logits, token_ids, sequences)
+    return describe(token_ids.tolist(), None if logprobs is None else logprobs.tolist(), sequences)
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], seed: int = 0) -> list[int]:
-    tokens, failures = describe(Sampler(seed), logits, sequences)
+    tokens, failures = draw_and_describe(logits, sequences, seed)
     assert not failures
     return [token.token_id for token in tokens]
 
@@ -85,11 +104,8 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_draws_follow_the_distribution(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_draws_follow_the_distribution(settings: dict[str, Any]) -> None:
     num_draws, vocab_size = 20_000, 20
-    monkeypatch.setattr(truncation, "ROWS_AT_ONCE", num_draws)
     logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)) * 1.5
     params = SamplingParams(**settings)
     expected = distribution(logits.numpy(), params) * num_draws
@@ -156,22 +172,6 @@ def test_ties_stay_together() -> None:
     for settings in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1}, {"min_p": 1.0}):
         drawn = {sample(logits, [make_sequence(seq_id, **settings)])[0] for seq_id in range(100)}
         assert drawn == {1, 2, 3}
-
-
-@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.999])
-def test_top_p_over_a_flat_row(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    # More tokens than are sorted at first, in one row of two
-    monkeypatch.setattr(truncation, "TOP_P_CANDIDATES", 8)
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.stack((torch.randn(64, generator=generator) * 0.1, torch.arange(64.0)))
-    params = [SamplingParams(top_p=top_p), SamplingParams(top_p=top_p)]
-    floors = torch.full((2,), -INF, dtype=torch.float64)
-    truncation.raise_floors(floors, logits, params)
-    logits = logits.double()
-    kept = logits - logits.amax(-1, keepdim=True) >= floors.unsqueeze(-1)
-    for row in range(2):
-        expected = distribution(logits[row].numpy(), params[row]) > 0
-        assert kept[row].tolist() == expected.tolist()
 
 
 def test_extreme_temperatures() -> None:
@@ -255,7 +255,7 @@ def test_a_row_that_is_not_finite_fails_alone(value: float) -> None:
         sequences = [make_sequence(row, logprobs=1, temperature=0.0) for row in range(3)]
         sequences.insert(1, make_sequence(9, **settings))
         sequences[3] = make_sequence(8, **settings)
-        tokens, failures = describe(Sampler(), logits, sequences)
+        tokens, failures = draw_and_describe(logits, sequences)
         rows = [3] if value == -INF else [1, 3]
         assert failures == dict.fromkeys(rows, "the model's logits are not finite")
         assert (tokens[0].token_id, tokens[2].token_id) == (1, 0)
@@ -266,9 +266,7 @@ def test_a_row_without_an_allowed_token_fails_alone() -> None:
     for temperature in (0.0, 1.0):
         settings: dict[str, Any] = {"temperature": temperature, "min_tokens": 3, "max_tokens": 9}
         closed = make_sequence(0, end_token_ids=frozenset({1}), allowed_token_ids=[1], **settings)
-        tokens, failures = describe(
-            Sampler(), torch.zeros(2, 3), [closed, make_sequence(1, top_k=1)]
-        )
+        tokens, failures = draw_and_describe(torch.zeros(2, 3), [closed, make_sequence(1, top_k=1)])
         assert list(failures) == [0]
         assert failures[0].startswith("no token is left")
         assert 0 <= tokens[1].token_id < 3
@@ -280,7 +278,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         make_sequence(row, temperature=0.3, top_k=4, logit_bias={7: 3.0}, logprobs=row % 4)
         for row in range(len(logits))
     ]
-    tokens, _ = describe(Sampler(), logits, sequences)
+    tokens, _ = draw_and_describe(logits, sequences)
     expected = logits.double().log_softmax(-1)
     for row, token in enumerate(tokens):
         assert token.logprobs is not None
@@ -293,8 +291,8 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 
 def test_only_rows_that_ask_get_logprobs() -> None:
-    tokens, _ = describe(
-        Sampler(), torch.randn(2, 5), [make_sequence(0), make_sequence(1, logprobs=0)]
+    tokens, _ = draw_and_describe(
+        torch.randn(2, 5), [make_sequence(0), make_sequence(1, logprobs=0)]
     )
     assert tokens[0].logprobs is None
     assert list(tokens[1].logprobs or ()) == [tokens[1].token_id]
@@ -302,21 +300,62 @@ def test_only_rows_that_ask_get_logprobs() -> None:
 
 def test_entries_of_prompt_tokens() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 5.0]], dtype=torch.bfloat16)
-    first, second = logprob_entries(logits, [0, 2], 2)
+    table = logprob_table(logits, torch.tensor([0, 2]), 2)
+    first, second = logprob_entries(table.tolist(), [0, 2], [2, 2])
     assert {t: e.rank for t, e in first.items()} == {0: 3, 1: 1, 2: 1}
     assert next(iter(second)) == 2
     assert second[2].logprob == pytest.approx(-math.log(1 + 2 * math.exp(-5)), abs=1e-12)
 
 
-def test_a_greedy_batch_does_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*args: object) -> None:
-        raise AssertionError("more than an argmax")
+def test_a_greedy_batch_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("more than a draw")
 
-    for name in ("_choose_adjusted", "_uniforms"):
-        monkeypatch.setattr(Sampler, name, forbidden)
+    monkeypatch.setattr(ops, "adjust_logits", forbidden)
     logits = torch.randn(4, 10)
     sequences = [make_sequence(row, temperature=0.0) for row in range(4)]
     assert sample(logits, sequences) == logits.argmax(-1).tolist()
+
+
+def test_steps_one_after_the_other_equal_single_ones() -> None:
+    """What a sampler keeps from step to step: rows of the same sequences, the tokens they said, and
+    until when min_tokens forbids an end; where the newest token is known to the device alone, too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    settings: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.5, "top_k": 4},
+        {"presence_penalty": 2.0, "frequency_penalty": 0.5, "temperature": 0.0},
+        {"min_tokens": 3, "end_token_ids": frozenset({0, 1, 2, 3, 4})},
+        {"bad_words": ((1, 2), (3,), (4, 4))},
+        {"logit_bias": {5: 2.0}, "min_tokens": 6, "end_token_ids": frozenset({6, 7})},
+    ]
+    for ahead in (False, True):
+        sequences = [
+            make_sequence(row, prompt=[1, 2, 3], max_tokens=60, **settings[row % 6])
+            for row in range(12)
+        ]
+        sampler = Sampler(64)
+        unknown: dict[int, int] = {}
+        for step in range(20):
+            # Some sequences end, some come again after a while, in another order.
+            rows = list(range(12)) if step % 5 < 4 else list(range(11, 0, -2))
+            if step % 5 in (0, 4):
+                for row, token in unknown.items():
+                    sequences[row].token_ids.append(token)
+                unknown = {}
+            logits = torch.randn(len(rows), 9, generator=generator)
+            batch = [sequences[row] for row in rows]
+            new = [unknown[row] for row in rows] if unknown else None
+            tokens = choose(sampler, logits, batch, new).tolist()
+            for row, token in unknown.items():
+                sequences[row].token_ids.append(token)
+            assert tokens == sample(logits, batch)
+            unknown = dict(zip(rows, tokens, strict=True))
+            if not ahead:
+                for row, token in unknown.items():
+                    sequences[row].token_ids.append(token)
+                unknown = {}
 
 
 @pytest.mark.cuda
@@ -335,8 +374,8 @@ def test_both_devices_draw_alike() -> None:
         for row in range(100)
     ]
     logits[50, 0] = math.nan
-    tokens, failures = describe(Sampler(), logits.cuda(), sequences)
-    expected, expected_failures = describe(Sampler(), logits, sequences)
+    tokens, failures = draw_and_describe(logits.cuda(), sequences)
+    expected, expected_failures = draw_and_describe(logits, sequences)
     assert failures == expected_failures
     assert [t.token_id for t in tokens] == [t.token_id for t in expected]
     for ours, theirs in zip(tokens, expected, strict=True):

@@ -1,4 +1,4 @@
-// CUDA C++ on a CPU, as far as the attention kernels use it: a kernel's blocks run one after the
+// CUDA C++ on a CPU, as far as the kernels tested here use it: a kernel's blocks run one after the
 // other, the threads of a block as fibers that take turns where they wait for one another. So the
 // kernels' indexing, masks, plans and barriers are tested, under AddressSanitizer too, where there
 // is no GPU. What is not seen: the order of unsynchronised memory accesses, and timing.
@@ -93,6 +93,19 @@ WarpValues<T> gather(T value) {
 inline void __syncthreads() {
   cuda_on_cpu::meet(0, threadIdx.x, blockDim.x, nullptr, [](void**) {});
 }
+// The number of threads of the block for which the value holds.
+inline int __syncthreads_count(bool value) {
+  struct Data {
+    int in, out;
+  } data{value, 0};
+  cuda_on_cpu::meet(0, threadIdx.x, blockDim.x, &data, [](void** all) {
+    int count = 0;
+    for (unsigned i = 0; i < blockDim.x; ++i) count += static_cast<Data*>(all[i])->in;
+    for (unsigned i = 0; i < blockDim.x; ++i) static_cast<Data*>(all[i])->out = count;
+  });
+  return data.out;
+}
+inline bool __syncthreads_or(bool value) { return __syncthreads_count(value) != 0; }
 inline void __syncwarp() { cuda_on_cpu::gather(0); }
 template <class T>
 T __shfl_sync(unsigned, T value, int source) {
@@ -116,9 +129,15 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 }
 inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
-inline int atomicAdd(int* address, int value) {
-  const int old = *address;
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
   *address += value;
+  return old;
+}
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address |= value;
   return old;
 }
 
@@ -141,6 +160,14 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   }
   return picked;
 }
+inline unsigned long long __float2ull_rn(float x) {
+  return static_cast<unsigned long long>(std::nearbyint(x));
+}
+inline float __double2float_ru(double x) {
+  const float y = static_cast<float>(x);
+  return y < x ? std::nextafter(y, INFINITY) : y;
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
