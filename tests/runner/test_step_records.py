@@ -12,7 +12,6 @@ import torch
 from nano_vllm import LLM, SamplingParams
 from nano_vllm.batch import StepResult
 from nano_vllm.runner.model_runner import LaunchedStep, ModelRunner
-from nano_vllm.sampling.sampler import can_sample_ahead
 from nano_vllm.step_record import PHASES, ClockEvent, StepRecord, StepRecorder
 from tests.models.checkpoints import make_checkpoint
 
@@ -23,11 +22,7 @@ MAX_TOKENS = (8, 3, 5)
 @pytest.fixture(params=[True, False], ids=["ahead", "step by step"])
 def runs_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """On a CPU too."""
-    monkeypatch.setattr(
-        ModelRunner,
-        "can_run_ahead",
-        lambda _, batch: all(can_sample_ahead(s.sequence) for s in batch.scheduled),
-    )
+    monkeypatch.setattr(ModelRunner, "runs_ahead", True)
     return request.param
 
 
@@ -136,9 +131,11 @@ def test_a_step_that_fails_leaves_the_records_in_step(
         check(recorder.records())
 
 
-def test_recording_begins_between_steps(tmp_path: Path, device: str) -> None:
+def test_recording_begins_between_steps(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "runs_ahead", True)
     with make_llm(tmp_path, device, runs_ahead=True) as llm:
-        llm.engine.runner.can_run_ahead = lambda batch: True  # type: ignore[method-assign]
         llm.engine.add_request("r", PROMPTS[0], SamplingParams(temperature=0, max_tokens=9))
         llm.engine.step()
         llm.engine.step()
