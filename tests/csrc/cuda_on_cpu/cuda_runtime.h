@@ -141,6 +141,9 @@ inline unsigned atomicOr(unsigned* address, unsigned value) {
   return old;
 }
 
+using std::isinf;
+using std::isnan;
+
 inline float __uint_as_float(unsigned x) {
   float y;
   std::memcpy(&y, &x, sizeof(y));
