@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nano_vllm import ops
-from nano_vllm.batch import Batch, SampledToken, StepResult
+from nano_vllm.batch import Batch, ScheduledSequence, StepResult
 from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
 from nano_vllm.metrics import LapTimer, nvtx_range
@@ -83,7 +83,7 @@ class ModelRunner:
                 max_blocks_per_seq,
                 self.block_size,
                 self.device,
-                config.enable_cascade_attention,
+                config.enable_cascade_attention and self.device.type == "cuda",
             )
             self.num_blocks = num_kv_blocks(
                 config,
@@ -104,6 +104,8 @@ class ModelRunner:
         self.sampler = Sampler(seed=config.seed)
         self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
         """What the last step sampled."""
+        self._sampled_ahead: list[ScheduledSequence] = []
+        """Sequences found to be sampled ahead."""
         timer.lap("KV cache")
         self.load_laps = timer.laps
         """Seconds by phase."""
@@ -112,9 +114,14 @@ class ModelRunner:
         """Whether the step behind a batch may be launched before its tokens are known: on a GPU,
         where its sampling neither depends on them nor waits.
         """
-        return self.device.type == "cuda" and all(
-            can_sample_ahead(scheduled.sequence) for scheduled in batch.scheduled
-        )
+        if self.device.type != "cuda":
+            return False
+        # A sequence that could be sampled ahead always can: the same ones are not asked again.
+        if batch.scheduled is not self._sampled_ahead:
+            if not all(can_sample_ahead(s.sequence) for s in batch.scheduled):
+                return False
+            self._sampled_ahead = batch.scheduled
+        return True
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
@@ -244,13 +251,18 @@ class LaunchedStep:
     @torch.inference_mode()
     def result(self) -> StepResult:
         """Waits for the step."""
-        sampled: list[SampledToken | None] = [None] * len(self.batch.scheduled)
         sequences = [self.batch.scheduled[row].sequence for row in self.rows]
-        tokens, failed = self.sampler.describe(self.token_ids.tolist(), self.logits, sequences)
-        failures = {self.rows[i]: reason for i, reason in failed.items()}
-        for row, token in zip(self.rows, tokens, strict=True):
-            sampled[row] = None if row in failures else token
-        return StepResult(sampled, failures, self.prompt_logprobs)
+        token_ids = self.token_ids.tolist()
+        logprobs, failures = self.sampler.describe(token_ids, self.logits, sequences)
+        if len(self.rows) < len(self.batch.scheduled):
+            by_row = dict(zip(self.rows, token_ids, strict=True))
+            token_ids = [by_row.get(row, -1) for row in range(len(self.batch.scheduled))]
+        return StepResult(
+            token_ids,
+            {self.rows[i]: reason for i, reason in failures.items()},
+            {self.rows[i]: entry for i, entry in logprobs.items()},
+            self.prompt_logprobs,
+        )
 
 
 def _choose_device(name: str) -> torch.device:

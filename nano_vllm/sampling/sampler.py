@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nano_vllm import ops
-from nano_vllm.batch import SampledToken
+from nano_vllm.outputs import Logprob
 from nano_vllm.sampling.logprobs import logprob_entries
 from nano_vllm.sampling.penalties import apply_penalties, has_penalties
 from nano_vllm.sampling.philox import uniforms
@@ -74,30 +74,28 @@ class Sampler:
 
     def describe(
         self, token_ids: list[int], logits: torch.Tensor, sequences: list[Sequence]
-    ) -> tuple[list[SampledToken], dict[int, str]]:
-        """The tokens chosen, with log-probabilities where they are asked for.
+    ) -> tuple[dict[int, dict[int, Logprob]], dict[int, str]]:
+        """What is to be said of the tokens chosen.
 
         Args:
             token_ids: from `choose`, as are the logits and the sequences.
 
         Returns:
-            a token for each row, and for rows that have none the reason.
+            log-probabilities of the rows that ask for them, and for rows without a token the
+            reason.
         """
         failures = {row: _FAILURES[t] for row, t in enumerate(token_ids) if t < 0}
-        tokens = [SampledToken(token_id) for token_id in token_ids]
         rows = [
             row
             for row, sequence in enumerate(sequences)
             if sequence.params.logprobs is not None and row not in failures
         ]
-        if rows:
-            counts = [sequences[row].params.logprobs or 0 for row in rows]
-            chosen = [token_ids[row] for row in rows]
-            for row, entry in zip(
-                rows, logprob_entries(_select(logits, rows), chosen, counts), strict=True
-            ):
-                tokens[row].logprobs = entry
-        return tokens, failures
+        if not rows:
+            return {}, failures
+        counts = [sequences[row].params.logprobs or 0 for row in rows]
+        chosen = [token_ids[row] for row in rows]
+        entries = logprob_entries(_select(logits, rows), chosen, counts)
+        return dict(zip(rows, entries, strict=True)), failures
 
     def _choose_adjusted(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         logits = logits.float()

@@ -97,6 +97,7 @@ struct Trace {
       DecodeStep ahead;
       const bool is_ahead = draw(0, 1) == 0 && rows.schedule_ahead(step, ahead, on_block);
       if (is_ahead) check_written(ahead);
+      if (is_ahead && draw(0, 4) == 0) continue;  // both fail, and are scheduled again
       take(step);
       if (is_ahead) take(ahead);  // without those that have just gone
       // Where the pool is dry, somebody has to go.
