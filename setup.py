@@ -201,7 +201,9 @@ def core_module() -> Extension:
         "nano_vllm._core",
         sources=[
             "csrc/bindings/core.cpp",
+            "csrc/bindings/decode_rows_core.cpp",
             "csrc/cache/block_allocator.cpp",
+            "csrc/cache/decode_rows.cpp",
             "csrc/cache/prepare_batch.cpp",
             "csrc/cache/shared_prefix.cpp",
         ],

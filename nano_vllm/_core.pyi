@@ -1,7 +1,9 @@
-"""The block allocator and the batch preparation, in C++ (csrc/cache, bound in csrc/bindings)."""
+"""The block allocator, the sequences that decode and the batch preparation, in C++ (csrc/cache,
+bound in csrc/bindings).
+"""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +117,25 @@ class BlockAllocator:
         Raises:
             ValueError: the block is in the index with other content.
         """
+    def commit_blocks(
+        self,
+        block_table: list[int],
+        block_hashes: list[bytes],
+        token_ids: list[int],
+        num_computed: int,
+    ) -> None:
+        """`commit` the full blocks of a sequence that are not committed yet.
+
+        Args:
+            block_table: its blocks.
+            block_hashes: of the leading blocks, which are committed; gets those of the others.
+            token_ids: its tokens.
+            num_computed: tokens that the cache holds.
+
+        Raises:
+            ValueError: as `commit`.
+            IndexError: a list is too short.
+        """
     def lookup(self, parent: bytes, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> int:
         """The block of this content with one reference added, or -1.
 
@@ -125,6 +146,144 @@ class BlockAllocator:
 
         Raises:
             RuntimeError: names what is broken.
+        """
+
+class DecodeStep:
+    """One token of each of some rows, as a step computes it. Made by `DecodeRows`.
+
+    It is to be written before the next step is taken in: once a row of it is gone, writing raises
+    ValueError. So do arrays of another dtype, shape or layout, and what does not fit them.
+    """
+
+    @property
+    def scheduled(self) -> list[Any]:
+        """The rows' `scheduled`: the same list as that of the step before, if they are the same
+        rows. Not to be changed.
+        """
+    @property
+    def ahead_rows(self) -> list[int]:
+        """Of a step scheduled ahead: for each row, its place in the step before."""
+    def __len__(self) -> int: ...
+    def write_inputs(
+        self,
+        out_input_ids: npt.NDArray[np.int64],
+        out_positions: npt.NDArray[np.int64],
+        out_slot_mapping: npt.NDArray[np.int64],
+        out_query_start_loc: npt.NDArray[np.int32],
+        out_seq_lens: npt.NDArray[np.int32],
+    ) -> int:
+        """Write what `prepare_batch` writes, padded with sequences that have nothing to do.
+
+        Args:
+            out_input_ids: [padded_size]; 0 where the token is not known yet.
+            out_positions: [padded_size].
+            out_slot_mapping: [padded_size]; -1 in the padding.
+            out_query_start_loc: [padded_size + 1].
+            out_seq_lens: [padded_size]; 0 in the padding.
+
+        Returns:
+            the greatest seq_len.
+        """
+    def write_tables(self, out: npt.NDArray[np.int32]) -> None:
+        """Write the block tables as `prepare_batch` does: [len(self), max_blocks_per_seq]."""
+    def write_table_changes(
+        self,
+        max_blocks_per_seq: int,
+        sent: npt.NDArray[np.int64],
+        out_table_rows: npt.NDArray[np.int32],
+        out_changes: npt.NDArray[np.int32],
+    ) -> int:
+        """Write what a copy of the block tables, [max_rows, max_blocks_per_seq], needs to hold
+        those of the step.
+
+        Args:
+            max_blocks_per_seq: columns of the copy.
+            sent: [max_rows, 2]; what the copy holds: zeros if nothing. Brought up to date.
+            out_table_rows: [padded_size]; the rows of the copy that are the step's, 0 in the
+                padding.
+            out_changes: [at most, 2]; places, row * max_blocks_per_seq + column, and the blocks
+                that belong there. No place comes twice.
+
+        Returns:
+            how many changes there are.
+        """
+    def find_shared_prefixes(self, min_saved_tokens: int, out: npt.NDArray[np.int32]) -> int:
+        """As `find_shared_prefixes`, for the step.
+
+        Args:
+            min_saved_tokens: if fewer need not be read, nothing is shared.
+            out: [2, padded_size]; of no use where nothing is shared.
+        """
+
+class DecodeRows:
+    """The sequences that decode: a row of numbers each, so that a step takes one call for all.
+
+    All tokens of such a sequence but the last have been computed, and from the last one's slot on
+    its blocks are its own. Its lists grow in place; nobody else changes them while it is here.
+    Steps are taken in by `advance` in the order in which they were scheduled. Rows may go at any
+    time: what comes of them in a step under way is dropped. Not thread-safe.
+
+    Args:
+        allocator: where blocks come from.
+        max_rows: rows at the same time.
+    """
+
+    def __init__(self, allocator: BlockAllocator, max_rows: int) -> None: ...
+    def __len__(self) -> int: ...
+    def add(
+        self,
+        scheduled: Any,
+        token_ids: list[int],
+        block_table: list[int],
+        block_hashes: list[bytes],
+        max_num_tokens: int,
+        min_num_tokens: int,
+        end_token_ids: Iterable[int],
+        is_followed: bool,
+    ) -> int:
+        """A row behind all others.
+
+        Args:
+            scheduled: what the steps' `scheduled` name it by.
+            token_ids: two at least.
+            block_table: covers all tokens but the last.
+            block_hashes: of its leading blocks, as far as they are committed.
+            max_num_tokens: the sequence ends with so many tokens.
+            min_num_tokens: an end token counts only beyond so many.
+            end_token_ids: tokens that end the sequence.
+            is_followed: whether `advance` is to name it for each of its tokens.
+
+        Returns:
+            its id, above those of all rows before.
+
+        Raises:
+            ValueError: all rows are taken; lists too short.
+        """
+    def remove(self, row_id: int) -> None:
+        """The row's blocks stay as they are. ValueError if there is no such row."""
+    def schedule(self, max_rows: int) -> DecodeStep:
+        """The step of the oldest rows, max_rows at most, up to the first that has no slot for its
+        last token and gets no block for it.
+        """
+    def schedule_ahead(self, behind: DecodeStep) -> DecodeStep | None:
+        """The step behind one whose tokens are not known yet, of all rows but those that reach
+        max_num_tokens in it.
+
+        Returns:
+            None, and nothing has changed, where a row is not part of that step, blocks do not
+            suffice, or no row stays.
+        """
+    def advance(self, step: DecodeStep, token_ids: list[int], commits: bool) -> list[int]:
+        """Append a step's tokens to their sequences.
+
+        Args:
+            step: scheduled before.
+            token_ids: one for each row of the step, and any others behind; below 0 for a row that
+                failed, which is left as it is.
+            commits: whether to commit the blocks that are full.
+
+        Returns:
+            places in the step of the rows that ended, failed or are followed.
         """
 
 def prepare_batch(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nano_vllm.outputs import Logprob
 from nano_vllm.sequence import Sequence
+
+if TYPE_CHECKING:
+    from nano_vllm._core import DecodeStep
 
 
 @dataclass(slots=True)
@@ -26,6 +30,11 @@ class Batch:
     """What the next step computes, in the order of its rows. Set by Scheduler."""
 
     scheduled: list[ScheduledSequence]
+    """The same list as that of the step before, where both have the same decodes and nothing else;
+    not changed by anyone.
+    """
+    decodes: DecodeStep | None = None
+    """The leading rows: sequences that ran before the step and advance by their last token."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """Copy-on-write copies (source block, destination block) to make before the step."""
     preempted: list[Sequence] = field(default_factory=list)
@@ -36,8 +45,18 @@ class Batch:
     """
 
     @property
+    def num_decodes(self) -> int:
+        return 0 if self.decodes is None else len(self.decodes)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether all rows are decodes."""
+        return self.num_decodes == len(self.scheduled)
+
+    @property
     def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.scheduled)
+        num_decodes = self.num_decodes
+        return num_decodes + sum(s.num_tokens for s in self.scheduled[num_decodes:])
 
     @property
     def lead(self) -> int:
@@ -46,21 +65,14 @@ class Batch:
 
 
 @dataclass(slots=True)
-class SampledToken:
-    """The next token of one sequence. Set by Sampler."""
-
-    token_id: int
-    logprobs: dict[int, Logprob] | None = None
-    """The token's own entry and those of the likeliest ones, where asked for."""
-
-
-@dataclass(slots=True)
 class StepResult:
-    """One entry per row of Batch.scheduled. Set by ModelRunner."""
+    """What came of each row of Batch.scheduled. Set by ModelRunner."""
 
-    sampled: list[SampledToken | None]
-    """None where the row does not sample, and where it failed."""
+    token_ids: list[int]
+    """The next token of each row; below 0 where it does not sample, and where it failed."""
     failures: dict[int, str] = field(default_factory=dict)
     """Row -> why it cannot go on (non-finite logits); the other rows are unharmed."""
+    logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
+    """Row -> its token's own entry and those of the likeliest ones, where asked for."""
     prompt_logprobs: dict[int, list[dict[int, Logprob]]] = field(default_factory=dict)
     """Row -> entries for the prompt tokens that this step's logits predict, where asked for."""

@@ -23,6 +23,7 @@ class Sequence:
 
     Invariants: num_computed_tokens <= num_tokens; block_table covers every computed or scheduled
         token while the sequence holds blocks and is empty otherwise; output_token_ids only grows.
+        While the sequence runs, its lists grow in place, from C++ (DecodeRows).
     """
 
     __slots__ = (
@@ -35,7 +36,9 @@ class Sequence:
         "num_prompt_tokens",
         "end_token_ids",
         "bad_words",
-        "num_computed_tokens",
+        "is_followed",
+        "_num_computed_tokens",
+        "decode_row",
         "num_cached_tokens",
         "num_preemptions",
         "block_table",
@@ -66,9 +69,12 @@ class Sequence:
         """Tokens that end the sequence: end-of-sequence (unless ignored) and stop tokens."""
         self.bad_words = bad_words
         """Token sequences that the output never completes."""
-        self.status = SequenceStatus.WAITING  # set by Scheduler, as are the next three
-        self.num_computed_tokens = 0
-        """Tokens whose keys and values are in the cache."""
+        self.is_followed = True  # set by Engine
+        """Whether somebody looks at each of its tokens, and not at all of them at its end."""
+        self.status = SequenceStatus.WAITING  # set by Scheduler, as are the next four
+        self._num_computed_tokens = 0
+        self.decode_row = -1
+        """Id among the DecodeRows while it runs."""
         self.num_cached_tokens = 0
         """Prompt tokens found in the prefix cache when the sequence was first admitted."""
         self.num_preemptions = 0
@@ -85,6 +91,17 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        if self.status is SequenceStatus.RUNNING:
+            return len(self.token_ids) - 1
+        return self._num_computed_tokens
+
+    @num_computed_tokens.setter
+    def num_computed_tokens(self, count: int) -> None:
+        self._num_computed_tokens = count
 
     @property
     def num_tokens(self) -> int:

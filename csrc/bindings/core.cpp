@@ -1,55 +1,12 @@
 // nano_vllm._core: the block allocator and the batch preparation as a pybind11 module.
 // nano_vllm/_core.pyi documents what Python sees. The GIL is held throughout: it serialises the
 // allocator's users.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <string>
-#include <string_view>
-#include <vector>
-
-#include "cache/block_allocator.h"
+#include "bindings/core_arguments.h"
 #include "cache/prepare_batch.h"
 #include "cache/shared_prefix.h"
-#include "common/error.h"
 
 namespace nano_vllm {
 namespace {
-
-namespace py = pybind11;
-
-constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
-
-// The item of a list of token ids, blocks or counts. The list's size is looked at each time, as an
-// object's __index__ may run any code.
-int32_t item_at(const char* what, PyObject* list, int64_t i) {
-  if (i >= PyList_GET_SIZE(list)) throw py::index_error("a list has shrunk while it was read");
-  int overflow = 0;
-  const int64_t value = PyLong_AsLongLongAndOverflow(PyList_GET_ITEM(list, i), &overflow);
-  if (value >= 0 && value <= kMaxInt32) return static_cast<int32_t>(value);
-  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  fail(what, " must be in [0, 2^31), got ",
-       overflow != 0 ? "an integer of more than 64 bits" : std::to_string(value));
-}
-
-std::vector<int32_t> to_blocks(const py::list& list) {
-  std::vector<int32_t> blocks(list.size());
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    blocks[i] = item_at("block", list.ptr(), static_cast<int64_t>(i));
-  }
-  return blocks;
-}
-
-py::list to_list(const std::vector<int32_t>& blocks) {
-  py::list list(blocks.size());
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), py::int_(blocks[i]).release().ptr());
-  }
-  return list;
-}
 
 // The tokens of one full block, from a sequence or a numpy array of integers.
 std::vector<int32_t> to_tokens(const py::object& token_ids, int32_t block_size) {
@@ -79,20 +36,6 @@ std::vector<int32_t> to_tokens(const py::object& token_ids, int32_t block_size) 
     tokens[static_cast<size_t>(i)] = item_at("token id", list.ptr(), i);
   }
   return tokens;
-}
-
-// In Python a hash is 16 bytes, and b"" stands before a sequence's first block.
-BlockHash to_hash(const py::bytes& bytes) {
-  const std::string_view view = bytes;
-  check(view.empty() || view.size() == sizeof(BlockHash), "parent must be b\"\" or ",
-        sizeof(BlockHash), " bytes long, got ", view.size(), " bytes");
-  BlockHash hash;
-  if (!view.empty()) std::memcpy(&hash, view.data(), sizeof(hash));
-  return hash;
-}
-
-py::bytes to_bytes(const BlockHash& hash) {
-  return py::bytes(reinterpret_cast<const char*>(&hash), sizeof(hash));
 }
 
 void bind_block_allocator(py::module_& module) {
@@ -140,6 +83,8 @@ void bind_block_allocator(py::module_& module) {
             return to_bytes(self.commit(block, to_hash(parent), tokens.data()));
           },
           py::arg("block"), py::arg("parent"), py::arg("token_ids"))
+      .def("commit_blocks", &commit_blocks, py::arg("block_table"), py::arg("block_hashes"),
+           py::arg("token_ids"), py::arg("num_computed"))
       .def(
           "lookup",
           [](Allocator& self, const py::bytes& parent, const py::object& token_ids) {
@@ -148,35 +93,6 @@ void bind_block_allocator(py::module_& module) {
           },
           py::arg("parent"), py::arg("token_ids"))
       .def("check_integrity", &Allocator::check_integrity);
-}
-
-// The data of a writable array of this type, row by row with a contiguous last dimension. Shape
-// entries of -1 are free.
-template <class T>
-T* output(const char* name, py::array& array, std::initializer_list<int64_t> shape) {
-  const auto describe = [](const auto& sizes, size_t dims) {
-    std::string text = "[";
-    for (size_t i = 0; i < dims; ++i) {
-      const int64_t size = sizes[i];
-      text += (i > 0 ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
-    }
-    return text + "]";
-  };
-  check(array.dtype().equal(py::dtype::of<T>()), name, " must be ",
-        std::string(py::str(py::dtype::of<T>())), ", got ", std::string(py::str(array.dtype())));
-  const auto dims = static_cast<size_t>(array.ndim());
-  bool matches = dims == shape.size();
-  for (size_t i = 0; matches && i < dims; ++i) {
-    const int64_t wanted = shape.begin()[i];
-    matches = wanted < 0 || wanted == array.shape(static_cast<py::ssize_t>(i));
-  }
-  check(matches, name, " must have shape ", describe(shape.begin(), shape.size()), ", got ",
-        describe(array.shape(), dims));
-  check(array.size() == 0 || (array.strides(array.ndim() - 1) == sizeof(T) &&
-                              array.strides(0) % static_cast<int64_t>(sizeof(T)) == 0),
-        name, " must be contiguous in its last dimension");
-  check(array.writeable(), name, " must be writable");
-  return static_cast<T*>(array.mutable_data());
 }
 
 // One entry per sequence.
@@ -263,8 +179,13 @@ int64_t shared_prefixes(py::array query_start_loc, py::array seq_lens, py::array
   params.seq_lens = output<int32_t>("seq_lens", seq_lens, {params.num_seqs});
   params.query_start_loc =
       output<int32_t>("query_start_loc", query_start_loc, {params.num_seqs + 1});
-  params.block_tables = output<int32_t>("block_tables", block_tables, {params.num_seqs, -1});
-  params.block_tables_stride = block_tables.strides(0) / static_cast<int64_t>(sizeof(int32_t));
+  const int32_t* table = output<int32_t>("block_tables", block_tables, {params.num_seqs, -1});
+  std::vector<const int32_t*> tables(static_cast<size_t>(params.num_seqs));
+  for (const int32_t*& row : tables) {
+    row = table;
+    table += block_tables.strides(0) / static_cast<int64_t>(sizeof(int32_t));
+  }
+  params.block_tables = tables.data();
   params.block_size = block_size;
   params.min_saved_tokens = min_saved_tokens;
   params.leaders = output<int32_t>("out", out, {2, params.num_seqs});
@@ -282,6 +203,7 @@ int64_t shared_prefixes(py::array query_start_loc, py::array seq_lens, py::array
 PYBIND11_MODULE(_core, module) {
   namespace py = pybind11;
   nano_vllm::bind_block_allocator(module);
+  nano_vllm::bind_decode_rows(module);
   module.def("prepare_batch", &nano_vllm::prepare, py::arg("token_ids"), py::arg("block_tables"),
              py::arg("num_computed"), py::arg("num_tokens"), py::arg("block_size"),
              py::arg("out_input_ids"), py::arg("out_positions"), py::arg("out_slot_mapping"),

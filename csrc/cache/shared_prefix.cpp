@@ -20,15 +20,17 @@ int64_t find_shared_prefixes(const SharedPrefixParams& p) {
   for (int64_t s = 0; s < p.num_seqs; ++s) {
     p.leaders[s] = static_cast<int32_t>(s);
     p.lens[s] = 0;
-    if (p.query_start_loc[s + 1] - p.query_start_loc[s] != 1) continue;
+    if (p.query_start_loc != nullptr && p.query_start_loc[s + 1] - p.query_start_loc[s] != 1) {
+      continue;
+    }
     // The last token is the sequence's own.
     const int64_t num_blocks = (p.seq_lens[s] - 1) / p.block_size;
     if (num_blocks <= 0) continue;
-    const int32_t* table = p.block_tables + s * p.block_tables_stride;
+    const int32_t* table = p.block_tables[s];
     std::vector<size_t>& candidates = by_first_block[table[0]];
     const auto joins = [&](size_t index) {
       Group& group = groups[index];
-      const int32_t* leader = p.block_tables + group.leader * p.block_tables_stride;
+      const int32_t* leader = p.block_tables[group.leader];
       const int64_t most = std::min(num_blocks, group.num_blocks);
       const int64_t common = std::mismatch(table, table + most, leader).first - table;
       // One that shares little must not take from the others what they share.

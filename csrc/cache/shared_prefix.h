@@ -6,10 +6,9 @@
 namespace nano_vllm {
 
 struct SharedPrefixParams {
-  const int32_t* query_start_loc;  // [num_seqs + 1]
-  const int32_t* seq_lens;         // [num_seqs]
-  const int32_t* block_tables;     // [num_seqs, max_blocks_per_seq]
-  int64_t block_tables_stride;     // in elements
+  const int32_t* query_start_loc;      // [num_seqs + 1]; null where each has one query token
+  const int32_t* seq_lens;             // [num_seqs]
+  const int32_t* const* block_tables;  // [num_seqs], each of as many blocks as it has tokens for
   int64_t num_seqs, block_size;
   int64_t min_saved_tokens;  // what must be saved for the effort to pay
 

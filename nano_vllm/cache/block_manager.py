@@ -70,55 +70,22 @@ class BlockManager:
         """
         table = sequence.block_table
         if self._must_copy(sequence):
-            self._copy_on_write(table, len(table) - 1, copies)
+            source = table[-1]
+            table[-1] = self.allocator.make_writable(source)
+            if table[-1] != source:
+                copies.append((source, table[-1]))
         missing = self.num_blocks_for(sequence.num_tokens) - len(table)
         table += self.allocator.allocate_many(missing)
 
-    def append(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
-        """Make the next token's slot exist and be the sequence's own.
-
-        Returns:
-            False, and nothing has changed, where that needs a block and none is free.
-        """
-        table = sequence.block_table
-        index = sequence.num_computed_tokens // self.block_size
-        if index < len(table) and self.allocator.ref_count(table[index]) == 1:
-            return True
-        if self.allocator.num_free == 0:
-            return False
-        if index == len(table):
-            table.append(self.allocator.allocate())
-        else:
-            self._copy_on_write(table, index, copies)
-        return True
-
-    def append_ahead(self, sequences: list[Sequence]) -> bool:
-        """Make the slot behind the next token's exist. It is the sequence's own: `append` has seen
-        to the block before it, and a new one is nobody else's.
-
-        Returns:
-            False, and nothing has changed, where that needs more blocks than are free.
-        """
-        full = [
-            sequence.block_table
-            for sequence in sequences
-            if sequence.num_computed_tokens + 1 == len(sequence.block_table) * self.block_size
-        ]
-        if len(full) > self.allocator.num_free:
-            return False
-        for table in full:
-            table.append(self.allocator.allocate())
-        return True
-
     def commit(self, sequence: Sequence) -> None:
         """Let others find the full blocks whose tokens have all been computed."""
-        if not self.enable_prefix_caching:
-            return
-        hashes, size = sequence.block_hashes, self.block_size
-        for index in range(len(hashes), sequence.num_computed_tokens // size):
-            tokens = sequence.token_ids[index * size : (index + 1) * size]
-            parent = hashes[-1] if hashes else b""
-            hashes.append(self.allocator.commit(sequence.block_table[index], parent, tokens))
+        if self.enable_prefix_caching:
+            self.allocator.commit_blocks(
+                sequence.block_table,
+                sequence.block_hashes,
+                sequence.token_ids,
+                sequence.num_computed_tokens,
+            )
 
     def free(self, sequence: Sequence) -> None:
         """Take the sequence's blocks away; nothing of it counts as computed any more."""
@@ -159,9 +126,3 @@ class BlockManager:
     def _must_copy(self, sequence: Sequence) -> bool:
         """Whether the next token goes into a block that came by a fork."""
         return sequence.num_computed_tokens < len(sequence.block_table) * self.block_size
-
-    def _copy_on_write(self, table: list[int], index: int, copies: list[tuple[int, int]]) -> None:
-        source = table[index]
-        table[index] = self.allocator.make_writable(source)
-        if table[index] != source:
-            copies.append((source, table[index]))

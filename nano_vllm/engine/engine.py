@@ -137,6 +137,7 @@ class Engine:
             sequence = Sequence(
                 -1, request_id, index, prompt_token_ids, own, end_token_ids, bad_words
             )
+            sequence.is_followed = stream or bool(params.stop)
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
@@ -194,9 +195,9 @@ class Engine:
             self._launched = None
             raise
         with step_range("update", self._recorder):
-            advanced = self.scheduler.update(batch, result)
+            noticed = self.scheduler.update(batch, result)
             self._metrics.num_steps += 1
-            return self._report(advanced)
+            return self._report(noticed)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request where it is; None if there is none of that id."""
@@ -213,7 +214,7 @@ class Engine:
         manager = self.scheduler.block_manager
         return replace(
             self._metrics,
-            num_running=len(self.scheduler.running),
+            num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_blocks=manager.num_blocks,
             num_free_blocks=manager.num_free_blocks,
@@ -251,15 +252,15 @@ class Engine:
 
     def _note_start(self, batch: Batch) -> None:
         now = self._clock()
-        for scheduled in batch.scheduled:
+        for scheduled in batch.scheduled[batch.num_decodes :]:
             metrics = self._requests[scheduled.sequence.request_id].metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
 
-    def _report(self, advanced: list[Sequence]) -> list[RequestOutput]:
+    def _report(self, noticed: list[Sequence]) -> list[RequestOutput]:
         now = self._clock()
         touched: dict[str, Request] = {}
-        for sequence in advanced:
+        for sequence in noticed:
             request = touched[sequence.request_id] = self._requests[sequence.request_id]
             if request.metrics.first_token_time is None and sequence.num_output_tokens:
                 request.metrics.first_token_time = now

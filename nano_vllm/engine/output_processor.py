@@ -21,7 +21,7 @@ class OutputProcessor:
         self._tokenizer = tokenizer
 
     def advance(self, completion: Completion) -> str | None:
-        """Turn the sequence's new tokens into text.
+        """Turn the sequence's new tokens into text: those since the last call.
 
         The token that ends a sequence stays among its token ids but gives no text, except with
         include_stop_str_in_output.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from nano_vllm.batch import Batch, SampledToken, ScheduledSequence, StepResult
+from nano_vllm._core import DecodeRows, DecodeStep
+from nano_vllm.batch import Batch, ScheduledSequence, StepResult
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.sequence import Sequence, SequenceStatus
 
@@ -22,9 +23,13 @@ class Scheduler:
     Pure: no clock, no randomness, no device. Every step that has work computes at least one token
     of the oldest running sequence, so every sequence ends.
 
+    Those that decode are rows in C++, which a step walks over, takes blocks for and appends tokens
+    to without Python; Python sees to the rows that end, and to all others.
+
     Invariants between steps: waiting sequences hold no blocks; at most one running sequence is
-        still in prefill, and it is the newest; no block of a running sequence that is not full is
-        shared.
+        still in prefill, and it is the newest, with blocks for all of its tokens; no block of a
+        running sequence that is not full is shared; the rows are the other running sequences, in
+        their order.
 
     Args:
         block_manager: where blocks come from.
@@ -53,8 +58,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self._running: dict[Sequence, None] = {}
         """In the order of admission."""
+        self._rows = DecodeRows(block_manager.allocator, max_num_seqs)
         self._requests: dict[str, list[Sequence]] = {}
         """Sequences of each unfinished request, by index."""
         self._held: dict[str, list[Sequence]] = {}
@@ -62,7 +68,16 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self._running)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """In the order of admission."""
+        return list(self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -107,8 +122,8 @@ class Scheduler:
         self, sequence: Sequence, finish_reason: str, stop_reason: int | str | None = None
     ) -> None:
         """End a sequence and free its blocks; the next step gives its place away."""
-        if sequence in self.running:
-            self.running.remove(sequence)
+        if sequence in self._running:
+            self._stop_running(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
@@ -124,9 +139,16 @@ class Scheduler:
         if not self.has_work:
             return None
         batch = Batch([])
-        budget, dry = self._schedule_running(batch)
+        decodes, dry = self._schedule_decodes(batch)
+        budget = self.max_num_batched_tokens - len(decodes)
+        if budget > 0 and len(self._rows) < self.num_running:
+            budget -= self._put(batch, next(reversed(self._running)), budget)
         if not dry:
             self._admit(batch, budget)
+        if len(decodes) > 0:
+            batch.decodes = decodes
+            others = batch.scheduled
+            batch.scheduled = [*decodes.scheduled, *others] if others else decodes.scheduled
         assert batch.scheduled, "a step without work"
         return batch
 
@@ -141,71 +163,76 @@ class Scheduler:
         Args:
             batch: the last one that was scheduled; `update` comes after this.
         """
-        if self.waiting and len(self.running) < self.max_num_seqs:
+        if self.waiting and self.num_running < self.max_num_seqs:
             return None
-        going = [
-            (r, s.sequence) for r, s in enumerate(batch.scheduled) if not s.sequence.is_finished
-        ]
-        if len(going) < len(self.running) or not all(
-            s.samples and s.num_tokens == 1 for s in batch.scheduled
-        ):
+        if batch.decodes is None or not batch.is_decode:
             return None
-        staying = [(row, s) for row, s in going if not self._reaches_length(s, 1)]
-        if not staying or not self.block_manager.append_ahead([s for _, s in staying]):
+        ahead = self._rows.schedule_ahead(batch.decodes)
+        if ahead is None:
             return None
-        return Batch(
-            [ScheduledSequence(sequence, 1, True) for _, sequence in staying],
-            ahead_rows=[row for row, _ in staying],
-        )
+        return Batch(ahead.scheduled, ahead, ahead_rows=ahead.ahead_rows)
 
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:
         """Take in a step's result.
 
         Returns:
-            the sequences that got a token or ended.
+            the sequences that ended, that got their first token or one that somebody looks at.
         """
-        advanced = []
-        for row, scheduled in enumerate(batch.scheduled):
-            sequence = scheduled.sequence
-            if sequence.is_finished:
-                continue
-            first = sequence.num_computed_tokens + 1
-            sequence.num_computed_tokens += scheduled.num_tokens
-            if row in result.prompt_logprobs:
-                entries = result.prompt_logprobs[row]
-                sequence.prompt_logprobs[first : first + len(entries)] = entries
-            if row in result.failures:
-                self.block_manager.discard(sequence)
-                self.finish(sequence, "abort", result.failures[row])
-                advanced.append(sequence)
-                continue
-            self.block_manager.commit(sequence)
-            token = result.sampled[row]
-            if token is not None:
-                self._append(sequence, token)
-                advanced.append(sequence)
-        return advanced
+        for row, entry in result.logprobs.items():
+            sequence = batch.scheduled[row].sequence
+            if not sequence.is_finished:
+                sequence.output_logprobs.append(entry)
+                sequence.cumulative_logprob += entry[result.token_ids[row]].logprob
+        noticed: list[Sequence] = []
+        if batch.decodes is not None:
+            for row in self._rows.advance(
+                batch.decodes, result.token_ids, self.block_manager.enable_prefix_caching
+            ):
+                sequence = batch.scheduled[row].sequence
+                noticed.append(sequence)
+                if row in result.failures:
+                    self._fail(sequence, result.failures[row])
+                else:
+                    self._finish_if_ended(sequence)
+        for row in range(batch.num_decodes, len(batch.scheduled)):
+            self._update_prefill(batch.scheduled[row], row, result, noticed)
+        return noticed
 
-    def _schedule_running(self, batch: Batch) -> tuple[int, bool]:
-        """Advance the running sequences, oldest first.
+    def _update_prefill(
+        self, scheduled: ScheduledSequence, row: int, result: StepResult, noticed: list[Sequence]
+    ) -> None:
+        sequence = scheduled.sequence
+        if sequence.is_finished:
+            return
+        first = sequence.num_computed_tokens + 1
+        sequence.num_computed_tokens += scheduled.num_tokens
+        if row in result.prompt_logprobs:
+            entries = result.prompt_logprobs[row]
+            sequence.prompt_logprobs[first : first + len(entries)] = entries
+        if row in result.failures:
+            noticed.append(sequence)
+            self._fail(sequence, result.failures[row])
+            return
+        self.block_manager.commit(sequence)
+        if scheduled.samples:
+            noticed.append(sequence)
+            self._start_decoding(sequence, result.token_ids[row])
+
+    def _schedule_decodes(self, batch: Batch) -> tuple[DecodeStep, bool]:
+        """Give the sequences that decode a slot for their last token, oldest first.
 
         Returns:
-            what is left of the budget, and whether the pool was too small.
+            those that have one, and whether the pool was too small.
         """
-        budget = self.max_num_batched_tokens
-        running = self.running
-        index = 0
-        # Only sequences behind the current one are preempted: none that is in the batch already.
-        while index < len(running) and budget > 0:
-            sequence = running[index]
-            while not self.block_manager.append(sequence, batch.block_copies):
-                if running[-1] is sequence:
-                    # It waits with its blocks for an older one to end, or to preempt it.
-                    return budget, True
-                self._preempt(running.pop(), batch)
-            budget -= self._put(batch, sequence, budget)
-            index += 1
-        return budget, bool(batch.preempted)
+        while True:
+            decodes = self._rows.schedule(self.max_num_batched_tokens)
+            missing = min(len(self._rows), self.max_num_batched_tokens) - len(decodes)
+            if missing == 0:
+                return decodes, bool(batch.preempted)
+            if len(decodes) == self.num_running - 1:
+                # The newest waits with its blocks for an older one to end, or to preempt it.
+                return decodes, True
+            self._preempt_newest(batch)
 
     def _admit(self, batch: Batch, budget: int) -> None:
         """Start waiting sequences while there is budget and room."""
@@ -213,8 +240,8 @@ class Scheduler:
         while (
             self.waiting
             and budget > 0
-            and len(self.running) < self.max_num_seqs
-            and manager.num_free_blocks > len(self.running)
+            and self.num_running < self.max_num_seqs
+            and manager.num_free_blocks > self.num_running
         ):
             sequence = self.waiting[0]
             if not _wants_prompt_logprobs(sequence):
@@ -223,7 +250,7 @@ class Scheduler:
             # A spare block for each running sequence, which will soon want one: else the new one
             # would have to leave again.
             if not (whole or self.enable_chunked_prefill) or not manager.can_allocate(
-                sequence, reserve=len(self.running)
+                sequence, reserve=self.num_running
             ):
                 manager.free(sequence)
                 return
@@ -231,7 +258,7 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             manager.allocate(sequence, batch.block_copies)
             self.waiting.popleft()
-            self.running.append(sequence)
+            self._running[sequence] = None
             sequence.status = SequenceStatus.PREFILL
             budget -= self._put(batch, sequence, budget)
 
@@ -241,36 +268,56 @@ class Scheduler:
         batch.scheduled.append(ScheduledSequence(sequence, num_tokens, num_tokens == remaining))
         return num_tokens
 
-    def _preempt(self, sequence: Sequence, batch: Batch) -> None:
-        self.block_manager.free(sequence)
+    def _preempt_newest(self, batch: Batch) -> None:
+        sequence = next(reversed(self._running))
+        self._stop_running(sequence)
         sequence.status = SequenceStatus.WAITING
+        self.block_manager.free(sequence)
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
         batch.preempted.append(sequence)
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> None:
-        sequence.status = SequenceStatus.RUNNING
-        sequence.token_ids.append(token.token_id)
-        if token.logprobs is not None:
-            sequence.output_logprobs.append(token.logprobs)
-            sequence.cumulative_logprob += token.logprobs[token.token_id].logprob
-        self._release_held(sequence)
-        self._finish_if_ended(sequence, token.token_id)
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self._running[sequence]
+        if sequence.status is SequenceStatus.RUNNING:
+            self._rows.remove(sequence.decode_row)
 
-    def _finish_if_ended(self, sequence: Sequence, token_id: int) -> None:
+    def _start_decoding(self, sequence: Sequence, token_id: int) -> None:
+        """Take in the token behind the last one that was known when the sequence was admitted."""
         params = sequence.params
+        sequence.token_ids.append(token_id)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.decode_row = self._rows.add(
+            ScheduledSequence(sequence, 1, True),
+            sequence.token_ids,
+            sequence.block_table,
+            sequence.block_hashes,
+            self._max_num_tokens(sequence),
+            sequence.num_prompt_tokens + params.min_tokens,
+            sequence.end_token_ids,
+            sequence.is_followed,
+        )
+        self._release_held(sequence)
+        self._finish_if_ended(sequence)
+
+    def _fail(self, sequence: Sequence, reason: str) -> None:
+        self.block_manager.discard(sequence)
+        self.finish(sequence, "abort", reason)
+
+    def _finish_if_ended(self, sequence: Sequence) -> None:
+        params, token_id = sequence.params, sequence.token_ids[-1]
         if token_id in sequence.end_token_ids and sequence.num_output_tokens > params.min_tokens:
             by_stop_token = token_id in (params.stop_token_ids or ())
             self.finish(sequence, "stop", token_id if by_stop_token else None)
-        elif self._reaches_length(sequence):
+        elif sequence.num_tokens >= self._max_num_tokens(sequence):
             self.finish(sequence, "length")
 
-    def _reaches_length(self, sequence: Sequence, num_more: int = 0) -> bool:
-        """Whether the sequence ends for its length, with so many more tokens."""
-        return (
-            sequence.num_output_tokens + num_more == sequence.params.max_tokens
-            or sequence.num_tokens + num_more >= self.max_model_len
-        )
+    def _max_num_tokens(self, sequence: Sequence) -> int:
+        """The sequence ends for its length with so many."""
+        max_tokens = sequence.params.max_tokens
+        if max_tokens is None:
+            return self.max_model_len
+        return min(sequence.num_prompt_tokens + max_tokens, self.max_model_len)
 
     def _release_held(self, sequence: Sequence) -> None:
         """Queue those who waited for this sequence to compute the prompt, next in line."""

@@ -21,21 +21,6 @@ def graph_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-def is_plain_decode(batch: Batch) -> bool:
-    """Whether every sequence advances by its last token alone and nothing but its logits is asked
-    for.
-    """
-    return all(
-        scheduled.num_tokens == 1
-        and scheduled.samples
-        and (
-            scheduled.sequence.params.prompt_logprobs is None
-            or scheduled.sequence.num_computed_tokens >= scheduled.sequence.num_prompt_tokens
-        )
-        for scheduled in batch.scheduled
-    )
-
-
 class DecodeGraphs:
     """Graphs of decode steps, captured when a batch size first comes up.
 
@@ -58,7 +43,7 @@ class DecodeGraphs:
     def size_for(self, batch: Batch) -> int | None:
         """Sequences that the step is to be padded to; None if it cannot be a graph."""
         count = len(batch.scheduled)
-        if count > self._sizes[-1] or not is_plain_decode(batch):
+        if count > self._sizes[-1] or not batch.is_decode:
             return None
         return self._sizes[bisect_left(self._sizes, count)]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 
 from nano_vllm import ops
-from nano_vllm._core import find_shared_prefixes, prepare_batch
+from nano_vllm._core import DecodeStep, find_shared_prefixes, prepare_batch
 from nano_vllm.batch import Batch
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.attention import AttentionMetadata
@@ -16,6 +18,12 @@ from nano_vllm.layers.attention import AttentionMetadata
 SHARED_PREFIX_BYTES = 32 << 20
 """Of keys and values of a layer that reading a prefix once must spare: 11 us of memory time on an
 H100, about what the kernel that reads it costs besides."""
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtypes and shapes of arrays that lie one behind the other."""
+_NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
+Arrays = dict[str, np.ndarray]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -32,6 +40,9 @@ class ModelInput:
 class InputBatch:
     """Staging buffers of fixed size: a step is written by C++ into one host buffer and travels in
     one copy.
+
+    Of a step of decodes alone, the block tables travel as what has changed in them since the last
+    such step: the device keeps those of all sequences that decode.
 
     Args:
         config: the decoder's shape.
@@ -54,28 +65,31 @@ class InputBatch:
         shares_prefixes: bool = False,
     ) -> None:
         self._config = config
-        self._shares_prefixes = shares_prefixes and device.type == "cuda"
+        self._shares_prefixes = shares_prefixes
         self._min_saved_tokens = SHARED_PREFIX_BYTES // (4 * config.num_kv_heads * config.head_dim)
         self.block_size = block_size
         self.device = device
         self.max_blocks_per_seq = max_blocks_per_seq
-        capacity = (
-            3 * 8 * max_num_tokens
-            + 4 * (4 * max_num_seqs + 1)
-            + 4 * max_num_seqs * max_blocks_per_seq
+        capacity = max(
+            _num_bytes(mixed_layout(max_num_tokens, max_num_seqs, max_blocks_per_seq)),
+            _num_bytes(decode_layout(max_num_seqs, max_num_seqs * max_blocks_per_seq)),
         )
-        self._on_gpu = device.type == "cuda"
-        self._staging = torch.empty(capacity, dtype=torch.uint8, pin_memory=self._on_gpu)
-        self._buffer = (
-            torch.empty_like(self._staging, device=device) if self._on_gpu else self._staging
+        on_gpu = device.type == "cuda"
+        self._staging = torch.empty(capacity, dtype=torch.uint8, pin_memory=on_gpu)
+        self._buffer = torch.empty_like(self._staging, device=device) if on_gpu else self._staging
+        self._host = self._staging.numpy()
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._decode_views: dict[int, tuple[Arrays, Tensors, int]] = {}
+        """By size: `decode_layout` on host and device, and its bytes ahead of the changes."""
+        tables = torch.zeros(
+            (2, max_num_seqs, max_blocks_per_seq), dtype=torch.int32, device=device
         )
-        self._block_tables = torch.zeros(
-            (max_num_seqs, max_blocks_per_seq), dtype=torch.int32, device=device
-        )
-        """Of padded batches, whose tensors must not move."""
-        self._copied = torch.cuda.Event() if self._on_gpu else None
+        self._tables, self._block_tables = tables
+        """Block tables by table row; and of padded batches, whose tensors must not move."""
+        self._sent = np.zeros((max_num_seqs, 2), dtype=np.int64)
+        """What each table row holds: the id of a decode row, and how many of its blocks."""
         self._workspace = None
-        if self._on_gpu:
+        if on_gpu:
             numel = ops.paged_attention_workspace_numel(
                 max_num_seqs, config.num_heads, config.head_dim
             )
@@ -97,80 +111,152 @@ class InputBatch:
                 bounds that hold for all of them.
             begin: called where the host's part is done and the device's begins.
         """
-        scheduled = batch.scheduled
-        num_tokens, num_seqs = batch.num_tokens, len(scheduled)
-        padded_tokens, padded_seqs = padded_size or num_tokens, padded_size or num_seqs
-        width = max(len(s.sequence.block_table) for s in scheduled)
         if self._copied is not None:
             # the copy of the step before may still read the staging buffer
             self._copied.synchronize()
-
-        layout = (
-            (torch.int64, (padded_tokens,)),
-            (torch.int64, (padded_tokens,)),
-            (torch.int64, (padded_tokens,)),
-            (torch.int32, (padded_seqs + 1,)),
-            (torch.int32, (padded_seqs,)),
-            (torch.int32, (2, padded_seqs)),
-            (torch.int32, (num_seqs, width)),
-        )
-        host, device = [], []
-        offset = 0
-        for dtype, shape in layout:
-            end = offset + dtype.itemsize * torch.Size(shape).numel()
-            host.append(self._staging[offset:end].view(dtype).view(shape).numpy())
-            device.append(self._buffer[offset:end].view(dtype).view(shape))
-            offset = end
-        token_ids = [s.sequence.token_ids for s in scheduled]
-        for tokens in token_ids if batch.lead else ():
-            tokens.append(0)  # stands for the token to come, for the length of this call
+        if batch.decodes is None or not batch.is_decode:
+            assert padded_size is None, "a batch that is padded has nothing but decodes"
+            return self._prepare_mixed(batch, begin)
         try:
-            max_query_len, max_seq_len = prepare_batch(
-                token_ids,
-                [s.sequence.block_table for s in scheduled],
-                [s.sequence.num_computed_tokens + batch.lead for s in scheduled],
-                [s.num_tokens for s in scheduled],
-                self.block_size,
-                host[0][:num_tokens],
-                host[1][:num_tokens],
-                host[2][:num_tokens],
-                host[3][: num_seqs + 1],
-                host[4][:num_seqs],
-                host[6],
+            return self._prepare_decodes(batch.decodes, padded_size, begin)
+        except BaseException:
+            self._sent[:] = 0  # whether it has arrived is not known
+            raise
+
+    def _prepare_decodes(
+        self, decodes: DecodeStep, padded_size: int | None, begin: Callable[[], None] | None
+    ) -> ModelInput:
+        size = padded_size or len(decodes)
+        if size not in self._decode_views:
+            views = self._views(decode_layout(size, size * self.max_blocks_per_seq))
+            self._decode_views[size] = *views, _num_bytes(decode_layout(size, 0))
+        host, device, num_bytes = self._decode_views[size]
+        max_seq_len, num_changes, is_shared = self._write_decodes(decodes, host)
+        self._send(num_bytes + num_changes * host["changes"].itemsize * 2, begin)
+        if padded_size is not None:
+            max_seq_len = self.max_blocks_per_seq * self.block_size
+        block_tables = self._expand_tables(
+            device["table_rows"], device["changes"][:num_changes], max_seq_len, padded_size
+        )
+        return self._model_input(device, block_tables, 1, max_seq_len, is_shared)
+
+    def _write_decodes(self, decodes: DecodeStep, host: Arrays) -> tuple[int, int, bool]:
+        """Fill the host's arrays.
+
+        Returns:
+            the greatest seq_len, how many changes there are, and whether prefixes are shared.
+        """
+        max_seq_len = decodes.write_inputs(
+            host["input_ids"],
+            host["positions"],
+            host["slot_mapping"],
+            host["query_start_loc"],
+            host["seq_lens"],
+        )
+        num_changes = decodes.write_table_changes(
+            self.max_blocks_per_seq, self._sent, host["table_rows"], host["changes"]
+        )
+        host["num_changes"][0] = num_changes
+        is_shared = self._shares_prefixes and decodes.find_shared_prefixes(
+            self._min_saved_tokens, host["shared_prefix"]
+        )
+        return max_seq_len, num_changes, bool(is_shared)
+
+    def _expand_tables(
+        self,
+        table_rows: torch.Tensor,
+        changes: torch.Tensor,
+        max_seq_len: int,
+        padded_size: int | None,
+    ) -> torch.Tensor:
+        """On the device: bring its block tables up to date, and give out those of the step."""
+        if len(changes):
+            places, blocks = changes.unbind(1)
+            self._tables.view(-1).scatter_(0, places.long(), blocks)
+        if padded_size is None:
+            width = -(-max_seq_len // self.block_size)
+            return self._tables[:, :width].index_select(0, table_rows)
+        block_tables = self._block_tables[:padded_size]
+        return torch.index_select(self._tables, 0, table_rows, out=block_tables)
+
+    def _prepare_mixed(self, batch: Batch, begin: Callable[[], None] | None) -> ModelInput:
+        num_decodes = batch.num_decodes
+        others = batch.scheduled[num_decodes:]
+        width = max(len(s.sequence.block_table) for s in batch.scheduled)
+        layout = mixed_layout(batch.num_tokens, len(batch.scheduled), width)
+        host, device = self._views(layout)
+        max_decode_len = 0
+        if batch.decodes is not None:
+            max_decode_len = batch.decodes.write_inputs(
+                host["input_ids"][:num_decodes],
+                host["positions"][:num_decodes],
+                host["slot_mapping"][:num_decodes],
+                host["query_start_loc"][: num_decodes + 1],
+                host["seq_lens"][:num_decodes],
             )
-        finally:
-            for tokens in token_ids if batch.lead else ():
-                tokens.pop()
+            batch.decodes.write_tables(host["block_tables"][:num_decodes])
+        max_query_len, max_seq_len = prepare_batch(
+            [s.sequence.token_ids for s in others],
+            [s.sequence.block_table for s in others],
+            [s.sequence.num_computed_tokens for s in others],
+            [s.num_tokens for s in others],
+            self.block_size,
+            host["input_ids"][num_decodes:],
+            host["positions"][num_decodes:],
+            host["slot_mapping"][num_decodes:],
+            host["query_start_loc"][num_decodes:],
+            host["seq_lens"][num_decodes:],
+            host["block_tables"][num_decodes:],
+        )
+        host["query_start_loc"][num_decodes:] += num_decodes
         is_shared = self._shares_prefixes and find_shared_prefixes(
-            host[3][: num_seqs + 1],
-            host[4][:num_seqs],
-            host[6],
+            host["query_start_loc"],
+            host["seq_lens"],
+            host["block_tables"],
             self.block_size,
             self._min_saved_tokens,
-            host[5][:, :num_seqs],
+            host["shared_prefix"],
         )
-        if padded_size is not None:
-            for array, value in zip(host[:3], (0, 0, -1), strict=True):
-                array[num_tokens:] = value
-            host[3][num_seqs + 1 :] = num_tokens
-            host[4][num_seqs:] = 0
-            host[5][:, num_seqs:] = 0
+        self._send(_num_bytes(layout), begin)
+        max_seq_len = max(max_seq_len, max_decode_len)
+        return self._model_input(
+            device, device["block_tables"], max_query_len, max_seq_len, bool(is_shared)
+        )
+
+    def _views(self, layout: Layout) -> tuple[Arrays, Tensors]:
+        """The arrays of a layout in the staging buffer and in the one on the device."""
+        host: Arrays = {}
+        device: Tensors = {}
+        offset = 0
+        for name, (dtype, shape) in layout.items():
+            end = offset + dtype.itemsize * prod(shape)
+            host[name] = self._host[offset:end].view(_NUMPY[dtype]).reshape(shape)
+            device[name] = self._buffer[offset:end].view(dtype).view(shape)
+            offset = end
+        return host, device
+
+    def _send(self, num_bytes: int, begin: Callable[[], None] | None) -> None:
         if begin is not None:
             begin()
         if self._copied is not None:
-            self._buffer[:offset].copy_(self._staging[:offset], non_blocking=True)
+            self._buffer[:num_bytes].copy_(self._staging[:num_bytes], non_blocking=True)
             self._copied.record()
-        input_ids, positions, slot_mapping, query_start_loc, seq_lens = device[:5]
-        shared_prefix, block_tables = device[5] if is_shared else None, device[6]
-        if padded_size is not None:
-            self._block_tables[:num_seqs, :width] = block_tables
-            block_tables = self._block_tables[:padded_size]
-            max_seq_len = self.max_blocks_per_seq * self.block_size
+
+    def _model_input(
+        self,
+        device: Tensors,
+        block_tables: torch.Tensor,
+        max_query_len: int,
+        max_seq_len: int,
+        is_shared: bool,
+    ) -> ModelInput:
+        """What has been sent, with the attention's plan for it."""
+        shared_prefix = device["shared_prefix"] if is_shared else None
         if self._workspace is not None:
             ops.plan_attention(
                 self._workspace,
-                query_start_loc,
-                seq_lens,
+                device["query_start_loc"],
+                device["seq_lens"],
                 num_heads=self._config.num_heads,
                 num_kv_heads=self._config.num_kv_heads,
                 head_dim=self._config.head_dim,
@@ -179,16 +265,54 @@ class InputBatch:
                 shared_prefix=shared_prefix,
             )
         return ModelInput(
-            input_ids,
-            positions,
+            device["input_ids"],
+            device["positions"],
             AttentionMetadata(
-                slot_mapping,
+                device["slot_mapping"],
                 block_tables,
-                query_start_loc,
-                seq_lens,
+                device["query_start_loc"],
+                device["seq_lens"],
                 max_query_len,
                 max_seq_len,
                 self._workspace,
                 shared_prefix,
             ),
         )
+
+
+def decode_layout(size: int, num_changes: int) -> Layout:
+    """The staging buffer of a step of decodes: but for the changes at its end, which travel as far
+    as there are any, it is the same for all steps of a padded size.
+
+    A change is a place in the device's block tables, table row * max_blocks_per_seq + index, and
+    the block that is there from now on. `table_rows` says where each sequence's table is.
+    """
+    return {
+        **_inputs_layout(size, size),
+        "table_rows": (torch.int32, (size,)),
+        "num_changes": (torch.int32, (1,)),
+        "changes": (torch.int32, (num_changes, 2)),
+    }
+
+
+def mixed_layout(num_tokens: int, num_seqs: int, width: int) -> Layout:
+    """The staging buffer of any other step, with the block tables as attention reads them."""
+    return {
+        **_inputs_layout(num_tokens, num_seqs),
+        "block_tables": (torch.int32, (num_seqs, width)),
+    }
+
+
+def _inputs_layout(num_tokens: int, num_seqs: int) -> Layout:
+    return {
+        "input_ids": (torch.int64, (num_tokens,)),
+        "positions": (torch.int64, (num_tokens,)),
+        "slot_mapping": (torch.int64, (num_tokens,)),
+        "query_start_loc": (torch.int32, (num_seqs + 1,)),
+        "seq_lens": (torch.int32, (num_seqs,)),
+        "shared_prefix": (torch.int32, (2, num_seqs)),
+    }
+
+
+def _num_bytes(layout: Layout) -> int:
+    return sum(dtype.itemsize * prod(shape) for dtype, shape in layout.values())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nano_vllm import ops
-from nano_vllm.batch import Batch, SampledToken, StepResult
+from nano_vllm.batch import Batch, ScheduledSequence, StepResult
 from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
 from nano_vllm.metrics import LapTimer
@@ -23,6 +23,7 @@ from nano_vllm.runner.input_batch import InputBatch, ModelInput
 from nano_vllm.runner.memory import LOGPROB_ROWS, num_kv_blocks
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
+from nano_vllm.sequence import Sequence
 from nano_vllm.step_record import StepRecorder, step_range
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
@@ -83,7 +84,7 @@ class ModelRunner:
                 max_blocks_per_seq,
                 self.block_size,
                 self.device,
-                config.enable_cascade_attention,
+                config.enable_cascade_attention and self.device.type == "cuda",
             )
             self.num_blocks = num_kv_blocks(
                 config,
@@ -104,6 +105,9 @@ class ModelRunner:
         self.sampler = Sampler(self.max_model_len, config.seed)
         self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
         """What the last step sampled."""
+        self._scheduled: list[ScheduledSequence] = []
+        self._sequences: list[Sequence] = []
+        """Those that sample of what was scheduled last: often the same as in the next step."""
         self.recorder: StepRecorder | None = None
         """Set by Engine.record_steps."""
         timer.lap("KV cache")
@@ -146,7 +150,10 @@ class ModelRunner:
                 token_ids = inputs.input_ids.index_select(0, last)
                 prompt_logprobs = self._prompt_logprobs(batch, hidden)
         with step_range("sample", recorder):
-            sequences = [batch.scheduled[row].sequence for row in rows]
+            if batch.scheduled is not self._scheduled or not batch.is_decode:
+                self._scheduled = batch.scheduled
+                self._sequences = [batch.scheduled[row].sequence for row in rows]
+            sequences = self._sequences
             self._token_ids = self.sampler.choose(
                 logits, sequences, seq_lens, token_ids, batch.lead
             )
@@ -154,6 +161,7 @@ class ModelRunner:
             launched = LaunchedStep(
                 batch,
                 rows,
+                sequences,
                 HostCopy(self._token_ids),
                 None if logprobs is None else HostCopy(logprobs),
                 prompt_logprobs,
@@ -269,6 +277,8 @@ class LaunchedStep:
     batch: Batch
     rows: list[int]
     """Of the batch, those that sample."""
+    sequences: list[Sequence]
+    """Of these rows."""
     token_ids: HostCopy
     logprobs: HostCopy | None
     """From `Sampler.logprobs`."""
@@ -276,14 +286,18 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Waits for the step."""
-        sampled: list[SampledToken | None] = [None] * len(self.batch.scheduled)
-        sequences = [self.batch.scheduled[row].sequence for row in self.rows]
-        logprobs = None if self.logprobs is None else self.logprobs.tolist()
-        tokens, failed = describe(self.token_ids.tolist(), logprobs, sequences)
-        failures = {self.rows[i]: reason for i, reason in failed.items()}
-        for row, token in zip(self.rows, tokens, strict=True):
-            sampled[row] = None if row in failures else token
-        return StepResult(sampled, failures, {p.row: p.entries() for p in self.prompt_logprobs})
+        token_ids = self.token_ids.tolist()
+        table = None if self.logprobs is None else self.logprobs.tolist()
+        logprobs, failures = describe(token_ids, table, self.sequences)
+        if len(self.rows) < len(self.batch.scheduled):
+            by_row = dict(zip(self.rows, token_ids, strict=True))
+            token_ids = [by_row.get(row, -1) for row in range(len(self.batch.scheduled))]
+        return StepResult(
+            token_ids,
+            {self.rows[i]: reason for i, reason in failures.items()},
+            {self.rows[i]: entry for i, entry in logprobs.items()},
+            {prompt.row: prompt.entries() for prompt in self.prompt_logprobs},
+        )
 
 
 def _choose_device(name: str) -> torch.device:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from nano_vllm import ops
-from nano_vllm.batch import SampledToken
+from nano_vllm.outputs import Logprob
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
-from nano_vllm.sampling.sampling_rows import SamplingRows, can_be_adjusted
+from nano_vllm.sampling.sampling_rows import SamplingRows, can_be_adjusted, rows_with_logprobs
 from nano_vllm.sampling.token_history import TokenHistory
 from nano_vllm.sequence import Sequence
 
@@ -52,7 +52,8 @@ class Sampler:
 
         Args:
             logits: [num_rows, vocab_size], any floating dtype; not changed.
-            sequences: of the rows.
+            sequences: of the rows. Given the same list as in the step before, which nobody
+                changes, nothing is made anew.
             seq_lens: [num_rows], int32; tokens of each sequence.
             new_token_ids: [num_rows], int64; the last of these.
             lead: tokens that the sequences do not know yet, but seq_lens counts.
@@ -86,7 +87,9 @@ class Sampler:
         Args:
             token_ids: from `choose`, as are the logits and the sequences.
         """
-        rows = _rows_with_logprobs(sequences)
+        assert self._rows is not None
+        assert self._rows.sequences is sequences
+        rows = self._rows.logprob_rows
         if not rows:
             return None
         if len(rows) < len(sequences):
@@ -97,7 +100,7 @@ class Sampler:
 
     def _rows_of(self, sequences: list[Sequence], lead: int, device: torch.device) -> SamplingRows:
         rows = self._rows
-        if rows is None or rows.sequences != sequences or rows.steps_left == 0:
+        if rows is None or rows.sequences is not sequences or rows.steps_left == 0:
             rows = self._rows = SamplingRows(sequences, lead, self._seed, self._history, device)
         if rows.steps_left is not None:
             rows.steps_left -= 1
@@ -106,8 +109,8 @@ class Sampler:
 
 def describe(
     token_ids: list[int], logprobs: list[list[float]] | None, sequences: list[Sequence]
-) -> tuple[list[SampledToken], dict[int, str]]:
-    """The tokens chosen, with log-probabilities where they are asked for.
+) -> tuple[dict[int, dict[int, Logprob]], dict[int, str]]:
+    """What is to be said of the tokens chosen.
 
     Args:
         token_ids: from `Sampler.choose`.
@@ -115,26 +118,22 @@ def describe(
         sequences: of the rows.
 
     Returns:
-        a token for each row, and for rows that have none the reason.
+        log-probabilities of the rows that ask for them, and for rows without a token the reason.
     """
-    failures = {
-        row: _NOTHING_ALLOWED if t == -2 and can_be_adjusted(sequences[row]) else _NOT_FINITE
-        for row, t in enumerate(token_ids)
-        if t < 0
-    }
-    tokens = [SampledToken(token_id) for token_id in token_ids]
-    if logprobs is not None:
-        rows = _rows_with_logprobs(sequences)
-        entries = logprob_entries(
-            logprobs,
-            [token_ids[row] for row in rows],
-            [sequences[row].params.logprobs or 0 for row in rows],
-        )
-        for row, entry in zip(rows, entries, strict=True):
-            if row not in failures:
-                tokens[row].logprobs = entry
-    return tokens, failures
-
-
-def _rows_with_logprobs(sequences: list[Sequence]) -> list[int]:
-    return [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
+    failures = {}
+    if min(token_ids, default=0) < 0:
+        failures = {
+            row: _NOTHING_ALLOWED if t == -2 and can_be_adjusted(sequences[row]) else _NOT_FINITE
+            for row, t in enumerate(token_ids)
+            if t < 0
+        }
+    if logprobs is None:
+        return {}, failures
+    rows = rows_with_logprobs(sequences)
+    entries = logprob_entries(
+        logprobs,
+        [token_ids[row] for row in rows],
+        [sequences[row].params.logprobs or 0 for row in rows],
+    )
+    reported = zip(rows, entries, strict=True)
+    return {row: entry for row, entry in reported if row not in failures}, failures

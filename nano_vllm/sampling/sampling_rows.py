@@ -38,6 +38,7 @@ class SamplingRows:
         device: torch.device,
     ) -> None:
         self.sequences = sequences
+        self.logprob_rows = rows_with_logprobs(sequences)
         params = [sequence.params for sequence in sequences]
         adjusted = [
             row
@@ -81,6 +82,11 @@ class SamplingRows:
         self.adjustments = dict(zip(adjustments, tensors[len(draws) :], strict=True))
         """Arguments of `ops.adjust_logits`; none if all rows are drawn from as they are."""
         self.num_adjusted = len(adjusted)
+
+
+def rows_with_logprobs(sequences: list[Sequence]) -> list[int]:
+    """Rows that ask for log-probabilities."""
+    return [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
 
 
 def can_be_adjusted(sequence: Sequence) -> bool:

@@ -211,3 +211,13 @@ def test_bad_input_is_one_line(
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+def test_host(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["host", "--num-seqs", "5", "--steps", "9", "--repeats", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["case"], row["ahead"]) for row in result["rows"]] == [
+        (case, ahead) for case in ("steady", "ends", "turnover") for ahead in (False, True)
+    ]
+    for row in result["rows"]:
+        assert row["step us"] > row["to launch us"] >= row["least us"] > 0

@@ -27,11 +27,6 @@ def compute(manager: BlockManager, sequence: Sequence, num_tokens: int | None = 
     manager.commit(sequence)
 
 
-def append(manager: BlockManager, sequence: Sequence, token_id: int) -> bool:
-    sequence.token_ids.append(token_id)
-    return manager.append(sequence, [])
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "num_cached"),
     [(1, 0), (7, 0), (8, 0), (9, 8), (15, 8), (16, 8), (17, 16), (24, 16), (25, 24)],
@@ -75,9 +70,8 @@ def test_generated_blocks_are_found_too() -> None:
     manager = BlockManager(16, SIZE)
     sequence = start(manager, list(range(7)))
     compute(manager, sequence)
-    for token_id in (7, 8):
-        assert append(manager, sequence, token_id)
-        compute(manager, sequence)
+    sequence.token_ids.append(7)
+    compute(manager, sequence)
     assert start(manager, list(range(12))).num_computed_tokens == 8
 
 
@@ -107,21 +101,6 @@ def test_can_allocate_counts_what_is_missing_and_the_reserve() -> None:
     assert not manager.can_allocate(sequence, reserve=2)
 
 
-def test_append_takes_a_block_where_one_is_full() -> None:
-    manager = BlockManager(2, SIZE)
-    sequence = start(manager, list(range(7)))
-    compute(manager, sequence)
-    assert append(manager, sequence, 7)
-    assert len(sequence.block_table) == 1
-    for token_id in range(8, 16):
-        compute(manager, sequence)
-        assert append(manager, sequence, token_id)
-        assert len(sequence.block_table) == 2
-    compute(manager, sequence)
-    assert not append(manager, sequence, 16)
-    assert len(sequence.block_table) == 2
-
-
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 20])
 def test_a_fork_shares_all_but_the_block_it_writes(num_tokens: int, caching: bool) -> None:
@@ -145,24 +124,6 @@ def test_a_fork_shares_all_but_the_block_it_writes(num_tokens: int, caching: boo
     manager.free(fork)
     manager.allocator.check_integrity()
     assert manager.num_free_blocks == 16
-
-
-def test_a_shared_block_is_copied_before_it_is_appended_to() -> None:
-    manager = BlockManager(3, SIZE)
-    first = start(manager, list(range(6)))
-    compute(manager, first)
-    block = first.block_table[0]
-    manager.allocator.share(block)
-    first.token_ids.append(6)
-    copies: list[tuple[int, int]] = []
-    assert manager.append(first, copies)
-    assert copies == [(block, first.block_table[0])]
-    assert manager.allocator.ref_count(block) == 1
-
-    manager.allocator.share(first.block_table[0])
-    manager.allocator.allocate()
-    assert not manager.append(first, copies)
-    assert len(copies) == 1
 
 
 def test_discarded_blocks_are_not_found_but_shared_ones_stay() -> None:

@@ -65,7 +65,8 @@ bool holds(const std::vector<double>& weights, double number, int64_t token) {
 }
 
 template <class Sample>
-void test_sample_tokens(const std::vector<int>& vocab_sizes, const Sample& sample) {
+void test_sample_tokens(const std::vector<int>& vocab_sizes, const std::vector<int>& gaps,
+                        const Sample& sample) {
   const std::vector<Filters> filters = {
       {0, 0, 1, -kInf},     {1, 0, 1, -kInf},      {0.3, 0, 1, -2},    {1e-300, 0, 1, -kInf},
       {1, 5, 1, -kInf},     {1, 900, 1, -kInf},    {1, 0, 0.9, -kInf}, {5, 0, 0.999, -kInf},
@@ -74,8 +75,8 @@ void test_sample_tokens(const std::vector<int>& vocab_sizes, const Sample& sampl
   const int num_rows = static_cast<int>(filters.size());
   for (DType dtype : kDTypes) {
     for (int vocab_size : vocab_sizes) {
-      for (bool is_gapped : {false, true}) {
-        const int64_t stride = vocab_size + (is_gapped ? 1 : 0);
+      for (int gap : gaps) {
+        const int64_t stride = vocab_size + gap;
         Buffer logits(dtype, num_rows * stride);
         logits.fill(-4, 4);
         if (generator() % 2 == 0) {  // with ties
@@ -238,11 +239,11 @@ int main() {
   using namespace nano_vllm;
   using namespace nano_vllm::test;
   test_philox();
-  test_sample_tokens({1, 7, 8, 1023, 1024, 1025, 3000, 20'000},
+  test_sample_tokens({1, 7, 8, 1023, 1024, 1025, 3000, 20'000}, {0, 1},
                      [](const SampleTokensParams& p) { cpu::sample_tokens(p); });
   test_adjust_logits([](const AdjustLogitsParams& p) { cpu::adjust_logits(p); });
-  // More tokens than candidates at the end
-  test_sample_tokens({1, 9, 1024, 5001, 9000},
+  // One that is aligned, and one of more tokens than there are candidates
+  test_sample_tokens({1000, 5001}, {0},
                      [](const SampleTokensParams& p) { cuda::sample_tokens(p, nullptr); });
   test_adjust_logits([](const AdjustLogitsParams& p) { cuda::adjust_logits(p, nullptr); });
   return report_checks();

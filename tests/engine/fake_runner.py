@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from nano_vllm.batch import Batch, SampledToken, StepResult
+from nano_vllm.batch import Batch, StepResult
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.engine import Engine
 from nano_vllm.sampling_params import SamplingParams
@@ -84,14 +84,14 @@ class FakeRunner:
         self.failing = set(failing)
         self.runs_ahead = runs_ahead
         self.batches: list[Batch] = []
-        self._sampled: list[SampledToken | None] = []
+        self._sampled: list[int] = []
         self.is_closed = False
         self._slots: list[int | None] = [None] * (num_blocks * block_size)
 
     def launch(self, batch: Batch) -> SimpleNamespace:
         """Computes at once, as if by a device that takes one step after the other."""
         result = self._execute(batch)
-        self._sampled = result.sampled
+        self._sampled = result.token_ids
         return SimpleNamespace(result=lambda: result)
 
     def _execute(self, batch: Batch) -> StepResult:
@@ -99,10 +99,7 @@ class FakeRunner:
         known = [s.sequence.token_ids for s in batch.scheduled]
         if batch.ahead_rows is not None:
             given = [self._sampled[row] for row in batch.ahead_rows]
-            known = [
-                [*tokens, token.token_id if token else 0]
-                for tokens, token in zip(known, given, strict=True)
-            ]
+            known = [[*tokens, max(token, 0)] for tokens, token in zip(known, given, strict=True)]
         size = self.block_size
         sources = {source for source, _ in batch.block_copies}
         destinations = [destination for _, destination in batch.block_copies]
@@ -120,7 +117,7 @@ class FakeRunner:
                 before = self._read(sequence, position - 1) if position else None
                 slot = self._slot(sequence, position)
                 self._slots[slot] = digest(before, token_ids[position])
-        result = StepResult([None] * len(batch.scheduled))
+        result = StepResult([-1] * len(batch.scheduled))
         for row, scheduled in enumerate(batch.scheduled):
             sequence = scheduled.sequence
             if not scheduled.samples:
@@ -128,7 +125,7 @@ class FakeRunner:
             if sequence.request_id in self.failing:
                 result.failures[row] = "not finite"
                 continue
-            result.sampled[row] = SampledToken(self._sample(sequence, batch.lead))
+            result.token_ids[row] = self._sample(sequence, batch.lead)
         return result
 
     def close(self) -> None:

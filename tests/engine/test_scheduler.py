@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nano_vllm.batch import Batch, SampledToken, StepResult
+from nano_vllm.batch import Batch, StepResult
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.engine.scheduler import Scheduler
 from nano_vllm.outputs import Logprob
@@ -36,8 +36,8 @@ def step(scheduler: Scheduler, token_id: int = 1) -> list[tuple[str, int]]:
     """One step that gives everybody the same token."""
     batch = scheduler.schedule()
     assert batch is not None
-    sampled = [SampledToken(token_id) if s.samples else None for s in batch.scheduled]
-    scheduler.update(batch, StepResult(sampled))  # type: ignore[arg-type]
+    sampled = [token_id if s.samples else -1 for s in batch.scheduled]
+    scheduler.update(batch, StepResult(sampled))
     scheduler.block_manager.allocator.check_integrity()
     return rows(batch)
 
@@ -83,16 +83,16 @@ def test_a_step_ahead_goes_on_with_those_that_do_not_end() -> None:
         add(scheduler, name, 7, max_tokens=max_tokens)
     batch, ahead = decode_and_ahead(scheduler)
     assert ahead is None  # prompts
-    scheduler.update(batch, StepResult([SampledToken(1)] * 3))
+    scheduler.update(batch, StepResult([1] * 3))
     batch, ahead = decode_and_ahead(scheduler)
     assert rows(batch) == [("a", 1), ("b", 1), ("c", 1)]
     assert ahead is not None
     assert rows(ahead) == [("a", 1), ("c", 1)]
     assert ahead.ahead_rows == [0, 2]
     assert [len(s.sequence.block_table) for s in ahead.scheduled] == [2, 2]
-    scheduler.update(batch, StepResult([SampledToken(1)] * 3))
+    scheduler.update(batch, StepResult([1] * 3))
     scheduler.finish(scheduler.running[0], "stop")
-    scheduler.update(ahead, StepResult([SampledToken(1)] * 2))
+    scheduler.update(ahead, StepResult([1] * 2))
     assert [s.request_id for s in scheduler.running] == ["c"]
     assert scheduler.running[0].num_output_tokens == 3
     further = scheduler.schedule_ahead(ahead)
@@ -107,9 +107,9 @@ def test_no_step_ahead_of_a_sequence_that_could_be_admitted() -> None:
     batch, ahead = decode_and_ahead(scheduler)
     assert ahead is not None
     add(scheduler, "b", 7)
-    scheduler.update(batch, StepResult([SampledToken(1)]))
+    scheduler.update(batch, StepResult([1]))
     assert scheduler.schedule_ahead(ahead) is None
-    scheduler.update(ahead, StepResult([SampledToken(1)]))
+    scheduler.update(ahead, StepResult([1]))
     assert step(scheduler) == [("a", 1), ("b", 7)]
     add(scheduler, "c", 7)  # for whom there is no place
     assert decode_and_ahead(scheduler)[1] is not None
@@ -122,7 +122,7 @@ def test_no_step_ahead_without_blocks() -> None:
     step(scheduler)
     batch, ahead = decode_and_ahead(scheduler)
     assert ahead is not None  # each has a slot left
-    scheduler.update(batch, StepResult([SampledToken(1)] * 2))
+    scheduler.update(batch, StepResult([1] * 2))
     assert scheduler.schedule_ahead(ahead) is None  # two blocks, where one is free
     assert scheduler.block_manager.num_free_blocks == 1
     assert [len(s.block_table) for s in scheduler.running] == [1, 1]
@@ -215,8 +215,8 @@ def test_nobody_is_admitted_after_a_preemption() -> None:
         assert batch is not None
         if batch.preempted:
             break
-        tokens = [SampledToken(1) for _ in batch.scheduled]
-        scheduler.update(batch, StepResult(tokens))  # type: ignore[arg-type]
+        tokens = [1 for _ in batch.scheduled]
+        scheduler.update(batch, StepResult(tokens))
     assert all(s.num_tokens == 1 for s in batch.scheduled)
     assert "d" not in dict(rows(batch))
 
@@ -286,7 +286,7 @@ def test_the_others_of_a_request_do_not_wait_for_a_first_one_that_is_gone(end: s
     else:
         batch = scheduler.schedule()
         assert batch is not None
-        assert scheduler.update(batch, StepResult([None], {0: "broken"})) == [first]
+        assert scheduler.update(batch, StepResult([-1], {0: "broken"})) == [first]
         assert (first.finish_reason, first.stop_reason) == ("abort", "broken")
         assert step(scheduler) == [("a", 20)]
         scheduler.abort("a")
@@ -302,7 +302,7 @@ def test_blocks_of_a_failed_sequence_are_not_found_again() -> None:
     assert scheduler.block_manager.allocator.num_active == 3
     batch = scheduler.schedule()
     assert batch is not None
-    scheduler.update(batch, StepResult([None], {0: "broken"}))
+    scheduler.update(batch, StepResult([-1], {0: "broken"}))
     assert scheduler.block_manager.allocator.num_cached == 0
     add(scheduler, "a", 20)
     assert step(scheduler) == [("a", 16)]
@@ -321,6 +321,6 @@ def test_prompt_logprobs_need_the_whole_prompt() -> None:
         batch = scheduler.schedule()
         assert batch is not None
         assert rows(batch) == [("b", num_tokens)]
-        token = SampledToken(1) if batch.scheduled[0].samples else None
+        token = 1 if batch.scheduled[0].samples else -1
         scheduler.update(batch, StepResult([token], prompt_logprobs={0: entries[first:last]}))
     assert sequence.prompt_logprobs == [None, *entries]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nano_vllm._core import BlockAllocator, DecodeRows
 from nano_vllm.batch import Batch, ScheduledSequence
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
@@ -21,12 +22,16 @@ from nano_vllm.sequence import Sequence
 from tests.models.checkpoints import make_checkpoint
 
 
-def decode(num_computed: int = 5, num_prompt: int = 4, **params: int) -> ScheduledSequence:
-    """A sequence all of whose tokens but the last are computed."""
-    sequence = Sequence(0, "0", 0, list(range(num_prompt)), SamplingParams(**params))
-    sequence.token_ids += [7] * (num_computed + 1 - num_prompt)
-    sequence.num_computed_tokens = num_computed
-    return ScheduledSequence(sequence, 1, True)
+def decodes(count: int) -> Batch:
+    """A step of sequences all of whose tokens but the last are computed."""
+    allocator = BlockAllocator(count, 16)
+    rows = DecodeRows(allocator, count)
+    for _ in range(count):
+        sequence = Sequence(0, "0", 0, [7] * 5, SamplingParams())
+        scheduled = ScheduledSequence(sequence, 1, True)
+        rows.add(scheduled, sequence.token_ids, [allocator.allocate()], [], 9, 0, (), False)
+    step = rows.schedule(count)
+    return Batch(step.scheduled, step)
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 300])
@@ -39,19 +44,17 @@ def test_sizes_rise_to_the_largest(largest: int) -> None:
 
 def test_a_step_takes_the_next_size() -> None:
     graphs = DecodeGraphs(lambda inputs: inputs.input_ids, max_num_seqs=20)
-    sizes = [graphs.size_for(Batch([decode() for _ in range(n)])) for n in (1, 3, 5, 16, 17, 20)]
+    sizes = [graphs.size_for(decodes(n)) for n in (1, 3, 5, 16, 17, 20)]
     assert sizes == [1, 4, 8, 16, 20, 20]
-    assert graphs.size_for(Batch([decode() for _ in range(21)])) is None
+    assert graphs.size_for(decodes(21)) is None
 
 
 def test_other_steps_have_no_graph() -> None:
     graphs = DecodeGraphs(lambda inputs: inputs.input_ids, max_num_seqs=8)
-    chunk, silent = decode(), decode()
-    chunk.num_tokens = 2
-    silent.samples = False
-    for other in (chunk, silent, decode(num_computed=3, prompt_logprobs=1)):
-        assert graphs.size_for(Batch([decode(), other])) is None
-    assert graphs.size_for(Batch([decode(prompt_logprobs=1)])) == 1
+    batch = decodes(2)
+    prompt = ScheduledSequence(Sequence(0, "0", 0, [7] * 5, SamplingParams()), 5, True)
+    assert graphs.size_for(Batch([*batch.scheduled, prompt], batch.decodes)) is None
+    assert graphs.size_for(Batch([prompt])) is None
 
 
 class WithoutCapture(DecodeGraphs):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nano_vllm import ops
-from nano_vllm.batch import SampledToken
+from nano_vllm.outputs import Logprob
 from nano_vllm.sampling.logprobs import ROWS_AT_ONCE, logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.sampling_params import SamplingParams
@@ -57,17 +57,19 @@ def choose(
 
 def draw_and_describe(
     logits: torch.Tensor, sequences: list[Sequence], seed: int = 0
-) -> tuple[list[SampledToken], dict[int, str]]:
+) -> tuple[list[int], dict[int, dict[int, Logprob]], dict[int, str]]:
+    """Tokens, log-probabilities, failures."""
     sampler = Sampler(64, seed)
     token_ids = choose(sampler, logits, sequences)
     logprobs = sampler.logprobs(logits, token_ids, sequences)
-    return describe(token_ids.tolist(), None if logprobs is None else logprobs.tolist(), sequences)
+    table = None if logprobs is None else logprobs.tolist()
+    return token_ids.tolist(), *describe(token_ids.tolist(), table, sequences)
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], seed: int = 0) -> list[int]:
-    tokens, failures = draw_and_describe(logits, sequences, seed)
+    tokens, _, failures = draw_and_describe(logits, sequences, seed)
     assert not failures
-    return [token.token_id for token in tokens]
+    return tokens
 
 
 def distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -255,21 +257,24 @@ def test_a_row_that_is_not_finite_fails_alone(value: float) -> None:
         sequences = [make_sequence(row, logprobs=1, temperature=0.0) for row in range(3)]
         sequences.insert(1, make_sequence(9, **settings))
         sequences[3] = make_sequence(8, **settings)
-        tokens, failures = draw_and_describe(logits, sequences)
+        tokens, logprobs, failures = draw_and_describe(logits, sequences)
         rows = [3] if value == -INF else [1, 3]
         assert failures == dict.fromkeys(rows, "the model's logits are not finite")
-        assert (tokens[0].token_id, tokens[2].token_id) == (1, 0)
-        assert tokens[0].logprobs is not None
+        assert (tokens[0], tokens[2]) == (1, 0)
+        assert 0 in logprobs
+        assert not logprobs.keys() & set(rows)
 
 
 def test_a_row_without_an_allowed_token_fails_alone() -> None:
     for temperature in (0.0, 1.0):
         settings: dict[str, Any] = {"temperature": temperature, "min_tokens": 3, "max_tokens": 9}
         closed = make_sequence(0, end_token_ids=frozenset({1}), allowed_token_ids=[1], **settings)
-        tokens, failures = draw_and_describe(torch.zeros(2, 3), [closed, make_sequence(1, top_k=1)])
+        tokens, _, failures = draw_and_describe(
+            torch.zeros(2, 3), [closed, make_sequence(1, top_k=1)]
+        )
         assert list(failures) == [0]
         assert failures[0].startswith("no token is left")
-        assert 0 <= tokens[1].token_id < 3
+        assert 0 <= tokens[1] < 3
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
@@ -278,24 +283,22 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         make_sequence(row, temperature=0.3, top_k=4, logit_bias={7: 3.0}, logprobs=row % 4)
         for row in range(len(logits))
     ]
-    tokens, _ = draw_and_describe(logits, sequences)
+    tokens, logprobs, _ = draw_and_describe(logits, sequences)
     expected = logits.double().log_softmax(-1)
     for row, token in enumerate(tokens):
-        assert token.logprobs is not None
-        assert next(iter(token.logprobs)) == token.token_id
+        assert next(iter(logprobs[row])) == token
         order = expected[row].argsort(descending=True).tolist()
-        assert set(token.logprobs) == {token.token_id, *order[: row % 4]}
-        for token_id, entry in token.logprobs.items():
+        assert set(logprobs[row]) == {token, *order[: row % 4]}
+        for token_id, entry in logprobs[row].items():
             assert entry.rank == order.index(token_id) + 1
             assert entry.logprob == pytest.approx(expected[row, token_id].item(), abs=1e-12)
 
 
 def test_only_rows_that_ask_get_logprobs() -> None:
-    tokens, _ = draw_and_describe(
+    tokens, logprobs, _ = draw_and_describe(
         torch.randn(2, 5), [make_sequence(0), make_sequence(1, logprobs=0)]
     )
-    assert tokens[0].logprobs is None
-    assert list(tokens[1].logprobs or ()) == [tokens[1].token_id]
+    assert {row: list(entry) for row, entry in logprobs.items()} == {1: [tokens[1]]}
 
 
 def test_entries_of_prompt_tokens() -> None:
@@ -374,9 +377,10 @@ def test_both_devices_draw_alike() -> None:
         for row in range(100)
     ]
     logits[50, 0] = math.nan
-    tokens, failures = draw_and_describe(logits.cuda(), sequences)
-    expected, expected_failures = draw_and_describe(logits, sequences)
+    tokens, logprobs, failures = draw_and_describe(logits.cuda(), sequences)
+    expected, expected_logprobs, expected_failures = draw_and_describe(logits, sequences)
     assert failures == expected_failures
-    assert [t.token_id for t in tokens] == [t.token_id for t in expected]
-    for ours, theirs in zip(tokens, expected, strict=True):
-        assert (ours.logprobs or {}).keys() == (theirs.logprobs or {}).keys()
+    assert tokens == expected
+    assert {row: entry.keys() for row, entry in logprobs.items()} == {
+        row: entry.keys() for row, entry in expected_logprobs.items()
+    }

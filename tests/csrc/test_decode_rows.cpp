@@ -1,0 +1,156 @@
+// The rows of sequences that decode, over random steps: each token has the slot of its place in the
+// row's block table, and a copy of the tables made of the changes holds them. Arrays have no spare
+// element, for the sanitizers.
+#include <algorithm>
+#include <cstdint>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "cache/decode_rows.h"
+#include "check.h"
+
+namespace nano_vllm::test {
+namespace {
+
+constexpr int32_t kBlockSize = 4;
+constexpr int64_t kMaxRows = 5, kWidth = 8;
+
+struct Trace {
+  explicit Trace(uint32_t seed) : random(seed) {}
+
+  int32_t draw(int32_t low, int32_t high) {
+    return std::uniform_int_distribution<int32_t>(low, high)(random);
+  }
+
+  void add() {
+    DecodeRow row;
+    row.num_tokens = draw(2, 3 * kBlockSize);
+    const int32_t num_blocks = (row.num_tokens - 1 + kBlockSize - 1) / kBlockSize;
+    if (rows.size() == kMaxRows || num_blocks > allocator.num_free()) return;
+    row.max_num_tokens = draw(row.num_tokens + 1, static_cast<int32_t>(kWidth - 1) * kBlockSize);
+    row.end_token_ids.assign(static_cast<size_t>(draw(0, 2)), draw(0, 70));
+    row.block_table = allocator.allocate_many(num_blocks);
+    rows.add(std::move(row));
+  }
+
+  void remove(const DecodeRow& row) {
+    allocator.free_many(row.block_table);
+    rows.remove(row.id);
+  }
+
+  void check_written(const DecodeStep& step) {
+    const auto count = static_cast<int64_t>(step.ids.size());
+    const int64_t padded = count + draw(0, 2);
+    const auto size = static_cast<size_t>(padded);
+    std::vector<int64_t> ids(size), positions(size), slots(size);
+    std::vector<int32_t> starts(size + 1), lens(size), table_rows(static_cast<size_t>(count));
+    rows.write_inputs(
+        step, {ids.data(), positions.data(), slots.data(), starts.data(), lens.data(), padded});
+    std::vector<TableChange> changes(static_cast<size_t>(count * kWidth));
+    const int64_t num_changes =
+        rows.write_table_changes(step, kWidth, sent.data(), table_rows.data(), changes.data(),
+                                 static_cast<int64_t>(changes.size()));
+    for (int64_t i = 0; i < num_changes; ++i) {
+      copy[static_cast<size_t>(changes[i].place)] = changes[i].block;
+    }
+    std::vector<int32_t> tables(static_cast<size_t>(count * kWidth));
+    rows.write_tables(step, tables.data(), kWidth, kWidth);
+    rows.visit(step, [&](int64_t place, const DecodeRow& row) {
+      const int32_t position = row.num_tokens - 1 + step.lead;
+      const int64_t block = row.block_table[static_cast<size_t>(position / kBlockSize)];
+      CHECK(positions[place] == position && lens[place] == position + 1);
+      CHECK(slots[place] == block * kBlockSize + position % kBlockSize);
+      CHECK(starts[place] == place && table_rows[place] == row.table_row);
+      const auto equal = [&](const int32_t* table) {
+        return std::equal(row.block_table.begin(), row.block_table.end(), table);
+      };
+      CHECK(equal(&tables[static_cast<size_t>(place * kWidth)]));
+      CHECK(equal(&copy[static_cast<size_t>(row.table_row * kWidth)]));
+    });
+    for (int64_t place = count; place < padded; ++place) {
+      CHECK(slots[place] == -1 && lens[place] == 0 && starts[place + 1] == count);
+    }
+  }
+
+  void take(const DecodeStep& step) {
+    std::vector<const DecodeRow*> over;
+    rows.visit(step, [&](int64_t, DecodeRow& row) {
+      const int32_t token = draw(0, 70);
+      const auto& ends = row.end_token_ids;
+      const bool is_end = std::find(ends.begin(), ends.end(), token) != ends.end();
+      const bool ended = row.take(token);
+      CHECK(ended == (is_end || row.num_tokens >= row.max_num_tokens));
+      if (ended) over.push_back(&row);
+    });
+    for (const DecodeRow* row : over) remove(*row);
+  }
+
+  void run() {
+    const auto on_block = [](const DecodeRow& row, int32_t block) {
+      CHECK(row.block_table.back() == block);
+    };
+    for (int turn = 0; turn < 200; ++turn) {
+      if (draw(0, 2) == 0) add();
+      const DecodeStep step = rows.schedule(kMaxRows, on_block);
+      check_written(step);
+      DecodeStep ahead;
+      const bool is_ahead = draw(0, 1) == 0 && rows.schedule_ahead(step, ahead, on_block);
+      if (is_ahead) check_written(ahead);
+      if (is_ahead && draw(0, 4) == 0) continue;  // both fail, and are scheduled again
+      take(step);
+      if (is_ahead) take(ahead);  // without those that have just gone
+      // Where the pool is dry, somebody has to go.
+      if (allocator.num_free() == 0) {
+        rows.visit(step, [&](int64_t place, const DecodeRow& row) {
+          if (place == 0) remove(row);
+        });
+      }
+      allocator.check_integrity();
+    }
+  }
+
+  std::mt19937 random;
+  BlockAllocator allocator{20, kBlockSize};
+  DecodeRows rows{allocator, kMaxRows};
+  std::vector<SentRow> sent = std::vector<SentRow>(kMaxRows);
+  std::vector<int32_t> copy = std::vector<int32_t>(kMaxRows * kWidth);
+};
+
+template <class Call>
+bool throws(Call&& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+void test_refusals() {
+  BlockAllocator allocator(4, kBlockSize);
+  DecodeRows rows(allocator, 1);
+  DecodeRow row;
+  row.num_tokens = 3;
+  row.block_table = {allocator.allocate()};
+  const int64_t id = rows.add(row).id;
+  CHECK(throws([&] { rows.add(row); }));
+  const DecodeStep step = rows.schedule(9, [](const DecodeRow&, int32_t) {});
+  CHECK(step.ids.size() == 1);
+  rows.remove(id);
+  CHECK(throws([&] { rows.remove(id); }));
+  int32_t table[kWidth];
+  CHECK(throws([&] { rows.write_tables(step, table, kWidth, kWidth); }));
+  row.num_tokens = 6;
+  CHECK(throws([&] { rows.add(row); }));
+}
+
+}  // namespace
+}  // namespace nano_vllm::test
+
+int main() {
+  using namespace nano_vllm::test;
+  for (uint32_t seed = 0; seed < 50; ++seed) Trace(seed).run();
+  test_refusals();
+  return report_checks();
+}

@@ -1,0 +1,111 @@
+"""The tensors of a step against loops over its sequences, on the random traces of the engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nano_vllm.batch import Batch
+from nano_vllm.runner.cuda_graphs import graph_sizes
+from nano_vllm.runner.input_batch import InputBatch, ModelInput, decode_layout
+from tests.engine import test_scheduler_traces
+from tests.engine.fake_runner import FakeRunner
+
+MAX_NUM_SEQS = 16
+
+
+class PreparingRunner(FakeRunner):
+    """Prepares each step and looks at what came of it; every other step fails once before."""
+
+    counts = dict.fromkeys(("plain", "padded", "mixed"), 0)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
+        self.input_batch = InputBatch(
+            heads,  # type: ignore[arg-type]
+            self.max_num_batched_tokens,
+            MAX_NUM_SEQS,
+            -(-self.max_model_len // self.block_size),
+            self.block_size,
+            torch.device("cpu"),
+            shares_prefixes=True,
+        )
+        self.addresses: dict[int, list[int]] = {}
+        self.num_steps = 0
+
+    def launch(self, batch: Batch) -> SimpleNamespace:
+        self.num_steps += 1
+        if self.num_steps % 5 == 0 and batch.is_decode:
+            self._fail_once(batch)
+        if batch.is_decode and self.num_steps % 2:
+            size = next(s for s in graph_sizes(MAX_NUM_SEQS) if s >= len(batch.scheduled))
+            inputs = self.input_batch.prepare(batch, size)
+            self.check(batch, inputs, size)
+            tensors = (
+                inputs.input_ids,
+                inputs.positions,
+                inputs.attention.slot_mapping,
+                inputs.attention.query_start_loc,
+                inputs.attention.seq_lens,
+                inputs.attention.block_tables,
+            )
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            assert self.addresses.setdefault(size, addresses) == addresses
+            self.counts["padded"] += 1
+        else:
+            self.check(batch, self.input_batch.prepare(batch), len(batch.scheduled))
+            self.counts["plain" if batch.is_decode else "mixed"] += 1
+        return super().launch(batch)
+
+    def _fail_once(self, batch: Batch) -> None:
+        def broken(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.input_batch, "_send", broken)
+            with pytest.raises(KeyboardInterrupt):
+                self.input_batch.prepare(batch)
+
+    def check(self, batch: Batch, inputs: ModelInput, size: int) -> None:
+        metadata = inputs.attention
+        tokens, positions, slots, starts, lens = [], [], [], [0], []
+        for row, scheduled in enumerate(batch.scheduled):
+            sequence = scheduled.sequence
+            first = sequence.num_computed_tokens + batch.lead
+            known = sequence.token_ids + [0] * batch.lead
+            for position in range(first, first + scheduled.num_tokens):
+                tokens.append(known[position])
+                positions.append(position)
+                slots.append(self._slot(sequence, position))
+            starts.append(len(tokens))
+            lens.append(first + scheduled.num_tokens)
+            blocks = sequence.block_table[: -(-lens[-1] // self.block_size)]
+            assert metadata.block_tables[row, : len(blocks)].tolist() == blocks
+        padding = size - len(batch.scheduled)
+        assert inputs.input_ids.tolist() == tokens + [0] * padding
+        assert inputs.positions.tolist() == positions + [0] * padding
+        assert metadata.slot_mapping.tolist() == slots + [-1] * padding
+        assert metadata.query_start_loc.tolist() == starts + [len(tokens)] * padding
+        assert metadata.seq_lens.tolist() == lens + [0] * padding
+        assert metadata.max_query_len == max(s.num_tokens for s in batch.scheduled)
+        assert metadata.max_seq_len >= max(lens)
+
+
+def test_every_step_of_random_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_scheduler_traces, "FakeRunner", PreparingRunner)
+    for seed in range(60):
+        test_scheduler_traces.run_trace(seed)
+    assert all(count > 100 for count in PreparingRunner.counts.values())
+
+
+def test_layout_of_a_padded_size_is_fixed_up_to_the_changes() -> None:
+    short, long = decode_layout(8, 3), decode_layout(8, 30)
+    assert list(short) == list(long)
+    assert list(short)[-1] == "changes"
+    assert {n: v for n, v in short.items() if n != "changes"} == {
+        n: v for n, v in long.items() if n != "changes"
+    }
