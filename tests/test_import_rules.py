@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     (
         "config",
+        "config_fields",
         "sampling_params",
         "sequence",
         "batch",

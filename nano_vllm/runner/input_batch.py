@@ -74,12 +74,16 @@ class InputBatch:
         )
         """Of padded batches, whose tensors must not move."""
         self._copied = torch.cuda.Event() if self._on_gpu else None
-        self._workspace = None
+        self._workspaces: dict[int, torch.Tensor] = {}
+        """By the sliding windows of the layers, which need a plan each."""
         if self._on_gpu:
             numel = ops.paged_attention_workspace_numel(
                 max_num_seqs, config.num_heads, config.head_dim
             )
-            self._workspace = torch.empty(numel, dtype=torch.float32, device=device)
+            self._workspaces = {
+                window: torch.empty(numel, dtype=torch.float32, device=device)
+                for window in config.windows()
+            }
 
     def prepare(
         self,
@@ -166,16 +170,16 @@ class InputBatch:
             self._block_tables[:num_seqs, :width] = block_tables
             block_tables = self._block_tables[:padded_size]
             max_seq_len = self.max_blocks_per_seq * self.block_size
-        if self._workspace is not None:
+        for window, workspace in self._workspaces.items():
             ops.plan_attention(
-                self._workspace,
+                workspace,
                 query_start_loc,
                 seq_lens,
                 num_heads=self._config.num_heads,
                 num_kv_heads=self._config.num_kv_heads,
                 head_dim=self._config.head_dim,
                 max_query_len=max_query_len,
-                sliding_window=self._config.sliding_window or 0,
+                sliding_window=window,
                 shared_prefix=shared_prefix,
             )
         return ModelInput(
@@ -188,7 +192,7 @@ class InputBatch:
                 seq_lens,
                 max_query_len,
                 max_seq_len,
-                self._workspace,
+                self._workspaces,
                 shared_prefix,
             ),
         )

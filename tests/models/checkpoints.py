@@ -24,11 +24,22 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+ABSENT = object()
+"""A setting of DEFAULTS that a family does not have."""
+CLASSES = {
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
+}
+"""Names of transformers' configuration and model that are not as usual."""
+
+
 def make_checkpoint(folder: Path, seed: int = 0, family: str = "Llama", **settings: Any) -> Any:
     """Save a random model of these settings into the folder and return it, in float32."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**(DEFAULTS | settings))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.float32).eval()
+    config_name, model_name = CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+    settings = {k: v for k, v in (DEFAULTS | settings).items() if v is not ABSENT}
+    config = getattr(transformers, config_name)(**settings)
+    model = getattr(transformers, model_name)(config).to(torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Larger than the usual start: logits far enough apart for an argmax to be meaningful
@@ -63,6 +74,19 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.close()
 
 
+GPT2: dict[str, Any] = {
+    "family": "GPT2",
+    "n_positions": 256,
+    "n_layer": 2,
+    "num_hidden_layers": ABSENT,
+    "hidden_size": ABSENT,
+    "num_attention_heads": ABSENT,
+    "num_key_value_heads": ABSENT,
+    "max_position_embeddings": ABSENT,
+    "intermediate_size": ABSENT,
+    "head_dim": ABSENT,
+    "tie_word_embeddings": True,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "grouped queries": {},
     "multi-query": {"num_key_value_heads": 1, "head_dim": 80},
@@ -120,5 +144,175 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
     "qwen3, biases": {"family": "Qwen3", "attention_bias": True},
+    "qwen3, windows in the last layers": {
+        "family": "Qwen3",
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    },
+    "mistral, yarn scaling": {
+        "family": "Mistral",
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 16.0,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.6,
+        },
+    },
+    "ministral": {"family": "Ministral", "sliding_window": 9},
+    "ministral, windows in some layers": {
+        "family": "Ministral",
+        "num_hidden_layers": 3,
+        "sliding_window": 9,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "ministral, multi-head": {
+        "family": "Ministral",
+        "num_key_value_heads": 4,
+        "sliding_window": 25,
+        "head_dim": 96,
+    },
+    "gemma2": {"family": "Gemma2", "sliding_window": 11, "query_pre_attn_scalar": 40},
+    "gemma2, low caps": {
+        "family": "Gemma2",
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 64,
+    },
+    "gemma2, no caps, other layers": {
+        "family": "Gemma2",
+        "head_dim": 96,
+        "sliding_window": 17,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+    "gemma3": {"family": "Gemma3", "num_hidden_layers": 6, "sliding_window": 11},
+    "gemma3, scaled": {
+        "family": "Gemma3",
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 50,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "gemma3, capped logits": {
+        "family": "Gemma3",
+        "head_dim": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "sliding_window": 21,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 5.0,
+    },
+    "phi3": {"family": "Phi3", "pad_token_id": 0},
+    "phi3, part of a head rotated, sliding window": {
+        "family": "Phi3",
+        "pad_token_id": 0,
+        "hidden_size": 384,
+        "head_dim": ABSENT,
+        "num_key_value_heads": 4,
+        "sliding_window": 14,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+        },
+    },
+    "phi3, long": {
+        "family": "Phi3",
+        "pad_token_id": 0,
+        "hidden_size": 256,
+        "head_dim": ABSENT,
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 256,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + i / 30 for i in range(24)],
+            "long_factor": [1.0 + i * i / 20 for i in range(24)],
+        },
+    },
+    "smollm3": {"family": "SmolLM3", "num_hidden_layers": 4, "pad_token_id": 0},
+    "smollm3, own layers": {
+        "family": "SmolLM3",
+        "num_hidden_layers": 3,
+        "pad_token_id": 0,
+        "no_rope_layers": [0, 1, 0],
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+    },
+    "smollm3, windows": {
+        "family": "SmolLM3",
+        "pad_token_id": 0,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 10,
+        "head_dim": 80,
+    },
+    "olmo2": {"family": "Olmo2", "pad_token_id": 0},
+    "olmo2, multi-head, tied": {
+        "family": "Olmo2",
+        "pad_token_id": 0,
+        "num_key_value_heads": 4,
+        "head_dim": 96,
+        "tie_word_embeddings": True,
+    },
+    "olmo2, yarn scaling": {
+        "family": "Olmo2",
+        "pad_token_id": 0,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "granite": {
+        "family": "Granite",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.015625,
+        "logits_scaling": 8.0,
+    },
+    "granite, tied": {
+        "family": "Granite",
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 1.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.7,
+    },
+    "granite, biases": {
+        "family": "Granite",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 96,
+        "num_key_value_heads": 4,
+        "attention_multiplier": 0.1,
+    },
+    "gpt2": GPT2 | {"n_embd": 256, "n_head": 4},
+    "gpt2, unscaled": GPT2 | {"n_embd": 160, "n_head": 2, "scale_attn_weights": False},
+    "gpt2, own width": GPT2
+    | {"n_embd": 128, "n_head": 2, "n_inner": 176, "n_layer": 3, "activation_function": "gelu"},
 }
 """Name -> what differs from DEFAULTS."""

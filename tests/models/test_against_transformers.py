@@ -31,7 +31,7 @@ def logits_of_all_positions(
         dtype=dtype,
         num_blocks=64,
         block_size=BLOCK_SIZE,
-        **options,
+        **({"max_model_len": 256} | options),
     )
     runner = ModelRunner(config)
     assert runner.kv_cache is not None
@@ -68,6 +68,48 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     oracle = make_checkpoint(tmp_path, **SETTINGS[name])
     draw = random.Random(name)
     prompts = [[draw.randrange(199) for _ in range(length)] for length in LENGTHS]
+    ours = logits_of_all_positions(tmp_path, prompts, chunk=13)
+    for prompt, logits in zip(prompts, ours, strict=True):
+        with torch.inference_mode():
+            expected = oracle(torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_64_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
+    """Prompts in chunks beside decodes. Each token is what the oracle finds most likely behind
+    those before it, which is to say that its own greedy tokens are the same.
+    """
+    oracle = make_checkpoint(tmp_path, seed=3, **SETTINGS[name])
+    draw = random.Random(name)
+    prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in (1, 9, 63)]
+    with LLM(
+        str(tmp_path),
+        device="cpu",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        num_blocks=128,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=24,
+        max_model_len=256,
+    ) as llm:
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = output.outputs[0].token_ids
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + tokens])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+def test_longrope_beyond_the_trained_context(tmp_path: Path) -> None:
+    """Where longer sequences may come, all have the long factors; in transformers, those that are
+    longer.
+    """
+    settings = SETTINGS["phi3, long"] | {"original_max_position_embeddings": 32}
+    oracle = make_checkpoint(tmp_path, **settings)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(199) for _ in range(length)] for length in (33, 40, 63)]
     ours = logits_of_all_positions(tmp_path, prompts, chunk=13)
     for prompt, logits in zip(prompts, ours, strict=True):
         with torch.inference_mode():

@@ -10,6 +10,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType
 
+from nano_vllm.models.registry import model_class
 from nano_vllm.weights import gguf_checkpoint
 from nano_vllm.weights.gguf_checkpoint import GGUFCheckpoint, hf_name
 from nano_vllm.weights.model_config import load_model_config
@@ -19,7 +20,7 @@ TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "
 
 
 def open_checkpoint(path: Path) -> GGUFCheckpoint:
-    return GGUFCheckpoint(path, load_model_config(path))
+    return GGUFCheckpoint(path, load_model_config(path, model_class))
 
 
 def encoded(kind: GGMLQuantizationType, shape: tuple[int, int]) -> np.ndarray:
