@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 import transformers
 
@@ -48,30 +50,92 @@ def make_checkpoint(folder: Path, seed: int = 0, family: str = "Llama", **settin
     return model
 
 
+GGUF_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "gpt2": gguf.MODEL_ARCH.GPT2,
+}
+"""transformers' model_type -> that of llama.cpp."""
+
+
 def write_gguf(model: Any, path: Path) -> None:
-    """Save a Qwen in float32 as llama.cpp's converter does, which leaves the order of its rows."""
+    """Save a model in float32 as llama.cpp's converter does (convert_hf_to_gguf.py)."""
     config = model.config
-    writer = gguf.GGUFWriter(path, config.model_type)
+    kind = config.model_type
+    arch = GGUF_ARCHITECTURES[kind]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", num_heads)
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
+    writer.add_embedding_length(hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    arch = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[config.model_type]
+    writer.add_head_count(num_heads)
+    if kind == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(num_kv_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        write_gguf_rope(writer, config, head_dim)
+    if kind in ("gemma2", "gemma3_text", "phi3") and config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if kind == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        if not (config.tie_word_embeddings and name == "lm_head.weight"):
-            gguf_name = names.get_name(name, (".weight", ".bias"))
-            writer.add_tensor(gguf_name, tensor.numpy())
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        if kind in ("llama", "smollm3", "granite") and name.split(".")[-2] in ("q_proj", "k_proj"):
+            halves = tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        if kind.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.T
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_gguf_rope(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        for which in ("short", "long"):
+            factors = np.array(rope[f"{which}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{which}.weight", factors)
 
 
 GPT2: dict[str, Any] = {
@@ -196,7 +260,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     },
-    "gemma3": {"family": "Gemma3", "num_hidden_layers": 6, "sliding_window": 11},
+    "gemma3": {
+        "family": "Gemma3",
+        "num_hidden_layers": 6,
+        "sliding_window": 11,
+        "query_pre_attn_scalar": 64,
+    },
     "gemma3, scaled": {
         "family": "Gemma3",
         "num_hidden_layers": 3,
@@ -311,8 +380,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.1,
     },
     "gpt2": GPT2 | {"n_embd": 256, "n_head": 4},
-    "gpt2, unscaled": GPT2 | {"n_embd": 160, "n_head": 2, "scale_attn_weights": False},
-    "gpt2, own width": GPT2
-    | {"n_embd": 128, "n_head": 2, "n_inner": 176, "n_layer": 3, "activation_function": "gelu"},
+    "gpt2, unscaled": GPT2
+    | {"n_embd": 160, "n_head": 2, "scale_attn_weights": False, "activation_function": "gelu"},
+    "gpt2, own width": GPT2 | {"n_embd": 128, "n_head": 2, "n_inner": 176, "n_layer": 3},
 }
 """Name -> what differs from DEFAULTS."""

@@ -117,7 +117,27 @@ def test_longrope_beyond_the_trained_context(tmp_path: Path) -> None:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3, tied, wide"])
+GGUF_NAMES = [
+    "multi-head, tied",
+    "biases",
+    "qwen2",
+    "qwen3",
+    "qwen3, tied, wide",
+    "gemma2, low caps",
+    "gemma3",
+    "phi3, part of a head rotated, sliding window",
+    "phi3, long",
+    "smollm3",
+    "olmo2",
+    "olmo2, yarn scaling",
+    "granite",
+    "granite, tied",
+    "gpt2",
+    "gpt2, own width",
+]
+
+
+@pytest.mark.parametrize("name", GGUF_NAMES)
 def test_logits_of_a_gguf_file_equal_transformers(tmp_path: Path, name: str) -> None:
     oracle = make_checkpoint(tmp_path, **SETTINGS[name])
     write_gguf(oracle, tmp_path / "model.gguf")

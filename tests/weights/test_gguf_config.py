@@ -99,6 +99,6 @@ def test_invalid(
 
 def test_unsupported_architecture(write_gguf: Callable[..., Path]) -> None:
     with pytest.raises(
-        ValueError, match="'falcon' is not supported; supported: llama, qwen2, qwen3"
+        ValueError, match="'falcon' is not supported; supported: llama, qwen2, qwen3, gemma2"
     ):
         load_model_config(write_gguf(arch="falcon"), model_class)
