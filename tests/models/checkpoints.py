@@ -8,8 +8,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 import transformers
+
+from nano_vllm.check import randomize
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 199,
@@ -37,15 +38,10 @@ CLASSES = {
 
 def make_checkpoint(folder: Path, seed: int = 0, family: str = "Llama", **settings: Any) -> Any:
     """Save a random model of these settings into the folder and return it, in float32."""
-    torch.manual_seed(seed)
     config_name, model_name = CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     settings = {k: v for k, v in (DEFAULTS | settings).items() if v is not ABSENT}
     config = getattr(transformers, config_name)(**settings)
-    model = getattr(transformers, model_name)(config).to(torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Larger than the usual start: logits far enough apart for an argmax to be meaningful
-            parameter.normal_(mean=float(parameter.dim() == 1), std=0.12)
+    model = randomize(getattr(transformers, model_name)(config), seed)
     model.save_pretrained(folder)
     return model
 

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from nano_vllm.batch import Batch, ScheduledSequence
+from nano_vllm import check
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
 from nano_vllm.runner.model_runner import ModelRunner
 from nano_vllm.sampling_params import SamplingParams
-from nano_vllm.sequence import Sequence
 from tests.models.checkpoints import SETTINGS, make_checkpoint, write_gguf
 
 BLOCK_SIZE = 8
@@ -24,7 +23,7 @@ LENGTHS = (1, 7, 8, 9, 40, 63)
 def logits_of_all_positions(
     path: Path, prompts: list[list[int]], chunk: int, dtype: str = "float32", **options: Any
 ) -> list[torch.Tensor]:
-    """Logits of every prompt position, computed in mixed batches of chunks on shuffled blocks."""
+    """Logits of every prompt position, computed in mixed batches of chunks."""
     config = EngineConfig(
         model=str(path),
         device="cpu",
@@ -33,34 +32,7 @@ def logits_of_all_positions(
         block_size=BLOCK_SIZE,
         **({"max_model_len": 256} | options),
     )
-    runner = ModelRunner(config)
-    assert runner.kv_cache is not None
-    runner.kv_cache.pool.fill_(float("nan"))
-    blocks = random.Random(0).sample(range(64), 64)
-    sequences = []
-    for index, prompt in enumerate(prompts):
-        sequence = Sequence(index, str(index), 0, prompt, SamplingParams())
-        sequence.block_table = [blocks.pop() for _ in range(-(-len(prompt) // BLOCK_SIZE))]
-        sequences.append(sequence)
-    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
-    while unfinished := [s for s in sequences if s.num_computed_tokens < s.num_tokens]:
-        batch = Batch(
-            [
-                ScheduledSequence(s, min(chunk, s.num_tokens - s.num_computed_tokens), False)
-                for s in unfinished
-            ]
-        )
-        with torch.inference_mode():
-            inputs = runner.input_batch.prepare(batch)
-            hidden = runner.model(
-                inputs.input_ids, inputs.positions, runner.kv_cache.layers, inputs.attention
-            )
-            logits = runner.model.compute_logits(hidden)
-        parts = logits.split([s.num_tokens for s in batch.scheduled])
-        for scheduled, part in zip(batch.scheduled, parts, strict=True):
-            rows[scheduled.sequence.seq_id].append(part.clone())
-            scheduled.sequence.num_computed_tokens += scheduled.num_tokens
-    return [torch.cat(parts) for parts in rows]
+    return check.logits_of_all_positions(ModelRunner(config), prompts, chunk)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
