@@ -25,6 +25,8 @@ TOLERANCE = 1e-4
 VOCAB_SIZE, NUM_LAYERS, NUM_HEADS, HEAD_DIM, WINDOW = 199, 6, 4, 64, 12
 """Of the model that is compared; layers at most, the head dimension if the model has none."""
 NUM_TOKENS, CHUNK, BLOCK_SIZE = 63, 13, 8
+USUAL = {"attention_multiplier": 1 / HEAD_DIM}
+"""What checkpoints set where transformers' default is out of proportion."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +79,10 @@ def small_model(model: str, seed: int) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     oracle_class = getattr(transformers, architecture)
-    config = oracle_class.config_class(**shrunk(settings, family))
+    config_class = oracle_class.config_class
+    if not settings:
+        settings = {k: v for k, v in USUAL.items() if hasattr(config_class, k)}
+    config = config_class(**shrunk(settings, family))
     return randomize(oracle_class(config), seed)
 
 
@@ -105,7 +110,7 @@ def shrunk(settings: dict[str, Any], family: Any) -> dict[str, Any]:
     }
     if name("hidden_size") == "hidden_size":
         changes["num_key_value_heads"] = NUM_HEADS if heads and is_multi_head else NUM_HEADS // 2
-    if name("hidden_size") == "hidden_size" and ("head_dim" in settings or not settings):
+    if name("hidden_size") == "hidden_size" and ("head_dim" in settings or not heads):
         changes["head_dim"] = head_dim
     if family.sliding_layers != "none" and settings.get("sliding_window", WINDOW) is not None:
         changes["sliding_window"] = WINDOW
@@ -119,7 +124,8 @@ def shrunk(settings: dict[str, Any], family: Any) -> dict[str, Any]:
 
 def randomize(model: Any, seed: int) -> Any:
     """Fill a transformers model with weights larger than the usual start, for logits far enough
-    apart that the largest one means something.
+    apart that the largest one means something, and no larger, so that rounding does not grow from
+    layer to layer.
     """
     import torch
 
@@ -127,7 +133,10 @@ def randomize(model: Any, seed: int) -> Any:
     model = model.to(torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(float(parameter.dim() == 1), 0.12, generator=generator)
+            if parameter.dim() == 1:
+                parameter.normal_(1.0, 0.12, generator=generator)
+            else:
+                parameter.normal_(0.0, 1.4 * parameter.shape[-1] ** -0.5, generator=generator)
     return model
 
 
