@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nano_vllm.config import EngineConfig
     from nano_vllm.engine.llm import LLM
-    from nano_vllm.outputs import CompletionOutput, RequestOutput
+    from nano_vllm.outputs import CompletionOutput, RequestOutput, ScoreOutput
     from nano_vllm.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoreOutput",
+]
 
 _HOME = {
     "LLM": "nano_vllm.engine.llm",
@@ -19,6 +26,7 @@ _HOME = {
     "EngineConfig": "nano_vllm.config",
     "RequestOutput": "nano_vllm.outputs",
     "SamplingParams": "nano_vllm.sampling_params",
+    "ScoreOutput": "nano_vllm.outputs",
 }
 
 

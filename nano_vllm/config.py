@@ -124,12 +124,12 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 class RopeScaling:
     """How rotary angles are stretched past the trained context.
 
-    Sources: linear and dynamic NTK as in transformers; yarn, arXiv 2309.00071; llama3, the Llama
-        3.1 release.
+    Sources: linear and dynamic NTK as in transformers; yarn, arXiv 2309.00071; longrope, arXiv
+        2402.13753; llama3, the Llama 3.1 release.
     """
 
     kind: str
-    """linear, dynamic, yarn, llama3 or frequency_factors."""
+    """linear, dynamic, yarn, longrope, llama3 or frequency_factors."""
     factor: float
     original_max_position: int | None = None
     low_freq_factor: float = 1.0
@@ -137,7 +137,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     """llama3."""
     attention_factor: float | None = None
-    """yarn."""
+    """yarn, longrope."""
     beta_fast: float = 32.0
     """yarn."""
     beta_slow: float = 1.0
@@ -150,6 +150,31 @@ class RopeScaling:
     """yarn: round the correction range to whole dimensions."""
     frequency_factors: tuple[float, ...] | None = None
     """frequency_factors: divisor of each frequency, [rotary_dim / 2], as GGUF stores them."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: divisor of each frequency within the trained context, [rotary_dim / 2]."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: the same beyond it."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a layer."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Which norms a layer has, by the names they have in its checkpoint; None where there is none.
+
+    Those before a block read the residual stream, those after it what the block adds to it.
+    """
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -181,9 +206,54 @@ class ModelConfig:
     """A bias on the projection behind attention."""
     qk_norm: bool = False
     """Query and key heads are RMS-normalised before they are rotated."""
+    qk_norm_over_heads: bool = False
+    """These norms are over all heads of a token together."""
     mlp_bias: bool = False
+    gated_mlp: bool = True
+    """down(act(gate(x)) * up(x)); else down(act(up(x)))."""
+    norms: LayerNorms = LayerNorms()
+    norm_offset: float = 0.0
+    """Added to the RMSNorm weights of the checkpoint."""
+    layer_norm: bool = False
+    """LayerNorm with a bias in place of RMSNorm, with the same eps."""
     sliding_window: int | None = None
+    """Tokens that a query sees, itself included, but for full_attention_layers; None for all."""
+    full_attention_layers: frozenset[int] = frozenset()
+    """Layers without the sliding window."""
+    sliding_rope: Rope | None = None
+    """Of the layers with the sliding window, where it differs from that of the others."""
+    nope_layers: frozenset[int] = frozenset()
+    """Layers that rotate nothing (NoPE, arXiv 2305.19466)."""
+    learned_positions: bool = False
+    """An embedding of each position is added to the token's; no layer rotates."""
+    attention_scale: float | None = None
+    """Multiplies query . key; None for 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """Scores become cap * tanh(score / cap); 0 for off."""
+    logits_softcap: float = 0.0
+    """The same of the logits."""
+    embedding_multiplier: float = 1.0
+    """Of the token embeddings, rounded to the model's dtype."""
+    residual_multiplier: float = 1.0
+    """Of what attention and MLP add to the residual stream."""
+    logits_divisor: float = 1.0
     dtype: str | None = None
     """The checkpoint's own; None where it has none (GGUF)."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def window(self, layer: int) -> int:
+        """Tokens that a query of the layer sees, itself included; 0 for all."""
+        return 0 if layer in self.full_attention_layers else self.sliding_window or 0
+
+    def windows(self) -> tuple[int, ...]:
+        """Those of all layers, each once."""
+        return tuple(sorted({self.window(layer) for layer in range(self.num_layers)}))
+
+    def rope(self, layer: int) -> Rope | None:
+        """How the layer rotates queries and keys; None for not at all."""
+        if self.learned_positions or layer in self.nope_layers:
+            return None
+        if self.sliding_rope is not None and self.window(layer):
+            return self.sliding_rope
+        return Rope(self.rope_theta, self.rope_scaling)

@@ -59,3 +59,20 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+
+
+@dataclass(slots=True)
+class ScoreOutput:
+    """How likely a model finds a continuation behind its context."""
+
+    token_ids: list[int]
+    """Of the continuation."""
+    logprobs: list[float]
+    """Of each token, given all before it, under the raw logits."""
+    is_greedy: bool
+    """Whether each token was the likeliest."""
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole continuation."""
+        return sum(self.logprobs)

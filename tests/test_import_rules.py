@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     (
         "config",
+        "config_fields",
         "sampling_params",
         "sequence",
         "batch",
@@ -34,10 +35,10 @@ FLOORS = (
     ("engine",),
     ("server",),
     ("cli",),
-    ("", "generate", "serve", "bench"),
+    ("", "generate", "serve", "bench", "check"),
 )
 PLAIN_DATA = FLOORS[0]
-LIGHT = (*PLAIN_DATA, "", "cli", "generate", "serve", "bench.__main__", "engine.scheduler")
+LIGHT = (*PLAIN_DATA, "", "cli", "generate", "serve", "check", "bench.__main__", "engine.scheduler")
 TORCH_FREE = (*LIGHT, "tokenizer", "cache.block_manager")
 HEAVY = {
     "torch",

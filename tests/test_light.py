@@ -51,7 +51,7 @@ def test_import_is_light(names: str) -> None:
     assert not HEAVY & modules
 
 
-@pytest.mark.parametrize("command", ["generate", "bench"])
+@pytest.mark.parametrize("command", ["generate", "bench", "check"])
 def test_help_is_light(command: str) -> None:
     """`python -m nano_vllm.<command> --help`."""
     modules = modules_after(

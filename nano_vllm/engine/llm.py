@@ -8,10 +8,10 @@ from typing import Any
 
 from nano_vllm.config import DEFAULT_MODEL, EngineConfig
 from nano_vllm.engine.engine import Engine
-from nano_vllm.engine.prompts import Prompt, as_prompt_list, parse_prompt
+from nano_vllm.engine.prompts import Prompt, as_prompt_list, join_prompts, parse_prompt
 from nano_vllm.engine.request import Request
 from nano_vllm.metrics import EngineMetrics
-from nano_vllm.outputs import RequestOutput
+from nano_vllm.outputs import RequestOutput, ScoreOutput
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
@@ -99,6 +99,46 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"conversation {index}: {error}") from None
         return self.run(requests, use_tqdm)
+
+    def score(
+        self,
+        contexts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+    ) -> list[ScoreOutput]:
+        """Log-probabilities of each continuation behind its context, for evaluation harnesses.
+
+        A context and its continuation, if both are texts, are tokenized as one text, and the tokens
+        behind as many as the context alone has are the continuation's. Every pair is checked before
+        any work begins; ValueError names the first that cannot be served.
+
+        Args:
+            contexts: one or a list, in the forms of `generate`.
+            continuations: as many, of the same form, with at least one token each.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            one result per pair, in their order.
+        """
+        context_list, continuation_list = as_prompt_list(contexts), as_prompt_list(continuations)
+        if len(context_list) != len(continuation_list):
+            raise ValueError(
+                f"continuations must be as many as the {len(context_list)} contexts, "
+                f"got {len(continuation_list)}"
+            )
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        requests, starts = [], []
+        for index, pair in enumerate(zip(context_list, continuation_list, strict=True)):
+            try:
+                token_ids, start = join_prompts(*pair, self.engine.tokenizer)
+                requests.append(self._request(None, token_ids, params, False))
+            except ValueError as error:
+                raise ValueError(f"pair {index}: {error}") from None
+            starts.append(start)
+        return [
+            _score(output, start)
+            for output, start in zip(self.run(requests, use_tqdm), starts, strict=True)
+        ]
 
     def make_request(self, prompt: Prompt, params: SamplingParams, stream: bool = False) -> Request:
         """A checked request for `run`; ValueError if it cannot be served."""
@@ -202,3 +242,20 @@ def _one_each(
             f"sampling_params must be one or as many as the {count} prompts, got {len(params)}"
         )
     return list(params)
+
+
+def _score(output: RequestOutput, start: int) -> ScoreOutput:
+    """Of the prompt's tokens from `start` on."""
+    token_ids = output.prompt_token_ids[start:]
+    assert output.prompt_logprobs is not None
+    if len(output.prompt_logprobs) < len(output.prompt_token_ids):
+        reason = output.outputs[0].stop_reason
+        raise RuntimeError(f"a continuation could not be scored: {reason}")
+    entries = [
+        entry[token_id]
+        for token_id, entry in zip(token_ids, output.prompt_logprobs[start:], strict=True)
+        if entry is not None
+    ]
+    return ScoreOutput(
+        token_ids, [entry.logprob for entry in entries], all(entry.rank == 1 for entry in entries)
+    )

@@ -46,3 +46,28 @@ def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | Non
     if isinstance(value, (list, tuple)):
         return None, list(value)
     raise ValueError(f"a prompt must be {_FORMS}, got {prompt!r}")
+
+
+def join_prompts(
+    context: Prompt, continuation: Prompt, tokenizer: Tokenizer | None
+) -> tuple[list[int], int]:
+    """Token ids of a context and its continuation together, and where the latter begin."""
+    text, token_ids = parse_prompt(context, tokenizer)
+    next_text, next_ids = parse_prompt(continuation, tokenizer)
+    if (text is None) != (next_text is None):
+        raise ValueError(
+            "context and continuation must both be texts or both be token ids, "
+            f"got {context!r} and {continuation!r}"
+        )
+    start = len(token_ids)
+    if text is None or next_text is None:
+        token_ids = token_ids + next_ids
+    else:
+        assert tokenizer is not None
+        token_ids = tokenizer.encode(text + next_text)
+    if not start or start >= len(token_ids):
+        raise ValueError(
+            f"context and continuation must have at least one token each, got {start} and "
+            f"{len(token_ids) - start}"
+        )
+    return token_ids, start

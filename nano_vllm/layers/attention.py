@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -45,8 +46,10 @@ class AttentionMetadata:
     """[num_seqs], int32."""
     max_query_len: int
     max_seq_len: int
-    workspace: torch.Tensor | None = None
-    """float32, on CUDA; holds the plan for this step."""
+    workspaces: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """float32, on CUDA; by sliding window, each holds the plan of this step for the layers that
+    have it.
+    """
     shared_prefix: torch.Tensor | None = None
     """[2, num_seqs], int32, see `ops.paged_attention`."""
 
@@ -59,10 +62,12 @@ class Attention:
         head_dim: elements per head.
         rope_is_neox: pair element i with i + rotary_dim / 2; else (gptj) 2i with 2i + 1.
         scale: multiplies query . key; by default 1 / sqrt(head_dim).
-        sliding_window: tokens a query sees, itself included; None for all.
+        sliding_window: tokens a query sees, itself included; 0 for all.
         softcap: bound of the scores, by tanh; 0 for none.
         query_norm: of each query head before it is rotated; None for none.
         key_norm: of each key head, with the same eps.
+
+    Without `cos_sin` nothing is rotated or normalised.
 
     A norm rounds to the model's dtype once, behind its weights. transformers rounds before them
     too, which in 16 bits loses a little more; in float32 neither rounds.
@@ -73,14 +78,14 @@ class Attention:
         head_dim: int,
         rope_is_neox: bool,
         scale: float | None = None,
-        sliding_window: int | None = None,
+        sliding_window: int = 0,
         softcap: float = 0.0,
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
     ) -> None:
         self.rope_is_neox = rope_is_neox
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.sliding_window = sliding_window or 0
+        self.sliding_window = sliding_window
         self.softcap = softcap
         self.query_norm = query_norm
         self.key_norm = key_norm
@@ -91,7 +96,7 @@ class Attention:
         key: torch.Tensor,
         value: torch.Tensor,
         positions: torch.Tensor,
-        cos_sin: torch.Tensor,
+        cos_sin: torch.Tensor | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         k_scale: torch.Tensor,
@@ -102,21 +107,27 @@ class Attention:
         """
         is_float8 = cache[0].dtype == torch.float8_e4m3fn
         scales = (k_scale, v_scale) if is_float8 else (None, None)
-        ops.rotary_reshape_and_cache(
-            positions,
-            query,
-            key,
-            value,
-            *cache,
-            metadata.slot_mapping,
-            cos_sin,
-            is_neox=self.rope_is_neox,
-            query_norm_weight=None if self.query_norm is None else self.query_norm.weight,
-            key_norm_weight=None if self.key_norm is None else self.key_norm.weight,
-            norm_eps=0.0 if self.query_norm is None else self.query_norm.eps,
-            k_scale=scales[0],
-            v_scale=scales[1],
-        )
+        if cos_sin is None:
+            ops.reshape_and_cache(
+                key, value, *cache, metadata.slot_mapping, k_scale=scales[0], v_scale=scales[1]
+            )
+        else:
+            ops.rotary_reshape_and_cache(
+                positions,
+                query,
+                key,
+                value,
+                *cache,
+                metadata.slot_mapping,
+                cos_sin,
+                is_neox=self.rope_is_neox,
+                query_norm_weight=None if self.query_norm is None else self.query_norm.weight,
+                key_norm_weight=None if self.key_norm is None else self.key_norm.weight,
+                norm_eps=0.0 if self.query_norm is None else self.query_norm.eps,
+                k_scale=scales[0],
+                v_scale=scales[1],
+            )
+        workspace = metadata.workspaces.get(self.sliding_window)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         ops.paged_attention(
             out,
@@ -130,8 +141,8 @@ class Attention:
             scale=self.scale,
             sliding_window=self.sliding_window,
             softcap=self.softcap,
-            workspace=metadata.workspace,
-            is_planned=metadata.workspace is not None,
+            workspace=workspace,
+            is_planned=workspace is not None,
             shared_prefix=metadata.shared_prefix,
             k_scale=scales[0],
             v_scale=scales[1],

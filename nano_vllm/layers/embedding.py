@@ -1,4 +1,4 @@
-"""Token embeddings."""
+"""Embeddings of tokens and of positions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from torch.nn import functional
 
 
 class Embedding(nn.Module):
-    """One row per token of the vocabulary."""
+    """One row per token of the vocabulary, or per position.
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    Args:
+        num_rows: tokens of the vocabulary.
+        hidden_size: elements of a row.
+        multiplier: of what comes out, rounded to the model's dtype.
+    """
+
+    def __init__(self, num_rows: int, hidden_size: int, multiplier: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size), requires_grad=False)
+        self.multiplier = float(torch.tensor(multiplier, dtype=self.weight.dtype, device="cpu"))
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """[num_tokens] -> [num_tokens, hidden_size]."""
-        return functional.embedding(token_ids, self.weight)
+        rows = functional.embedding(indices, self.weight)
+        return rows if self.multiplier == 1.0 else rows * self.multiplier

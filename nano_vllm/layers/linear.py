@@ -63,15 +63,17 @@ class StackedLinear(Linear):
         if self.bias is not None:
             self.bias.weight_loader = self.load_shard  # type: ignore[attr-defined]
 
-    def first_row(self, shard: str) -> int:
+    def first_row(self, shard: str | None) -> int:
         """Where the shard's output features begin."""
-        return self._rows[shard].start
+        return 0 if shard is None else self._rows[shard].start
 
-    def load_shard(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str) -> None:
-        """Copy a checkpoint tensor into its rows of the stacked parameter."""
-        target = parameter.data[self._rows[shard]]
+    def load_shard(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | None) -> None:
+        """Copy a checkpoint tensor into its rows of the stacked parameter; without a shard, one
+        that is stacked already.
+        """
+        target = parameter.data if shard is None else parameter.data[self._rows[shard]]
         if target.shape != tensor.shape:
             raise ValueError(
-                f"{shard} must have shape {list(target.shape)}, got {list(tensor.shape)}"
+                f"{shard or 'it'} must have shape {list(target.shape)}, got {list(tensor.shape)}"
             )
         target.copy_(tensor)

@@ -1,20 +1,32 @@
-"""Root-mean-square normalisation."""
+"""Normalisation of the residual stream and of attention heads."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
+from torch.nn import functional
 
 from nano_vllm import ops
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight."""
+    """x / sqrt(mean(x^2) + eps) * weight.
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    Args:
+        hidden_size: elements of x.
+        eps: added to the mean of squares.
+        offset: added to the checkpoint's weights as they are loaded; the sum is rounded to the
+            model's dtype.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
         self.eps = eps
+        if offset:
+            self.weight.weight_loader = partial(_load_with_offset, offset)  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> the same shape."""
@@ -26,3 +38,30 @@ class RMSNorm(nn.Module):
         """residual += x, in place; returns the norm of the sum, in the memory of x."""
         ops.fused_add_rms_norm(x, x, residual, self.weight, self.eps)
         return x
+
+
+def _load_with_offset(
+    offset: float, parameter: nn.Parameter, tensor: torch.Tensor, _: object
+) -> None:
+    if parameter.shape != tensor.shape:
+        raise ValueError(f"must have shape {list(parameter.shape)}, got {list(tensor.shape)}")
+    parameter.data.copy_(tensor.float() + offset)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias (arXiv 1607.06450)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden_size] -> the same shape."""
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual += x, in place; returns the norm of the sum."""
+        residual.add_(x)
+        return self(residual)

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from nano_vllm import ops
 from nano_vllm.config import ModelConfig
-from nano_vllm.layers.activation import gated_activation
+from nano_vllm.config_fields import ConfigFields
+from nano_vllm.layers.activation import activation, gated_activation
 from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache, cache_scale
 from nano_vllm.layers.embedding import Embedding
 from nano_vllm.layers.linear import Linear, StackedLinear
-from nano_vllm.layers.norm import RMSNorm
+from nano_vllm.layers.norm import LayerNorm, RMSNorm
 from nano_vllm.layers.rotary import cos_sin_cache
 from nano_vllm.metrics import nvtx_range
 
 
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """A norm of the residual stream."""
+    if config.layer_norm:
+        return LayerNorm(config.hidden_size, config.rms_norm_eps)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+
+
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions and, in some models, norms of query and key
-    heads.
+    """Grouped-query attention with rotary positions and, in some models, norms of queries and keys,
+    each head's or all heads'.
     """
 
     k_scale: torch.Tensor
     v_scale: torch.Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         head_dim = config.head_dim
         self.num_heads, self.num_kv_heads, self.head_dim = (
@@ -43,14 +51,22 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(
             self.num_heads * head_dim, config.hidden_size, bias=config.attention_output_bias
         )
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.norms_all_heads = config.qk_norm_over_heads
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            query_size = self.num_heads * head_dim
+            sizes = (query_size, kv_size) if self.norms_all_heads else (head_dim, head_dim)
+            self.q_norm, self.k_norm = (
+                RMSNorm(size, config.rms_norm_eps, config.norm_offset) for size in sizes
+            )
         self.attention = Attention(
             head_dim,
             config.rope_is_neox,
-            sliding_window=config.sliding_window,
-            query_norm=self.q_norm,
-            key_norm=self.k_norm,
+            scale=config.attention_scale,
+            sliding_window=config.window(layer),
+            softcap=config.attention_softcap,
+            query_norm=None if self.norms_all_heads else self.q_norm,
+            key_norm=None if self.norms_all_heads else self.k_norm,
         )
         self.register_buffer("k_scale", cache_scale(self.num_kv_heads))
         self.register_buffer("v_scale", cache_scale(self.num_kv_heads))
@@ -59,11 +75,19 @@ class SelfAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: torch.Tensor,
-        cos_sin: torch.Tensor,
+        cos_sin: torch.Tensor | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        qkv = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        qkv = self.qkv_proj(x)
+        if self.norms_all_heads:
+            start = 0
+            for norm in (self.q_norm, self.k_norm):
+                assert norm is not None
+                part = qkv[:, start : start + norm.weight.shape[0]]
+                ops.rms_norm(part, part, norm.weight, norm.eps)
+                start += part.shape[1]
+        qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         out = self.attention(
             query, key, value, positions, cos_sin, cache, metadata, self.k_scale, self.v_scale
@@ -99,32 +123,68 @@ class GatedMLP(nn.Module):
         return self.down_proj(out)
 
 
-class DecoderLayer(nn.Module):
-    """Attention and feed-forward block, each behind a norm and added to the residual stream."""
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = activation(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward block, each between the norms that `ModelConfig.norms` names, and
+    added to the residual stream.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.names = config.norms
+        self.residual_multiplier = config.residual_multiplier
+        for name in (
+            self.names.before_attention,
+            self.names.after_attention,
+            self.names.before_mlp,
+            self.names.after_mlp,
+        ):
+            if name is not None:
+                setattr(self, name, make_norm(config))
+        self.self_attn = SelfAttention(config, layer)
+        self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
 
     def forward(
         self,
         x: torch.Tensor,
         residual: torch.Tensor,
         positions: torch.Tensor,
-        cos_sin: torch.Tensor,
+        cos_sin: torch.Tensor | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """x: what the layer before adds to the residual stream; returns what this one adds."""
         with nvtx_range("attention"):
-            x = self.input_layernorm.add_and_norm(x, residual)
+            x = self._read(x, residual, self.names.before_attention)
             x = self.self_attn(x, positions, cos_sin, cache, metadata)
+            x = self._contribution(x, self.names.after_attention)
         with nvtx_range("mlp"):
-            x = self.post_attention_layernorm.add_and_norm(x, residual)
-            return self.mlp(x)
+            x = self._read(x, residual, self.names.before_mlp)
+            return self._contribution(self.mlp(x), self.names.after_mlp)
+
+    def _read(self, x: torch.Tensor, residual: torch.Tensor, norm: str | None) -> torch.Tensor:
+        """Add x to the residual stream, in place; the stream, through the norm."""
+        if norm is None:
+            return residual.add_(x)
+        return getattr(self, norm).add_and_norm(x, residual)
+
+    def _contribution(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
+        """What a block adds to the residual stream."""
+        if norm is not None:
+            x = getattr(self, norm)(x)
+        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
 
 
 class Decoder(nn.Module):
@@ -132,10 +192,22 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, max_position: int, device: torch.device) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cos_sin = cos_sin_cache(config, max_position, device)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, config.embedding_multiplier
+        )
+        self.embed_positions = (
+            Embedding(config.max_position, config.hidden_size) if config.learned_positions else None
+        )
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = make_norm(config)
+        ropes = [config.rope(i) for i in range(config.num_layers)]
+        tables = {
+            rope: cos_sin_cache(config, rope, max_position, device)
+            for rope in dict.fromkeys(ropes)
+            if rope is not None
+        }
+        self.cos_sin = [None if rope is None else tables[rope] for rope in ropes]
+        """For each layer; None for one that rotates nothing."""
 
     def forward(
         self,
@@ -145,9 +217,11 @@ class Decoder(nn.Module):
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         x = self.embed_tokens(input_ids)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
         residual = torch.zeros_like(x)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, residual, positions, self.cos_sin, cache, metadata)
+        for layer, cos_sin, cache in zip(self.layers, self.cos_sin, caches, strict=True):
+            x = layer(x, residual, positions, cos_sin, cache, metadata)
         return self.norm.add_and_norm(x, residual)
 
 
@@ -168,6 +242,39 @@ class CausalLM(nn.Module):
         "up_proj": ("gate_up_proj", "up"),
     }
     """Checkpoint module -> (stacked module, shard)."""
+    transposed: ClassVar[tuple[str, ...]] = ()
+    """Endings of the checkpoint's tensors that lie [in_features, out_features]."""
+    config_names: ClassVar[dict[str, str]] = {}
+    """Fields of config.json that the family calls otherwise: Llama's name -> its own."""
+    config_defaults: ClassVar[dict[str, Any]] = {}
+    """Fields of config.json, by the family's names, that mean this where they are absent."""
+    mlp_ratio: ClassVar[int | None] = None
+    """intermediate_size / hidden_size, where config.json may leave the former out."""
+    always: ClassVar[dict[str, Any]] = {}
+    """Fields of ModelConfig that are the same for all models of the family."""
+    sliding_layers: ClassVar[str] = "none"
+    """Layers that have the configuration's sliding window: none, all, or as layer_types says."""
+    rope_by_layer_type: ClassVar[bool] = False
+    """Whether config.json has rotary parameters for each of the layer_types."""
+
+    @classmethod
+    def layer_types(cls, fields: ConfigFields, num_layers: int) -> list[str]:
+        """full_attention or sliding_attention for each layer, where config.json has no
+        `layer_types`.
+        """
+        return ["sliding_attention"] * num_layers
+
+    @classmethod
+    def read_config(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+        """The configuration with what config.json has for this family alone."""
+        return config
+
+    @classmethod
+    def parameter_name(cls, name: str) -> str | None:
+        """The parameter, or the part of a stacked one, that a tensor of a Hugging Face checkpoint
+        fills; None where it is no weight.
+        """
+        return name
 
     def __init__(self, config: ModelConfig, max_position: int, device: torch.device) -> None:
         super().__init__()
@@ -189,4 +296,10 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        if self.config.logits_divisor != 1.0:
+            logits.div_(self.config.logits_divisor)
+        if self.config.logits_softcap:
+            cap = self.config.logits_softcap
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits

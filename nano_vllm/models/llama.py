@@ -1,6 +1,8 @@
-"""Llama 2, 3, 3.1, 3.2 and models of their shape (SmolLM2, Mistral): the shared decoder."""
+"""Llama 2, 3, 3.1, 3.2 and models of their shape: SmolLM2, Mistral, Ministral."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from nano_vllm.models.decoder import CausalLM
 
@@ -10,4 +12,12 @@ class LlamaForCausalLM(CausalLM):
 
 
 class MistralForCausalLM(CausalLM):
-    """A Llama with a sliding window, which the configuration tells. Source: arXiv 2310.06825."""
+    """A sliding window in all layers. Source: arXiv 2310.06825."""
+
+    sliding_layers: ClassVar[str] = "all"
+
+
+class MinistralForCausalLM(CausalLM):
+    """A sliding window in some layers."""
+
+    sliding_layers: ClassVar[str] = "layer_types"

@@ -11,8 +11,16 @@ if TYPE_CHECKING:
 SUPPORTED = {
     "LlamaForCausalLM": "nano_vllm.models.llama",
     "MistralForCausalLM": "nano_vllm.models.llama",
+    "MinistralForCausalLM": "nano_vllm.models.llama",
     "Qwen2ForCausalLM": "nano_vllm.models.qwen",
     "Qwen3ForCausalLM": "nano_vllm.models.qwen",
+    "Gemma2ForCausalLM": "nano_vllm.models.gemma",
+    "Gemma3ForCausalLM": "nano_vllm.models.gemma",
+    "Phi3ForCausalLM": "nano_vllm.models.phi3",
+    "SmolLM3ForCausalLM": "nano_vllm.models.smollm3",
+    "Olmo2ForCausalLM": "nano_vllm.models.olmo2",
+    "GraniteForCausalLM": "nano_vllm.models.granite",
+    "GPT2LMHeadModel": "nano_vllm.models.gpt2",
 }
 """Architecture, as config.json's `architectures` has it -> the module of the class of that name."""
 

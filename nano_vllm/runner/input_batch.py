@@ -88,12 +88,16 @@ class InputBatch:
         """Block tables by table row; and of padded batches, whose tensors must not move."""
         self._sent = np.zeros((max_num_seqs, 2), dtype=np.int64)
         """What each table row holds: the id of a decode row, and how many of its blocks."""
-        self._workspace = None
+        self._workspaces: dict[int, torch.Tensor] = {}
+        """By the sliding windows of the layers, which need a plan each."""
         if on_gpu:
             numel = ops.paged_attention_workspace_numel(
                 max_num_seqs, config.num_heads, config.head_dim
             )
-            self._workspace = torch.empty(numel, dtype=torch.float32, device=device)
+            self._workspaces = {
+                window: torch.empty(numel, dtype=torch.float32, device=device)
+                for window in config.windows()
+            }
 
     def prepare(
         self,
@@ -252,16 +256,16 @@ class InputBatch:
     ) -> ModelInput:
         """What has been sent, with the attention's plan for it."""
         shared_prefix = device["shared_prefix"] if is_shared else None
-        if self._workspace is not None:
+        for window, workspace in self._workspaces.items():
             ops.plan_attention(
-                self._workspace,
+                workspace,
                 device["query_start_loc"],
                 device["seq_lens"],
                 num_heads=self._config.num_heads,
                 num_kv_heads=self._config.num_kv_heads,
                 head_dim=self._config.head_dim,
                 max_query_len=max_query_len,
-                sliding_window=self._config.sliding_window or 0,
+                sliding_window=window,
                 shared_prefix=shared_prefix,
             )
         return ModelInput(
@@ -274,7 +278,7 @@ class InputBatch:
                 device["seq_lens"],
                 max_query_len,
                 max_seq_len,
-                self._workspace,
+                self._workspaces,
                 shared_prefix,
             ),
         )

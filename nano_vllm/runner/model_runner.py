@@ -328,9 +328,8 @@ def choose_dtype(name: str, stored: str | None, device: torch.device) -> torch.d
 def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     scaling = model.rope_scaling
     limit = model.max_position
-    if scaling is not None and scaling.kind in ("linear", "dynamic"):
-        limit = int(limit * scaling.factor)
-    elif scaling is not None and scaling.kind == "yarn" and scaling.original_max_position:
+    stretches = scaling is not None and scaling.kind in ("linear", "dynamic", "yarn")
+    if scaling is not None and stretches and scaling.original_max_position:
         limit = max(limit, int(scaling.original_max_position * scaling.factor))
     if config.max_model_len is None:
         return limit

@@ -9,10 +9,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from nano_vllm.config_fields import ConfigFields
 from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.gguf_pre_tokenizer import PRE_TOKENIZATIONS
 from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
-from nano_vllm.weights.config_fields import ConfigFields
 from nano_vllm.weights.gguf_file import GGUFFile
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

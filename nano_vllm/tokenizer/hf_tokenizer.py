@@ -7,9 +7,9 @@ from typing import Any
 
 import tokenizers
 
+from nano_vllm.config_fields import ConfigFields
 from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
-from nano_vllm.weights.config_fields import ConfigFields
 from nano_vllm.weights.json_file import read_json_object
 
 _NAMED_TOKENS = (

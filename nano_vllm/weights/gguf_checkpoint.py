@@ -17,7 +17,12 @@ from nano_vllm.quantization.gguf_blocks import FORMATS, quantized_weight
 from nano_vllm.quantization.packed_weight import GROUP_SIZE, QuantizedWeight
 from nano_vllm.weights.gguf_file import GGUFFile, GGUFTensor
 
-_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "position_embd": "model.embed_positions",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -25,13 +30,27 @@ _LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
-_NOT_WEIGHTS = ("rope_freqs.weight",)
+_GEMMA_NAMES = {"ffn_norm": "pre_feedforward_layernorm"}
+_OTHER_LAYER_NAMES = {
+    "Gemma2ForCausalLM": _GEMMA_NAMES,
+    "Gemma3ForCausalLM": _GEMMA_NAMES,
+    "Phi3ForCausalLM": {"ffn_up": "mlp.gate_up_proj"},
+}
+"""By architecture, where a name means something else there."""
+_PERMUTED = ("LlamaForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM")
+"""Architectures whose query and key rows llama.cpp's converter interleaves; the others keep the
+order of their Hugging Face checkpoint, and with it the neox pairs.
+"""
+_NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Read with the configuration."""
 _PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_ELEMENTS = 1 << 18
@@ -49,10 +68,12 @@ class GGUFCheckpoint:
         file = GGUFFile(path)
         self._path = path
         self._head_dim = config.head_dim
-        # Qwen keeps the order of its Hugging Face checkpoint, and with it the neox pairs.
-        self._has_permuted_rows = config.architecture == "LlamaForCausalLM"
+        self._has_permuted_rows = config.architecture in _PERMUTED
+        self._norm_offset = config.norm_offset
         self._tensors = {
-            hf_name(t.name): t for t in file.tensors.values() if t.name not in _NOT_WEIGHTS
+            hf_name(t.name, config.architecture): t
+            for t in file.tensors.values()
+            if t.name not in _NOT_WEIGHTS
         }
         for tensor in self._tensors.values():
             if self._is_permuted(tensor) and tensor.shape[0] % config.head_dim:
@@ -74,6 +95,8 @@ class GGUFCheckpoint:
         num_rows = tensor.shape[0]
         rows = destination.view(num_rows, -1)
         permuted = self._is_permuted(tensor)
+        # The converter has added what the model adds to the weights of a Hugging Face checkpoint.
+        offset = self._norm_offset if tensor.name.endswith("norm.weight") else 0.0
         unit = self._head_dim if permuted else 1
         chunk = max(1, _CHUNK_ELEMENTS // (rows.shape[1] * unit)) * unit
 
@@ -81,6 +104,8 @@ class GGUFCheckpoint:
         def fill(start: int) -> None:
             target = rows[start : start + chunk]
             values = self._read_rows(tensor, start, target.shape[0]).view(target.shape)
+            if offset:
+                values = values - offset
             target.copy_(unpermute(values, self._head_dim) if permuted else values)
 
         list(self._threads.map(fill, range(0, num_rows, chunk)))
@@ -124,15 +149,18 @@ class GGUFCheckpoint:
         os.close(self._data)
 
 
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a tensor, or its own name where it has none."""
+def hf_name(name: str, architecture: str) -> str:
+    """The name of a tensor in a Hugging Face checkpoint that calls its modules as Llama's does, or
+    its own name where it has none.
+    """
     module, _, leaf = name.rpartition(".")
     if module in _TOP_NAMES:
         return f"{_TOP_NAMES[module]}.{leaf}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
-    if match is None or match[2] not in _LAYER_NAMES:
+    names = _LAYER_NAMES | _OTHER_LAYER_NAMES.get(architecture, {})
+    if match is None or match[2] not in names:
         return name
-    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{leaf}"
+    return f"model.layers.{match[1]}.{names[match[2]]}.{leaf}"
 
 
 def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

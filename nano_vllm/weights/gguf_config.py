@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 
-from nano_vllm.config import ModelConfig, RopeScaling
-from nano_vllm.weights.config_fields import ConfigFields
+from nano_vllm.config import ModelConfig, Rope, RopeScaling
+from nano_vllm.config_fields import ConfigFields
 from nano_vllm.weights.gguf_file import GGUFFile
+from nano_vllm.weights.hf_config import FindFamily
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
 }
 _EOS_KEYS = ("eos", "eot", "eom")
 """End of text, of turn, of message: llama.cpp stops at each."""
 
 
-def parse_gguf_config(file: GGUFFile) -> ModelConfig:
+_FULL_ATTENTION_PERIODS = {"gemma2": 2, "gemma3": 6}
+"""Every how manyth layer has no sliding window; llama.cpp has the numbers in its code."""
+_NOPE_PERIODS = {"smollm3": 4}
+"""Every how manyth layer rotates nothing; likewise."""
+_UNSCALED_BY_HEAD_DIM = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models (27B) whose attention is scaled by hidden_size / num_heads; likewise."""
+_SOFTCAPS = {"gemma2": (50.0, 30.0)}
+"""Of scores and logits, where the metadata leave them out; likewise."""
+
+
+def parse_gguf_config(file: GGUFFile, find_family: FindFamily) -> ModelConfig:
     """The decoder that a GGUF file describes; absent keys have llama.cpp's defaults."""
     fields = ConfigFields(file.metadata, str(file.path))
     arch = fields.string("general.architecture")
@@ -56,28 +75,67 @@ def parse_gguf_config(file: GGUFFile) -> ModelConfig:
     if embedding is None:
         raise ValueError(f"{file.path}: tensor 'token_embd.weight' is missing")
     eos_ids = [i for key in _EOS_KEYS for i in fields.token_ids(f"tokenizer.ggml.{key}_token_id")]
-    return ModelConfig(
+    num_layers = fields.integer(f"{arch}.block_count")
+    family = find_family(_ARCHITECTURES[arch])
+    has_layer_norm = "output_norm.bias" in file.tensors
+    eps = "layer_norm_epsilon" if has_layer_norm else "layer_norm_rms_epsilon"
+    hidden_act = "gelu_pytorch_tanh" if arch in ("gemma2", "gemma3", "gpt2") else "silu"
+    softcap, logits_softcap = _SOFTCAPS.get(arch, (0.0, 0.0))
+    sliding_window = fields.integer(f"{arch}.attention.sliding_window", 0, minimum=0) or None
+    config = ModelConfig(
         architecture=_ARCHITECTURES[arch],
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
         intermediate_size=fields.integer(f"{arch}.feed_forward_length"),
-        num_layers=fields.integer(f"{arch}.block_count"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position=max_position,
-        rms_norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=fields.number(f"{arch}.attention.{eps}"),
         rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
         rope_scaling=_rope_scaling(file, fields, arch, rotary_dim, max_position),
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        hidden_act=hidden_act,
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         attention_output_bias="blk.0.attn_output.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        sliding_window=None if family.sliding_layers == "none" else sliding_window,
+        full_attention_layers=_every(_FULL_ATTENTION_PERIODS.get(arch), num_layers),
+        nope_layers=_every(_NOPE_PERIODS.get(arch), num_layers),
+        sliding_rope=(
+            Rope(fields.number(f"{arch}.rope.freq_base_swa", 10000.0))
+            if family.rope_by_layer_type
+            else None
+        ),
+        attention_scale=_attention_scale(fields, arch, num_layers, hidden_size // num_heads),
+        attention_softcap=fields.number(f"{arch}.attn_logit_softcapping", softcap),
+        logits_softcap=fields.number(f"{arch}.final_logit_softcapping", logits_softcap),
+        embedding_multiplier=(
+            hidden_size**0.5
+            if arch in _FULL_ATTENTION_PERIODS
+            else fields.number(f"{arch}.embedding_scale", 1.0)
+        ),
+        residual_multiplier=fields.number(f"{arch}.residual_scale", 1.0),
+        logits_divisor=fields.number(f"{arch}.logit_scale", 1.0),
         bos_token_id=fields.integer("tokenizer.ggml.bos_token_id", None, minimum=0),
         eos_token_ids=tuple(dict.fromkeys(eos_ids)),
     )
+    return replace(config, **family.always)
+
+
+def _every(period: int | None, num_layers: int) -> frozenset[int]:
+    return frozenset(range(period - 1, num_layers, period) if period else ())
+
+
+def _attention_scale(
+    fields: ConfigFields, arch: str, num_layers: int, hidden_per_head: int
+) -> float | None:
+    if _UNSCALED_BY_HEAD_DIM.get(arch) == num_layers:
+        return hidden_per_head**-0.5
+    return fields.number(f"{arch}.attention.scale", None)
 
 
 def _rope_scaling(
@@ -85,7 +143,11 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     key = f"{arch}.rope.scaling"
     kind = fields.string(f"{key}.type", "none")
-    frequency_factors = _frequency_factors(file, rotary_dim)
+    if "rope_factors_long.weight" in file.tensors:
+        return _longrope(file, fields, arch, rotary_dim, max_position)
+    frequency_factors = _factors(file, "rope_freqs.weight", rotary_dim // 2)
+    if all(factor == 1.0 for factor in frequency_factors or ()):
+        frequency_factors = None
     if frequency_factors is not None:
         if kind != "none":
             raise fields.error(
@@ -100,7 +162,9 @@ def _rope_scaling(
         raise fields.error(f"{key}.type", f"must be none, linear or yarn, got {kind!r}")
     factor = fields.number(f"{key}.factor")
     if kind == "linear":
-        return RopeScaling(kind, factor, max_position)
+        # Gemma 3's context is that of the stretched model.
+        original = round(max_position / factor) if arch == "gemma3" else max_position
+        return RopeScaling(kind, factor, original)
     # llama.cpp multiplies the magnitude of arXiv 2309.00071, eq. 22, by attn_factor.
     magnitude = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
     return RopeScaling(
@@ -113,21 +177,40 @@ def _rope_scaling(
     )
 
 
-def _frequency_factors(file: GGUFFile, rotary_dim: int) -> tuple[float, ...] | None:
-    """Divisors of the rotary frequencies: what llama.cpp's converter makes of Llama 3's scaling."""
-    tensor = file.tensors.get("rope_freqs.weight")
+def _longrope(
+    file: GGUFFile, fields: ConfigFields, arch: str, rotary_dim: int, max_position: int
+) -> RopeScaling:
+    key = f"{arch}.rope.scaling"
+    original = fields.integer(f"{key}.original_context_length", max_position)
+    short = _factors(file, "rope_factors_short.weight", rotary_dim // 2)
+    long = _factors(file, "rope_factors_long.weight", rotary_dim // 2)
+    if short is None or long is None:
+        raise ValueError(f"{file.path}: tensor 'rope_factors_short.weight' is missing")
+    return RopeScaling(
+        "longrope",
+        max_position / original,
+        original,
+        attention_factor=fields.number(f"{key}.attn_factor", 1.0),
+        short_factors=short,
+        long_factors=long,
+    )
+
+
+def _factors(file: GGUFFile, name: str, count: int) -> tuple[float, ...] | None:
+    """Divisors of the rotary frequencies: what llama.cpp's converter makes of the scaling of Llama
+    3 and of LongRoPE. None where the file has no such tensor.
+    """
+    tensor = file.tensors.get(name)
     if tensor is None:
         return None
-    if tensor.type_name != "F32" or tensor.shape != (rotary_dim // 2,):
+    if tensor.type_name != "F32" or tensor.shape != (count,):
         raise ValueError(
-            f"{file.path}: tensor 'rope_freqs.weight' must be F32 of shape [{rotary_dim // 2}], "
+            f"{file.path}: tensor {name!r} must be F32 of shape [{count}], "
             f"got {tensor.type_name} of shape {list(tensor.shape)}"
         )
     with file.path.open("rb") as data:
         data.seek(tensor.offset)
-        factors = struct.unpack(f"<{rotary_dim // 2}f", data.read(tensor.num_bytes))
+        factors = struct.unpack(f"<{count}f", data.read(tensor.num_bytes))
     if not all(math.isfinite(f) and f > 0 for f in factors):
-        raise ValueError(
-            f"{file.path}: tensor 'rope_freqs.weight' must hold finite numbers above 0"
-        )
-    return None if all(f == 1.0 for f in factors) else factors
+        raise ValueError(f"{file.path}: tensor {name!r} must hold finite numbers above 0")
+    return factors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class _Assignment(NamedTuple):
     tensor_name: str
     parameter: torch.Tensor
     shard_id: int | str | None
+    is_transposed: bool = False
 
 
 def load_weights(
@@ -50,10 +52,12 @@ def load_weights(
     Parameters have Hugging Face names, except that `model.stacked` (component of a checkpoint's
     name -> component of the parameter's name, shard id) joins several tensors in one parameter,
     whose `weight_loader(parameter, tensor, shard_id)` knows where each goes. Buffers with a
-    `weight_loader` are filled from what the checkpoint has of them. Names and shapes are
-    checked before anything is read: ValueError names the tensors that are missing, left over or of
-    a wrong shape. With `load_format` dummy, `source` is not touched. With `keep_quantized`, linear
-    layers whose tensors are stored in groups of few bits get them as they are (`Linear.packed`).
+    `weight_loader` are filled from what the checkpoint has of them. `model.parameter_name` knows
+    names of another style, `model.transposed` which matrices lie the other way. Names and shapes
+    are checked before anything is read: ValueError names the tensors that are missing, left over or
+    of a wrong shape. With `load_format` dummy, `source` is not touched. With `keep_quantized`,
+    linear layers whose tensors are stored in groups of few bits get them as they are
+    (`Linear.packed`).
     """
     if load_format == "dummy":
         fill_dummy_weights(model, seed)
@@ -93,7 +97,7 @@ def _load_quantized(
     for parameter_id, shards in parts.items():
         linear = linear_of[parameter_id]
         if isinstance(linear, StackedLinear):
-            shards = sorted(shards, key=lambda shard: linear.first_row(str(shard.shard_id)))
+            shards = sorted(shards, key=lambda shard: linear.first_row(_shard_name(shard)))
         weights = []
         for shard in shards:
             weight = checkpoint.read_quantized(shard.tensor_name)
@@ -115,18 +119,28 @@ def _load_quantized(
     return [a for a in assignments if a.tensor_name not in done]
 
 
+def _shard_name(shard: _Assignment) -> str | None:
+    return None if shard.shard_id is None else str(shard.shard_id)
+
+
 def _load(
     checkpoint: Checkpoint,
     source: Path,
     name: str,
     parameter: torch.Tensor,
     shard_id: int | str | None,
+    is_transposed: bool,
 ) -> None:
     weight_loader = getattr(parameter, "weight_loader", None)
-    if weight_loader is None:
+    if weight_loader is None and not is_transposed:
         checkpoint.read_into(name, parameter.data)
         return
     tensor = checkpoint.read(name, parameter.dtype)
+    if is_transposed:
+        tensor = tensor.T
+    if weight_loader is None:
+        parameter.data.copy_(tensor)
+        return
     try:
         weight_loader(parameter, tensor, shard_id)
     except ValueError as error:
@@ -139,16 +153,23 @@ def _assign(
     parameters = dict(model.named_parameters())
     buffers = {n: b for n, b in model.named_buffers() if hasattr(b, "weight_loader")}
     stacked: dict[str, tuple[str, int | str]] = getattr(model, "stacked", {})
+    transposed: tuple[str, ...] = getattr(model, "transposed", ())
+    rename: Callable[[str], str | None] = getattr(model, "parameter_name", lambda name: name)
     assignments, leftover, misshapen = [], [], []
     filled = set()
     for name, shape in checkpoint.shapes.items():
-        if name.endswith(_NOT_WEIGHTS) or (config.tie_word_embeddings and name == "lm_head.weight"):
+        known_as = rename(name)
+        is_tied_head = config.tie_word_embeddings and known_as == "lm_head.weight"
+        if known_as is None or is_tied_head or name.endswith(_NOT_WEIGHTS):
             continue
-        buffer = buffers.get(_CACHE_SCALE.sub(r"\1.\2", name))
+        buffer = buffers.get(_CACHE_SCALE.sub(r"\1.\2", known_as))
         if buffer is not None:
             assignments.append(_Assignment(name, buffer, None))
             continue
-        parameter_name, shard_id = _destination(name, stacked)
+        is_transposed = name.endswith(transposed) and len(shape) == 2
+        if is_transposed:
+            shape = shape[::-1]
+        parameter_name, shard_id = _destination(known_as, stacked)
         parameter = parameters.get(parameter_name)
         if parameter is None:
             leftover.append(name)
@@ -156,7 +177,7 @@ def _assign(
         if not hasattr(parameter, "weight_loader") and shape != tuple(parameter.shape):
             misshapen.append(f"{name} {list(shape)} instead of {list(parameter.shape)}")
         filled.add((parameter_name, shard_id))
-        assignments.append(_Assignment(name, parameter, shard_id))
+        assignments.append(_Assignment(name, parameter, shard_id, is_transposed))
     missing = [
         name
         for name, destination in _expected(parameters, stacked).items()

@@ -10,6 +10,7 @@ import torch
 from nano_vllm.bench.roofline import Roofline, share
 from nano_vllm.bench.workload import Workload
 from nano_vllm.config import ModelConfig
+from nano_vllm.models.registry import model_class
 from nano_vllm.step_record import Interval, StepRecord
 from nano_vllm.weights.model_config import load_model_config
 from nano_vllm.weights.resolve import resolve_model
@@ -18,7 +19,7 @@ COPY, MATMUL = 3.03e12, 785e12
 
 
 def roofline(name: str, cache_dtype: torch.dtype = torch.bfloat16) -> Roofline:
-    config = load_model_config(resolve_model(name, "dummy"))
+    config = load_model_config(resolve_model(name, "dummy"), model_class)
     return Roofline(config, torch.bfloat16, cache_dtype, COPY, MATMUL)
 
 
@@ -142,7 +143,7 @@ def step(
 
 
 def tiny(window: int | None) -> ModelConfig:
-    config = load_model_config(resolve_model("qwen3-0.6b", "dummy"))
+    config = load_model_config(resolve_model("qwen3-0.6b", "dummy"), model_class)
     return replace(
         config,
         hidden_size=4,

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from nano_vllm.batch import Batch, ScheduledSequence
+from nano_vllm import check
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
 from nano_vllm.runner.model_runner import ModelRunner
 from nano_vllm.sampling_params import SamplingParams
-from nano_vllm.sequence import Sequence
 from tests.models.checkpoints import SETTINGS, make_checkpoint, write_gguf
 
 BLOCK_SIZE = 8
@@ -24,43 +23,16 @@ LENGTHS = (1, 7, 8, 9, 40, 63)
 def logits_of_all_positions(
     path: Path, prompts: list[list[int]], chunk: int, dtype: str = "float32", **options: Any
 ) -> list[torch.Tensor]:
-    """Logits of every prompt position, computed in mixed batches of chunks on shuffled blocks."""
+    """Logits of every prompt position, computed in mixed batches of chunks."""
     config = EngineConfig(
         model=str(path),
         device="cpu",
         dtype=dtype,
         num_blocks=64,
         block_size=BLOCK_SIZE,
-        **options,
+        **({"max_model_len": 256} | options),
     )
-    runner = ModelRunner(config)
-    assert runner.kv_cache is not None
-    runner.kv_cache.pool.fill_(float("nan"))
-    blocks = random.Random(0).sample(range(64), 64)
-    sequences = []
-    for index, prompt in enumerate(prompts):
-        sequence = Sequence(index, str(index), 0, prompt, SamplingParams())
-        sequence.block_table = [blocks.pop() for _ in range(-(-len(prompt) // BLOCK_SIZE))]
-        sequences.append(sequence)
-    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
-    while unfinished := [s for s in sequences if s.num_computed_tokens < s.num_tokens]:
-        batch = Batch(
-            [
-                ScheduledSequence(s, min(chunk, s.num_tokens - s.num_computed_tokens), False)
-                for s in unfinished
-            ]
-        )
-        with torch.inference_mode():
-            inputs = runner.input_batch.prepare(batch)
-            hidden = runner.model(
-                inputs.input_ids, inputs.positions, runner.kv_cache.layers, inputs.attention
-            )
-            logits = runner.model.compute_logits(hidden)
-        parts = logits.split([s.num_tokens for s in batch.scheduled])
-        for scheduled, part in zip(batch.scheduled, parts, strict=True):
-            rows[scheduled.sequence.seq_id].append(part.clone())
-            scheduled.sequence.num_computed_tokens += scheduled.num_tokens
-    return [torch.cat(parts) for parts in rows]
+    return check.logits_of_all_positions(ModelRunner(config), prompts, chunk)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -75,7 +47,69 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3, tied, wide"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_64_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
+    """Prompts in chunks beside decodes. Each token is what the oracle finds most likely behind
+    those before it, which is to say that its own greedy tokens are the same.
+    """
+    oracle = make_checkpoint(tmp_path, seed=3, **SETTINGS[name])
+    draw = random.Random(name)
+    prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in (1, 9, 63)]
+    with LLM(
+        str(tmp_path),
+        device="cpu",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        num_blocks=128,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=24,
+        max_model_len=256,
+    ) as llm:
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = output.outputs[0].token_ids
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + tokens])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+def test_longrope_beyond_the_trained_context(tmp_path: Path) -> None:
+    """Where longer sequences may come, all have the long factors; in transformers, those that are
+    longer.
+    """
+    settings = SETTINGS["phi3, long"] | {"original_max_position_embeddings": 32}
+    oracle = make_checkpoint(tmp_path, **settings)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(199) for _ in range(length)] for length in (33, 40, 63)]
+    ours = logits_of_all_positions(tmp_path, prompts, chunk=13)
+    for prompt, logits in zip(prompts, ours, strict=True):
+        with torch.inference_mode():
+            expected = oracle(torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+
+
+GGUF_NAMES = [
+    "multi-head, tied",
+    "biases",
+    "qwen2",
+    "qwen3",
+    "qwen3, tied, wide",
+    "gemma2, low caps",
+    "gemma3",
+    "phi3, part of a head rotated, sliding window",
+    "phi3, long",
+    "smollm3",
+    "olmo2",
+    "olmo2, yarn scaling",
+    "granite",
+    "granite, tied",
+    "gpt2",
+    "gpt2, own width",
+]
+
+
+@pytest.mark.parametrize("name", GGUF_NAMES)
 def test_logits_of_a_gguf_file_equal_transformers(tmp_path: Path, name: str) -> None:
     oracle = make_checkpoint(tmp_path, **SETTINGS[name])
     write_gguf(oracle, tmp_path / "model.gguf")

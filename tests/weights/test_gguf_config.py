@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from nano_vllm.config import RopeScaling
+from nano_vllm.models.registry import model_class
 from nano_vllm.weights.model_config import load_model_config
 
 
 def test_fields(write_gguf: Callable[..., Path]) -> None:
-    config = load_model_config(write_gguf({"tokenizer.ggml.eot_token_id": 5}))
+    config = load_model_config(write_gguf({"tokenizer.ggml.eot_token_id": 5}), model_class)
     assert config.architecture == "LlamaForCausalLM"
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (50, 64, 96)
     assert (config.num_layers, config.num_heads, config.num_kv_heads) == (1, 4, 2)
@@ -32,7 +33,7 @@ def test_tensors_tell_ties_and_biases(write_gguf: Callable[..., Path]) -> None:
         "blk.0.attn_q.bias": np.zeros(64, np.float32),
         "blk.0.ffn_gate.bias": np.zeros(96, np.float32),
     }
-    config = load_model_config(write_gguf(tensors=extra))
+    config = load_model_config(write_gguf(tensors=extra), model_class)
     assert not config.tie_word_embeddings
     assert (config.attention_bias, config.attention_output_bias, config.mlp_bias) == (
         True,
@@ -56,16 +57,18 @@ def test_rope_scaling(
     write_gguf: Callable[..., Path], values: dict[str, Any], expected: RopeScaling | None
 ) -> None:
     metadata = {f"llama.rope.scaling.{key}": value for key, value in values.items()}
-    assert load_model_config(write_gguf(metadata)).rope_scaling == expected
+    assert load_model_config(write_gguf(metadata), model_class).rope_scaling == expected
 
 
 def test_frequency_factors(write_gguf: Callable[..., Path]) -> None:
     factors = np.array([1, 1, 1, 2, 3, 8, 8, 8], np.float32)
-    config = load_model_config(write_gguf(tensors={"rope_freqs.weight": factors}))
+    config = load_model_config(write_gguf(tensors={"rope_freqs.weight": factors}), model_class)
     assert config.rope_scaling == RopeScaling(
         "frequency_factors", 1.0, 128, frequency_factors=tuple(factors.tolist())
     )
-    ones = load_model_config(write_gguf(tensors={"rope_freqs.weight": np.ones(8, np.float32)}))
+    ones = load_model_config(
+        write_gguf(tensors={"rope_freqs.weight": np.ones(8, np.float32)}), model_class
+    )
     assert ones.rope_scaling is None
 
 
@@ -90,12 +93,12 @@ def test_invalid(
     message: str,
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        load_model_config(write_gguf(metadata, tensors))
+        load_model_config(write_gguf(metadata, tensors), model_class)
     assert "model.gguf" in str(error.value)
 
 
 def test_unsupported_architecture(write_gguf: Callable[..., Path]) -> None:
     with pytest.raises(
-        ValueError, match="'falcon' is not supported; supported: llama, qwen2, qwen3"
+        ValueError, match="'falcon' is not supported; supported: llama, qwen2, qwen3, gemma2"
     ):
-        load_model_config(write_gguf(arch="falcon"))
+        load_model_config(write_gguf(arch="falcon"), model_class)

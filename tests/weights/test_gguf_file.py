@@ -84,9 +84,9 @@ def test_other_files(tmp_path: Path) -> None:
 
 
 def test_unsupported_tensor_type(write_gguf: Callable[..., Path]) -> None:
-    raw = np.zeros((4, 84), dtype=np.uint8)
-    path = write_gguf(tensors={"extra": raw}, types={"extra": gguf.GGMLQuantizationType.Q2_K})
-    with pytest.raises(ValueError, match=r"tensor 'extra' has ggml type 10; supported: F32, F16"):
+    raw = np.zeros((4, 292), dtype=np.uint8)
+    path = write_gguf(tensors={"extra": raw}, types={"extra": gguf.GGMLQuantizationType.Q8_K})
+    with pytest.raises(ValueError, match=r"tensor 'extra' has ggml type 15; supported: F32, F16"):
         GGUFFile(path)
 
 

@@ -14,14 +14,24 @@ class ConfigFields:
     """Named values of one file; an error is a ValueError with field, file and what is allowed.
 
     A null counts as absent, as in transformers.
+
+    Args:
+        values: by their names in the file.
+        source: the file, for errors.
+        names: of fields that the file calls otherwise: the name asked for -> that in the file.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], source: str, names: Mapping[str, str] | None = None
+    ) -> None:
         self.values = values
         self.source = source
+        self.asked: set[str] = set()
+        """Names in the file of all that was asked for."""
+        self._names = names or {}
 
     def __contains__(self, name: str) -> bool:
-        return self.values.get(name) is not None
+        return self.values.get(self._names.get(name, name)) is not None
 
     def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1) -> Any:
         value = self.raw(name, default)
@@ -59,6 +69,8 @@ class ConfigFields:
         return tuple(ids)
 
     def raw(self, name: str, default: Any = REQUIRED) -> Any:
+        name = self._names.get(name, name)
+        self.asked.add(name)
         value = self.values.get(name)
         if value is not None:
             return value
@@ -67,4 +79,4 @@ class ConfigFields:
         return default
 
     def error(self, name: str, problem: str) -> ValueError:
-        return ValueError(f"{self.source}: field {name!r} {problem}")
+        return ValueError(f"{self.source}: field {self._names.get(name, name)!r} {problem}")
