@@ -150,7 +150,7 @@ class ModelLessRunner:
     def __init__(self, num_seqs: int, ahead: bool, draw: random.Random) -> None:
         import torch
 
-        from nano_vllm.runner.cuda_graphs import DecodeGraphs
+        from nano_vllm.runner.cuda_graphs import StepGraphs
         from nano_vllm.runner.input_batch import InputBatch
 
         heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
@@ -169,17 +169,14 @@ class ModelLessRunner:
             torch.device("cpu"),
             shares_prefixes=True,
         )
-        self._graphs = DecodeGraphs(lambda inputs: inputs.input_ids, num_seqs)
+        self._graphs = StepGraphs(MAX_BATCHED_TOKENS, num_seqs)
         self.ends = False
         """Whether one sequence of the next step ends."""
-        self._ahead = ahead
+        self.runs_ahead = ahead
         self._draw = draw
 
-    def can_run_ahead(self, batch: Batch) -> bool:
-        return self._ahead
-
     def launch(self, batch: Batch) -> SimpleNamespace:
-        self.input_batch.prepare(batch, self._graphs.size_for(batch))
+        self.input_batch.prepare(batch, self._graphs.padding_for(batch))
         return SimpleNamespace(result=lambda: self.draw_tokens(batch))
 
     def draw_tokens(self, batch: Batch) -> Any:

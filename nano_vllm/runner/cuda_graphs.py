@@ -1,10 +1,10 @@
-"""Decode steps as CUDA graphs: one launch in place of several hundred."""
+"""Steps as CUDA graphs: one launch in place of several hundred."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -12,60 +12,133 @@ from nano_vllm.batch import Batch
 from nano_vllm.runner.input_batch import ModelInput
 
 Forward = Callable[[ModelInput], torch.Tensor]
-"""Inputs of a step -> logits of all of its tokens."""
+"""Inputs of a step -> what the model makes of each of its tokens."""
+
+MAX_GRAPH_TOKENS = 2048
+"""Of a step with prompts. The kernels of longer ones take longer than their launches."""
 
 
-def graph_sizes(largest: int) -> list[int]:
-    """Batch sizes that have a graph: 1, 2, 4, then multiples of 8 up to 256 and of 16 beyond."""
+class Padding(NamedTuple):
+    """What a step is padded to."""
+
+    num_tokens: int
+    num_seqs: int
+
+
+def decode_sizes(largest: int) -> list[int]:
+    """Sequences of a step of decodes: 1, 2, 4, then multiples of 8 up to 256 and of 16 beyond."""
     sizes = [1, 2, 4, *range(8, 257, 8), *range(272, largest + 1, 16)]
     return [size for size in sizes if size < largest] + [largest]
 
 
-class DecodeGraphs:
-    """Graphs of decode steps, captured when a batch size first comes up.
+def token_sizes(largest: int) -> list[int]:
+    """Tokens of a step with prompts: multiples of 32 up to 256, of 64 up to 512, of 128 beyond."""
+    sizes = [*range(32, 256, 32), *range(256, 512, 64), *range(512, MAX_GRAPH_TOKENS + 1, 128)]
+    return [size for size in sizes if size <= largest]
+
+
+def sequence_sizes(largest: int) -> list[int]:
+    """Sequences of a step with prompts: powers of 4. One that has nothing to do costs next to
+    nothing there.
+    """
+    sizes = [4**i for i in range(16)]
+    return [size for size in sizes if size < largest] + [largest]
+
+
+class StepGraphs:
+    """Graphs of padded steps. The first step of a size runs without, which also loads what a
+    capture cannot; the second one is captured, in the time that its launches would have taken.
 
     Lengths and block tables are read from the inputs' own memory, which stays where it is: a graph
     serves any lengths.
 
     Args:
-        forward: what is captured; it must not wait for the device.
+        max_num_tokens: tokens of a step at the most.
         max_num_seqs: sequences of a step at the most.
     """
 
-    def __init__(self, forward: Forward, max_num_seqs: int) -> None:
-        self._forward = forward
-        self._sizes = graph_sizes(max_num_seqs)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        """By size, and whether prefixes are shared: a kernel more."""
+    def __init__(self, max_num_tokens: int, max_num_seqs: int) -> None:
+        self._decode_sizes = decode_sizes(min(max_num_tokens, max_num_seqs))
+        self._token_sizes = token_sizes(max_num_tokens)
+        self._sequence_sizes = sequence_sizes(max_num_seqs)
+        self._seen: set[Any] = set()
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool: Any = None
         """Memory of all graphs: they run one after the other."""
+        self._stream: torch.cuda.Stream | None = None
 
-    def size_for(self, batch: Batch) -> int | None:
-        """Sequences that the step is to be padded to; None if it cannot be a graph."""
-        count = len(batch.scheduled)
-        if count > self._sizes[-1] or not batch.is_decode:
+    def padding_for(self, batch: Batch) -> Padding | None:
+        """What the step is to be padded to; None if it cannot be a graph."""
+        num_seqs = len(batch.scheduled)
+        if batch.is_decode:
+            size = _at_least(num_seqs, self._decode_sizes)
+            return None if size is None else Padding(size, size)
+        num_tokens = _at_least(batch.num_tokens, self._token_sizes)
+        padded_seqs = _at_least(num_seqs, self._sequence_sizes)
+        if num_tokens is None or padded_seqs is None:
             return None
-        return self._sizes[bisect_left(self._sizes, count)]
+        return Padding(num_tokens, padded_seqs)
 
-    def logits(self, inputs: ModelInput) -> torch.Tensor:
-        """[padded size, vocab_size]; valid until the next call.
+    def run(self, forward: Forward, inputs: ModelInput) -> torch.Tensor:
+        """What forward returns; valid until the next call.
 
         Args:
-            inputs: padded as `size_for` says.
+            forward: what is captured, one for steps of decodes and one for others. It must not wait
+                for the device.
+            inputs: padded as `padding_for` says.
         """
-        key = inputs.input_ids.shape[0], inputs.attention.shared_prefix is not None
+        attention = inputs.attention
+        key = (
+            attention.max_query_len == 1,
+            len(inputs.input_ids),
+            len(attention.seq_lens),
+            attention.shared_prefix is not None,  # a kernel more
+        )
         if key not in self._graphs:
-            # The first step of a size runs without a graph, which also loads what a capture cannot.
-            logits = self._forward(inputs)
-            self._graphs[key] = self._capture(inputs)
-            return logits
-        graph, logits = self._graphs[key]
+            if key not in self._seen:
+                self._seen.add(key)
+                return forward(inputs)
+            self._graphs[key] = self._capture(forward, inputs)
+        graph, out = self._graphs[key]
         graph.replay()
-        return logits
+        return out
 
-    def _capture(self, inputs: ModelInput) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(
+        self, forward: Forward, inputs: ModelInput
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        # Not by torch.cuda.graph, which waits for the device and gives its free memory back.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._forward(inputs)
-        self._pool = graph.pool()
-        return graph, logits
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                out = forward(inputs)
+            finally:
+                graph.capture_end()
+        # Not kept alive: the graphs' outputs lie in the same memory, as all else of them does.
+        return graph, _view_of_memory(out)
+
+
+def _view_of_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, which may be given to others once the tensor itself is gone."""
+
+    class Memory:
+        __cuda_array_interface__: ClassVar[dict[str, Any]] = {
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+    assert tensor.is_contiguous()
+    memory = torch.as_tensor(Memory(), device=tensor.device)
+    return memory.view(tensor.dtype).view(tensor.shape)
+
+
+def _at_least(count: int, sizes: list[int]) -> int | None:
+    """The smallest size that is no less."""
+    at = bisect_left(sizes, count)
+    return sizes[at] if at < len(sizes) else None

@@ -71,7 +71,9 @@ class InputBatch:
         self.device = device
         self.max_blocks_per_seq = max_blocks_per_seq
         capacity = max(
-            _num_bytes(mixed_layout(max_num_tokens, max_num_seqs, max_blocks_per_seq)),
+            _num_bytes(
+                mixed_layout(max_num_tokens, max_num_seqs, (max_num_seqs, max_blocks_per_seq))
+            ),
             _num_bytes(decode_layout(max_num_seqs, max_num_seqs * max_blocks_per_seq)),
         )
         on_gpu = device.type == "cuda"
@@ -102,7 +104,7 @@ class InputBatch:
     def prepare(
         self,
         batch: Batch,
-        padded_size: int | None = None,
+        padding: tuple[int, int] | None = None,
         begin: Callable[[], None] | None = None,
     ) -> ModelInput:
         """Fill the staging buffer from the batch and send it to the device. Tokens that are not
@@ -110,18 +112,18 @@ class InputBatch:
 
         Args:
             batch: what to compute.
-            padded_size: for a batch of decodes, sequences to pad it to with ones that have nothing
-                to do. Batches of a padded size have their tensors always in the same memory, and
-                bounds that hold for all of them.
+            padding: tokens and sequences to pad it to, with sequences that have nothing to do, and,
+                where it is not all decodes, tokens that belong to none. Batches of a padding have
+                their tensors always in the same memory, and bounds that hold for all of them.
             begin: called where the host's part is done and the device's begins.
         """
         if self._copied is not None:
             # the copy of the step before may still read the staging buffer
             self._copied.synchronize()
         if batch.decodes is None or not batch.is_decode:
-            assert padded_size is None, "a batch that is padded has nothing but decodes"
-            return self._prepare_mixed(batch, begin)
+            return self._prepare_mixed(batch, padding, begin)
         try:
+            padded_size = None if padding is None else padding[1]
             return self._prepare_decodes(batch.decodes, padded_size, begin)
         except BaseException:
             self._sent[:] = 0  # whether it has arrived is not known
@@ -183,11 +185,17 @@ class InputBatch:
         block_tables = self._block_tables[:padded_size]
         return torch.index_select(self._tables, 0, table_rows, out=block_tables)
 
-    def _prepare_mixed(self, batch: Batch, begin: Callable[[], None] | None) -> ModelInput:
-        num_decodes = batch.num_decodes
+    def _prepare_mixed(
+        self, batch: Batch, padding: tuple[int, int] | None, begin: Callable[[], None] | None
+    ) -> ModelInput:
+        num_tokens, num_seqs, num_decodes = (
+            batch.num_tokens,
+            len(batch.scheduled),
+            batch.num_decodes,
+        )
         others = batch.scheduled[num_decodes:]
         width = max(len(s.sequence.block_table) for s in batch.scheduled)
-        layout = mixed_layout(batch.num_tokens, len(batch.scheduled), width)
+        layout = mixed_layout(*(padding or (num_tokens, num_seqs)), (num_seqs, width))
         host, device = self._views(layout)
         max_decode_len = 0
         if batch.decodes is not None:
@@ -199,33 +207,43 @@ class InputBatch:
                 host["seq_lens"][:num_decodes],
             )
             batch.decodes.write_tables(host["block_tables"][:num_decodes])
+        query_start_loc, seq_lens = host["query_start_loc"][: num_seqs + 1], host["seq_lens"]
         max_query_len, max_seq_len = prepare_batch(
             [s.sequence.token_ids for s in others],
             [s.sequence.block_table for s in others],
             [s.sequence.num_computed_tokens for s in others],
             [s.num_tokens for s in others],
             self.block_size,
-            host["input_ids"][num_decodes:],
-            host["positions"][num_decodes:],
-            host["slot_mapping"][num_decodes:],
-            host["query_start_loc"][num_decodes:],
-            host["seq_lens"][num_decodes:],
+            host["input_ids"][num_decodes:num_tokens],
+            host["positions"][num_decodes:num_tokens],
+            host["slot_mapping"][num_decodes:num_tokens],
+            query_start_loc[num_decodes:],
+            seq_lens[num_decodes:num_seqs],
             host["block_tables"][num_decodes:],
         )
-        host["query_start_loc"][num_decodes:] += num_decodes
+        query_start_loc[num_decodes:] += num_decodes
         is_shared = self._shares_prefixes and find_shared_prefixes(
-            host["query_start_loc"],
-            host["seq_lens"],
+            query_start_loc,
+            seq_lens[:num_seqs],
             host["block_tables"],
             self.block_size,
             self._min_saved_tokens,
-            host["shared_prefix"],
+            host["shared_prefix"][:, :num_seqs],
         )
-        self._send(_num_bytes(layout), begin)
         max_seq_len = max(max_seq_len, max_decode_len)
-        return self._model_input(
-            device, device["block_tables"], max_query_len, max_seq_len, bool(is_shared)
-        )
+        if padding is not None:
+            for name, value in (("input_ids", 0), ("positions", 0), ("slot_mapping", -1)):
+                host[name][num_tokens:] = value
+            host["query_start_loc"][num_seqs + 1 :] = num_tokens
+            seq_lens[num_seqs:] = 0
+            host["shared_prefix"][:, num_seqs:] = 0
+        self._send(_num_bytes(layout), begin)
+        block_tables = device["block_tables"]
+        if padding is not None:
+            self._block_tables[:num_seqs, :width] = block_tables
+            block_tables = self._block_tables[: padding[1]]
+            max_query_len, max_seq_len = padding[0], self.max_blocks_per_seq * self.block_size
+        return self._model_input(device, block_tables, max_query_len, max_seq_len, bool(is_shared))
 
     def _views(self, layout: Layout) -> tuple[Arrays, Tensors]:
         """The arrays of a layout in the staging buffer and in the one on the device."""
@@ -254,20 +272,8 @@ class InputBatch:
         max_seq_len: int,
         is_shared: bool,
     ) -> ModelInput:
-        """What has been sent, with the attention's plan for it."""
+        """What has been sent."""
         shared_prefix = device["shared_prefix"] if is_shared else None
-        for window, workspace in self._workspaces.items():
-            ops.plan_attention(
-                workspace,
-                device["query_start_loc"],
-                device["seq_lens"],
-                num_heads=self._config.num_heads,
-                num_kv_heads=self._config.num_kv_heads,
-                head_dim=self._config.head_dim,
-                max_query_len=max_query_len,
-                sliding_window=window,
-                shared_prefix=shared_prefix,
-            )
         return ModelInput(
             device["input_ids"],
             device["positions"],
@@ -282,6 +288,21 @@ class InputBatch:
                 shared_prefix,
             ),
         )
+
+    def plan(self, attention: AttentionMetadata) -> None:
+        """Share out the attention's work; ahead of the layers, on the device."""
+        for window, workspace in self._workspaces.items():
+            ops.plan_attention(
+                workspace,
+                attention.query_start_loc,
+                attention.seq_lens,
+                num_heads=self._config.num_heads,
+                num_kv_heads=self._config.num_kv_heads,
+                head_dim=self._config.head_dim,
+                max_query_len=attention.max_query_len,
+                sliding_window=window,
+                shared_prefix=attention.shared_prefix,
+            )
 
 
 def decode_layout(size: int, num_changes: int) -> Layout:
@@ -299,12 +320,11 @@ def decode_layout(size: int, num_changes: int) -> Layout:
     }
 
 
-def mixed_layout(num_tokens: int, num_seqs: int, width: int) -> Layout:
-    """The staging buffer of any other step, with the block tables as attention reads them."""
-    return {
-        **_inputs_layout(num_tokens, num_seqs),
-        "block_tables": (torch.int32, (num_seqs, width)),
-    }
+def mixed_layout(num_tokens: int, num_seqs: int, tables: tuple[int, int]) -> Layout:
+    """The staging buffer of any other step: but for the block tables at its end, as many as there
+    are sequences and as wide as the longest, it is the same for all steps of a padding.
+    """
+    return {**_inputs_layout(num_tokens, num_seqs), "block_tables": (torch.int32, tables)}
 
 
 def _inputs_layout(num_tokens: int, num_seqs: int) -> Layout:

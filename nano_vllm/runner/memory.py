@@ -8,6 +8,7 @@ import torch
 
 from nano_vllm.cache.kv_cache import bytes_per_block
 from nano_vllm.config import EngineConfig, ModelConfig
+from nano_vllm.runner.cuda_graphs import MAX_GRAPH_TOKENS
 from nano_vllm.sampling.logprobs import ROWS_AT_ONCE
 
 LOGPROB_ROWS = 256
@@ -82,7 +83,9 @@ def _activation_bytes(
     bound += model.vocab_size * (LOGPROB_ROWS * dtype.itemsize + ROWS_AT_ONCE * 3 * 8)
     reserve = 256 * 2**20
     if not config.enforce_eager:
-        # The graphs of decode steps have memory of their own, and the driver's for their nodes.
-        bound += config.max_num_seqs * (per_token + model.vocab_size * dtype.itemsize)
+        # Graphs have memory of their own, which they share, and the driver's for their nodes.
+        tokens = min(max_num_batched_tokens, MAX_GRAPH_TOKENS)
+        rows = config.max_num_seqs
+        bound += max(tokens * per_token, rows * (per_token + model.vocab_size * dtype.itemsize))
         reserve += 256 * 2**20
     return int(1.5 * bound) + reserve

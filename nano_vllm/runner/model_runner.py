@@ -18,7 +18,7 @@ from nano_vllm.metrics import LapTimer
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
-from nano_vllm.runner.cuda_graphs import DecodeGraphs
+from nano_vllm.runner.cuda_graphs import StepGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
 from nano_vllm.runner.memory import LOGPROB_ROWS, num_kv_blocks
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
@@ -98,10 +98,9 @@ class ModelRunner:
             self.kv_cache: KVCache | None = KVCache(
                 self.model_config, self.num_blocks, self.block_size, self.cache_dtype, self.device
             )
-            self.graphs: DecodeGraphs | None = None
+            self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
-                largest = min(config.max_num_seqs, self.max_num_batched_tokens)
-                self.graphs = DecodeGraphs(self._decode, largest)
+                self.graphs = StepGraphs(self.max_num_batched_tokens, config.max_num_seqs)
         self.sampler = Sampler(self.max_model_len, config.seed)
         self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
         """What the last step sampled."""
@@ -130,25 +129,29 @@ class ModelRunner:
             if batch.block_copies:
                 mapping = torch.tensor(batch.block_copies, dtype=torch.int64, device=self.device)
                 ops.copy_blocks(self.kv_cache.pool, mapping)
-            graph_size = self.graphs.size_for(batch) if self.graphs is not None else None
+            padding = self.graphs.padding_for(batch) if self.graphs is not None else None
             begin = None if recorder is None else recorder.begin
-            inputs = self.input_batch.prepare(batch, graph_size, begin)
+            inputs = self.input_batch.prepare(batch, padding, begin)
             if batch.ahead_rows is not None:
                 self._feed_tokens(inputs, batch.ahead_rows)
         with step_range("forward", recorder):
             prompt_logprobs: list[PromptLogprobs] = []
-            if self.graphs is not None and graph_size is not None:
+            forward = self._decode if batch.is_decode else self._forward
+            if self.graphs is not None and padding is not None:
+                out = self.graphs.run(forward, inputs)
+            else:
+                out = forward(inputs)
+            if batch.is_decode:
                 count = len(batch.scheduled)
                 rows = list(range(count))
-                logits = self.graphs.logits(inputs)[:count]
+                logits = out[:count]
                 seq_lens, token_ids = inputs.attention.seq_lens[:count], inputs.input_ids[:count]
             else:
-                hidden = self._forward(inputs)
                 rows, at, last = self._sampling_rows(batch)
-                logits = self.model.compute_logits(hidden.index_select(0, last))
+                logits = self.model.compute_logits(out.index_select(0, last))
                 seq_lens = inputs.attention.seq_lens.index_select(0, at)
                 token_ids = inputs.input_ids.index_select(0, last)
-                prompt_logprobs = self._prompt_logprobs(batch, hidden)
+                prompt_logprobs = self._prompt_logprobs(batch, out)
         with step_range("sample", recorder):
             if batch.scheduled is not self._scheduled or not batch.is_decode:
                 self._scheduled = batch.scheduled
@@ -167,7 +170,7 @@ class ModelRunner:
                 prompt_logprobs,
             )
         if recorder is not None:
-            recorder.end(batch, graph_size is not None)
+            recorder.end(batch, padding is not None)
         return launched
 
     def _feed_tokens(self, inputs: ModelInput, rows: list[int]) -> None:
@@ -181,6 +184,7 @@ class ModelRunner:
 
     def _forward(self, inputs: ModelInput) -> torch.Tensor:
         assert self.kv_cache is not None
+        self.input_batch.plan(inputs.attention)
         return self.model(
             inputs.input_ids, inputs.positions, self.kv_cache.layers, inputs.attention
         )

@@ -14,7 +14,14 @@ from nano_vllm._core import BlockAllocator, DecodeRows
 from nano_vllm.batch import Batch, ScheduledSequence
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
-from nano_vllm.runner.cuda_graphs import DecodeGraphs, graph_sizes
+from nano_vllm.runner.cuda_graphs import (
+    Forward,
+    Padding,
+    StepGraphs,
+    decode_sizes,
+    sequence_sizes,
+    token_sizes,
+)
 from nano_vllm.runner.input_batch import ModelInput
 from nano_vllm.runner.model_runner import LaunchedStep, ModelRunner
 from nano_vllm.sampling_params import SamplingParams
@@ -36,50 +43,71 @@ def decodes(count: int) -> Batch:
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 300])
 def test_sizes_rise_to_the_largest(largest: int) -> None:
-    sizes = graph_sizes(largest)
+    for sizes in (decode_sizes(largest), sequence_sizes(largest)):
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == largest
+    assert all(b - a <= max(a, 16) for a, b in pairwise(decode_sizes(largest)))
+
+
+def test_token_sizes_stay_within_what_a_step_may_hold() -> None:
+    assert token_sizes(20) == []
+    assert token_sizes(100) == [32, 64, 96]
+    sizes = token_sizes(8192)
     assert sizes == sorted(set(sizes))
-    assert sizes[-1] == largest
-    assert all(b - a <= max(a, 16) for a, b in pairwise(sizes))
+    assert sizes[-1] == 2048
+    assert all(b - a <= max(a / 4, 32) for a, b in pairwise(sizes))
 
 
-def test_a_step_takes_the_next_size() -> None:
-    graphs = DecodeGraphs(lambda inputs: inputs.input_ids, max_num_seqs=20)
-    sizes = [graphs.size_for(decodes(n)) for n in (1, 3, 5, 16, 17, 20)]
-    assert sizes == [1, 4, 8, 16, 20, 20]
-    assert graphs.size_for(decodes(21)) is None
+def test_a_step_of_decodes_takes_the_next_size() -> None:
+    graphs = StepGraphs(1000, max_num_seqs=20)
+    sizes = [graphs.padding_for(decodes(n)) for n in (1, 3, 5, 16, 17, 20)]
+    assert sizes == [Padding(size, size) for size in (1, 4, 8, 16, 20, 20)]
+    assert graphs.padding_for(decodes(21)) is None
 
 
-def test_other_steps_have_no_graph() -> None:
-    graphs = DecodeGraphs(lambda inputs: inputs.input_ids, max_num_seqs=8)
+def prompt(num_tokens: int) -> ScheduledSequence:
+    sequence = Sequence(0, "0", 0, [7] * num_tokens, SamplingParams())
+    return ScheduledSequence(sequence, num_tokens, True)
+
+
+def test_a_step_with_prompts_is_padded_in_tokens_and_sequences() -> None:
+    graphs = StepGraphs(1000, max_num_seqs=20)
     batch = decodes(2)
-    prompt = ScheduledSequence(Sequence(0, "0", 0, [7] * 5, SamplingParams()), 5, True)
-    assert graphs.size_for(Batch([*batch.scheduled, prompt], batch.decodes)) is None
-    assert graphs.size_for(Batch([prompt])) is None
+    assert graphs.padding_for(Batch([prompt(5)])) == Padding(32, 1)
+    mixed = Batch([*batch.scheduled, prompt(31)], batch.decodes)
+    assert graphs.padding_for(mixed) == Padding(64, 4)
+    assert graphs.padding_for(Batch([prompt(40) for _ in range(20)])) == Padding(896, 20)
+    assert graphs.padding_for(Batch([prompt(999)])) is None
 
 
-class WithoutCapture(DecodeGraphs):
-    def logits(self, inputs: ModelInput) -> torch.Tensor:
-        return self._forward(inputs)
+class WithoutCapture(StepGraphs):
+    def run(self, forward: Forward, inputs: ModelInput) -> torch.Tensor:
+        return forward(inputs)
 
 
 class PaddedRunner(ModelRunner):
-    """Pads its decodes as for a graph, and runs them without."""
+    """Pads its steps as for graphs, and runs them without."""
 
     def __init__(self, config: EngineConfig, *options: Any) -> None:
         super().__init__(config, *options)
-        self.graphs = WithoutCapture(self._decode, 7)
-        self.decodes: set[tuple[int, int]] = set()
+        self.graphs = WithoutCapture(self.max_num_batched_tokens, config.max_num_seqs)
+        self.paddings: set[tuple[int, int, int]] = set()
 
     def launch(self, batch: Batch) -> LaunchedStep:
         assert self.graphs is not None
-        size = self.graphs.size_for(batch)
-        if size is not None:
-            self.decodes.add((len(batch.scheduled), size))
+        padding = self.graphs.padding_for(batch)
+        if padding is not None:
+            self.paddings.add((len(batch.scheduled), *padding))
         return super().launch(batch)
 
 
-def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five sequences that end one after the other: each size from five down to one."""
+@pytest.mark.parametrize("budget", [2048, 32])
+def test_padded_steps_generate_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Of five sequences that end one after the other: each size from five down to one; and with
+    prompts in chunks beside decodes.
+    """
     make_checkpoint(tmp_path)
     draw = random.Random(1)
     prompts = [[draw.randrange(3, 199) for _ in range(n)] for n in (1, 9, 17, 33, 5)]
@@ -89,7 +117,12 @@ def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 
     def generate() -> tuple[list[list[int]], ModelRunner]:
         with LLM(
-            str(tmp_path), device="cpu", dtype="float32", skip_tokenizer_init=True, max_num_seqs=7
+            str(tmp_path),
+            device="cpu",
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_num_seqs=7,
+            max_num_batched_tokens=budget,
         ) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             return [output.outputs[0].token_ids for output in outputs], llm.engine.runner
@@ -99,4 +132,9 @@ def test_padded_steps_generate_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     tokens, runner = generate()
     assert tokens == expected
     assert isinstance(runner, PaddedRunner)
-    assert runner.decodes == {(5, 7), (4, 4), (3, 4), (2, 2), (1, 1)}
+    if budget == 2048:
+        assert runner.paddings == {
+            (5, 96, 7), (5, 7, 7), (4, 4, 4), (3, 4, 4), (2, 2, 2), (1, 1, 1),
+        }  # fmt: skip
+    else:
+        assert (4, 32, 4) in runner.paddings

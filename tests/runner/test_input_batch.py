@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nano_vllm.batch import Batch
-from nano_vllm.runner.cuda_graphs import graph_sizes
+from nano_vllm.runner.cuda_graphs import Padding, StepGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput, decode_layout
 from tests.engine import test_scheduler_traces
 from tests.engine.fake_runner import FakeRunner
@@ -20,7 +20,7 @@ MAX_NUM_SEQS = 16
 class PreparingRunner(FakeRunner):
     """Prepares each step and looks at what came of it; every other step fails once before."""
 
-    counts = dict.fromkeys(("plain", "padded", "mixed"), 0)
+    counts = dict.fromkeys(("plain", "padded", "mixed", "padded mixed"), 0)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -34,17 +34,20 @@ class PreparingRunner(FakeRunner):
             torch.device("cpu"),
             shares_prefixes=True,
         )
-        self.addresses: dict[int, list[int]] = {}
+        self.graphs = StepGraphs(self.max_num_batched_tokens, MAX_NUM_SEQS)
+        self.addresses: dict[tuple[bool, Padding], list[int]] = {}
         self.num_steps = 0
 
     def launch(self, batch: Batch) -> SimpleNamespace:
         self.num_steps += 1
         if self.num_steps % 5 == 0 and batch.is_decode:
             self._fail_once(batch)
-        if batch.is_decode and self.num_steps % 2:
-            size = next(s for s in graph_sizes(MAX_NUM_SEQS) if s >= len(batch.scheduled))
-            inputs = self.input_batch.prepare(batch, size)
-            self.check(batch, inputs, size)
+        kind = "plain" if batch.is_decode else "mixed"
+        padding = self.graphs.padding_for(batch) if self.num_steps % 2 else None
+        inputs = self.input_batch.prepare(batch, padding)
+        self.check(batch, inputs, padding or Padding(batch.num_tokens, len(batch.scheduled)))
+        if padding is not None:
+            kind = "padded" if batch.is_decode else "padded mixed"
             tensors = (
                 inputs.input_ids,
                 inputs.positions,
@@ -54,11 +57,9 @@ class PreparingRunner(FakeRunner):
                 inputs.attention.block_tables,
             )
             addresses = [tensor.data_ptr() for tensor in tensors]
-            assert self.addresses.setdefault(size, addresses) == addresses
-            self.counts["padded"] += 1
-        else:
-            self.check(batch, self.input_batch.prepare(batch), len(batch.scheduled))
-            self.counts["plain" if batch.is_decode else "mixed"] += 1
+            assert self.addresses.setdefault((batch.is_decode, padding), addresses) == addresses
+            assert inputs.attention.max_seq_len >= self.max_model_len
+        self.counts[kind] += 1
         return super().launch(batch)
 
     def _fail_once(self, batch: Batch) -> None:
@@ -70,7 +71,7 @@ class PreparingRunner(FakeRunner):
             with pytest.raises(KeyboardInterrupt):
                 self.input_batch.prepare(batch)
 
-    def check(self, batch: Batch, inputs: ModelInput, size: int) -> None:
+    def check(self, batch: Batch, inputs: ModelInput, size: Padding) -> None:
         metadata = inputs.attention
         tokens, positions, slots, starts, lens = [], [], [], [0], []
         for row, scheduled in enumerate(batch.scheduled):
@@ -85,13 +86,17 @@ class PreparingRunner(FakeRunner):
             lens.append(first + scheduled.num_tokens)
             blocks = sequence.block_table[: -(-lens[-1] // self.block_size)]
             assert metadata.block_tables[row, : len(blocks)].tolist() == blocks
-        padding = size - len(batch.scheduled)
+        padding = size.num_tokens - len(tokens)
         assert inputs.input_ids.tolist() == tokens + [0] * padding
         assert inputs.positions.tolist() == positions + [0] * padding
         assert metadata.slot_mapping.tolist() == slots + [-1] * padding
+        padding = size.num_seqs - len(lens)
         assert metadata.query_start_loc.tolist() == starts + [len(tokens)] * padding
         assert metadata.seq_lens.tolist() == lens + [0] * padding
-        assert metadata.max_query_len == max(s.num_tokens for s in batch.scheduled)
+        if batch.is_decode:
+            assert metadata.max_query_len == 1
+        else:
+            assert metadata.max_query_len >= max(s.num_tokens for s in batch.scheduled)
         assert metadata.max_seq_len >= max(lens)
 
 
