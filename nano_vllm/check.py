@@ -125,7 +125,7 @@ def shrunk(settings: dict[str, Any], family: Any) -> dict[str, Any]:
 def randomize(model: Any, seed: int) -> Any:
     """Fill a transformers model with weights larger than the usual start, for logits far enough
     apart that the largest one means something, and no larger, so that rounding does not grow from
-    layer to layer.
+    layer to layer. Norms and biases stay around where they start.
     """
     import torch
 
@@ -134,7 +134,7 @@ def randomize(model: Any, seed: int) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter.normal_(1.0, 0.12, generator=generator)
+                parameter.add_(0.12 * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.normal_(0.0, 1.4 * parameter.shape[-1] ** -0.5, generator=generator)
     return model

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nano_vllm.check import main
+from nano_vllm.config import ModelConfig
+from nano_vllm.config_fields import ConfigFields
 from nano_vllm.models.granite import GraniteForCausalLM
 
 
@@ -47,8 +50,13 @@ def test_a_folder_keeps_its_heads_and_positions(
 def test_a_mistake_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A family whose multiplier of attention scores is forgotten."""
-    monkeypatch.setattr(GraniteForCausalLM, "read_config", lambda config, fields: config)
+    """A family whose multiplier of the residual stream is not what it should be."""
+    read_config = GraniteForCausalLM.read_config
+
+    def mistaken(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+        return replace(read_config(config, fields), residual_multiplier=0.5)
+
+    monkeypatch.setattr(GraniteForCausalLM, "read_config", mistaken)
     assert main(["GraniteForCausalLM"]) == 1
     out = capsys.readouterr().out
     assert "logits differ" in out

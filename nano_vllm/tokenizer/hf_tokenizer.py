@@ -10,7 +10,7 @@ import tokenizers
 from nano_vllm.config_fields import ConfigFields
 from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
-from nano_vllm.weights.json_file import read_json_object
+from nano_vllm.weights.json_file import check_size, read_json_object
 
 _NAMED_TOKENS = (
     "bos_token",
@@ -31,6 +31,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
             f"{path} is missing: the tokenizer must be in this form; tokenizer names another "
             "place, skip_tokenizer_init does without"
         )
+    check_size(path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself
@@ -80,6 +81,7 @@ def _content(token: Any, name: str, folder: Path) -> str:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
     """From chat_template.jinja, chat_template.json or tokenizer_config.json, in this order."""
     if (folder / "chat_template.jinja").exists():
+        check_size(folder / "chat_template.jinja")
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = _optional(folder / "chat_template.json").get(
         "chat_template", config.get("chat_template")
