@@ -186,7 +186,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gelu": {"hidden_act": "gelu_pytorch_tanh"},
     "mistral, sliding window": {"family": "Mistral", "sliding_window": 12},
+    "mistral, multi-head, tied": {
+        "family": "Mistral",
+        "num_key_value_heads": 4,
+        "head_dim": 96,
+        "sliding_window": 40,
+        "tie_word_embeddings": True,
+    },
     "qwen2": {"family": "Qwen2"},
+    "qwen2, windows in the last layers": {
+        "family": "Qwen2",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 2,
+    },
     "qwen2, tied, sliding window": {
         "family": "Qwen2",
         "tie_word_embeddings": True,
