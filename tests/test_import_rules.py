@@ -34,11 +34,30 @@ FLOORS = (
     ("engine",),
     ("server",),
     ("cli",),
-    ("", "generate", "serve", "bench"),
+    ("", "__main__", "generate", "serve", "bench"),
 )
 PLAIN_DATA = FLOORS[0]
-LIGHT = (*PLAIN_DATA, "", "cli", "generate", "serve", "bench.__main__", "engine.scheduler")
-TORCH_FREE = (*LIGHT, "tokenizer", "cache.block_manager")
+LIGHT = (
+    *PLAIN_DATA,
+    "",
+    "__main__",
+    "cli",
+    "generate",
+    "serve",
+    "server.server_config",
+    "bench.__main__",
+    "engine.scheduler",
+)
+TORCH_FREE = (
+    *LIGHT,
+    "tokenizer",
+    "cache.block_manager",
+    "server",
+    "engine.async_llm",
+    "engine.engine_process",
+    "engine.messages",
+    "engine.output_stream",
+)
 HEAVY = {
     "torch",
     "numpy",
@@ -49,6 +68,11 @@ HEAVY = {
     "jinja2",
     "tqdm",
     "matplotlib",
+    "msgspec",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
 }
 
 
