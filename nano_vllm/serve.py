@@ -42,7 +42,12 @@ def _make_parser() -> ArgumentParser:
         "model_argument", nargs="?", metavar="MODEL", action=_SetModel, help="the same as --model"
     )
     parser.add_argument(
-        "--cpu", action="store_const", const="cpu", dest="device", help="the same as --device cpu"
+        "--cpu",
+        action="store_const",
+        const="cpu",
+        dest="device",
+        default=argparse.SUPPRESS,
+        help="the same as --device cpu",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_field_arguments(

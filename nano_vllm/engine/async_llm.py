@@ -174,6 +174,8 @@ class AsyncLLM:
         process = self._process
         if process is None:
             return
+        if self.ready is None:
+            self.kill()
         # Not by a signal first: the closed socket tells the engine to end.
         for _ in range(int(KILL_SECONDS / 0.05)):
             if process.poll() is not None:
@@ -186,6 +188,8 @@ class AsyncLLM:
         """End the engine process at once."""
         if self._process is not None:
             self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
 
     def _send(self, message: ToEngine) -> None:
         assert self._writer is not None, "the engine was never started"

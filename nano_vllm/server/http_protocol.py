@@ -39,11 +39,6 @@ class HttpProtocol(HttpToolsProtocol):
         if self._in_headers and self._num_header_bytes > MAX_HEADER_BYTES:
             self.transport.abort()
 
-    def eof_received(self) -> None:
-        # Half-closed: the client sends no more. Without a request under way there is no answer.
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
-
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_headers = True

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from nano_vllm.server.service import Service
 
 LOG = logging.getLogger("nano_vllm.server")
 ENGINE_DIED = 1
+SEND_BUFFER = 2**18
+"""Bytes that wait in the system for a client to take them."""
 LAST_WORDS_SECONDS = 3.0
-"""For open streams to get their error event."""
+"""For open streams to get their error event, and for whoever watches to see it."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -52,12 +55,11 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
 
 
 async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    listener = _listen(config)
     service = Service(engine_config, config)
     server = _Uvicorn(
         uvicorn.Config(
             make_app(service),
-            host=config.host,
-            port=config.port,
             http=HttpProtocol,
             ws="none",
             lifespan="off",
@@ -85,11 +87,26 @@ async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    serving = asyncio.create_task(server.serve())
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         return await _live(service, server, serving, stop)
     finally:
         await service.close()
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    """A listening socket; ValueError where there can be none."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM
+        )[0]
+        listener = socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"cannot listen at {config.host} port {config.port}: {reason}") from None
+    # Connections inherit it: by itself the system would hold megabytes for a client that is slow.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    return listener
 
 
 async def _live(
@@ -114,11 +131,10 @@ async def _live(
     if death is not None and death.done() and not stop.is_set():
         LOG.error("error: %s", death.result())
         exit_code = ENGINE_DIED
+        await asyncio.sleep(LAST_WORDS_SECONDS / 3)  # for /health to be seen
     elif stop.is_set():
         loading.cancel()
         await _drain(service)
-    elif serving.done():  # it could not listen
-        exit_code = 1
     stopping.cancel()
     await _end(server, serving)
     return exit_code

@@ -46,16 +46,17 @@ class Service:
         self.defaults: dict[str, Any] = {}
         """Of the model's generation_config.json."""
         self.is_draining = False
+        self._loading: list[asyncio.Task[Any]] = []
         self._num_gated = 0
         """Requests on their way through the gate."""
         self._threads = ThreadPoolExecutor(GATE_THREADS, thread_name_prefix="gate")
 
     async def start(self) -> None:
         """Load model and tokenizer; ValueError says in one line why they cannot be."""
-        loading = asyncio.create_task(asyncio.to_thread(self._load_tokenizer))
-        ready = await self.llm.start()
-        await loading
-        self.gate = Gate(self.tokenizer, ready, self.defaults)
+        engine = asyncio.create_task(self.llm.start())
+        self._loading = [engine, asyncio.create_task(asyncio.to_thread(self._load_tokenizer))]
+        await asyncio.gather(*self._loading)
+        self.gate = Gate(self.tokenizer, engine.result(), self.defaults)
 
     def _load_tokenizer(self) -> None:
         config = self.engine_config
@@ -122,7 +123,10 @@ class Service:
         return self.llm.submit(prompts, stream=bool(answer.request.stream))
 
     async def close(self) -> None:
+        for task in self._loading:
+            task.cancel()
         await self.llm.close()
+        await asyncio.gather(*self._loading, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,7 @@ class RunningServer:
 
     def __init__(self, args: list[str], log_path: Path, env: dict[str, str] | None = None) -> None:
         self.log_path = log_path
+        self.client = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
         with log_path.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nano_vllm.serve", "--cpu", "--port", "0", *args],
@@ -90,10 +92,30 @@ class RunningServer:
         return int(children[0])
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return self.client.post(self.url + path, json=body, timeout=60, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10, **options)
+        return self.client.get(self.url + path, timeout=10, **options)
+
+    def connect(self, body: Any = None, buffer: int | None = None) -> socket.socket:
+        """A plain connection, on which a completion was asked for.
+
+        Args:
+            body: of the request; None to send nothing.
+            buffer: bytes that the system takes in for the reader.
+        """
+        host, port = self.url.removeprefix("http://").split(":")
+        client = socket.socket()
+        if buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        client.connect((host, int(port)))
+        if body is not None:
+            data = json.dumps(body).encode()
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(data)}\r\n\r\n"
+            )
+            client.sendall(head.encode() + data)
+        return client
 
     def metric(self, name: str) -> float:
         """The value of a metric's first line that begins with the name."""
@@ -139,6 +161,18 @@ def running_server(
         yield server
     finally:
         server.stop()
+
+
+def read_all(client: socket.socket, seconds: float = 5) -> bytes:
+    """What comes until the server closes the connection; TimeoutError if it does not."""
+    client.settimeout(seconds)
+    received = b""
+    try:
+        while data := client.recv(65536):
+            received += data
+    except ConnectionResetError:
+        pass
+    return received
 
 
 def sse_events(response: httpx.Response) -> list[Any]:
