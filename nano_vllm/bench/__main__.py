@@ -11,6 +11,7 @@ BENCHMARKS = {
     "latency": "time to the first token and time per output token, by batch size",
     "prefill": "prompt tokens per second and TFLOP/s over long prompts",
     "startup": "seconds from the start of a process to its first token, by part",
+    "serve": "times to tokens and goodput of an OpenAI server under load",
     "kernels": "GB/s and TFLOP/s of the kernels, against the device's ceilings and torch",
 }
 
