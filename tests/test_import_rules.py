@@ -35,11 +35,31 @@ FLOORS = (
     ("engine",),
     ("server",),
     ("cli",),
-    ("", "generate", "serve", "bench", "check"),
+    ("", "__main__", "generate", "serve", "bench", "check"),
 )
 PLAIN_DATA = FLOORS[0]
-LIGHT = (*PLAIN_DATA, "", "cli", "generate", "serve", "check", "bench.__main__", "engine.scheduler")
-TORCH_FREE = (*LIGHT, "tokenizer", "cache.block_manager")
+LIGHT = (
+    *PLAIN_DATA,
+    "",
+    "__main__",
+    "cli",
+    "generate",
+    "serve",
+    "check",
+    "server.server_config",
+    "bench.__main__",
+    "engine.scheduler",
+)
+TORCH_FREE = (
+    *LIGHT,
+    "tokenizer",
+    "cache.block_manager",
+    "server",
+    "engine.async_llm",
+    "engine.engine_process",
+    "engine.messages",
+    "engine.output_stream",
+)
 HEAVY = {
     "torch",
     "numpy",
@@ -50,6 +70,11 @@ HEAVY = {
     "jinja2",
     "tqdm",
     "matplotlib",
+    "msgspec",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
 }
 
 

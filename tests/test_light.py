@@ -19,6 +19,12 @@ HEAVY = {
     "jinja2",
     "tqdm",
     "matplotlib",
+    "msgspec",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "asyncio",
     "nano_vllm.ops",
 }
 
@@ -51,7 +57,7 @@ def test_import_is_light(names: str) -> None:
     assert not HEAVY & modules
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "check"])
+@pytest.mark.parametrize("command", ["generate", "serve", "bench", "check"])
 def test_help_is_light(command: str) -> None:
     """`python -m nano_vllm.<command> --help`."""
     modules = modules_after(

@@ -97,6 +97,19 @@ __device__ Vec<T> load_partners(const T* head, int at, int head_dim, int half) {
   }
 }
 
+// The same where each vector of a head is a thread's own, of the threads along x: whole vectors.
+template <class T>
+__device__ Vec<T> shuffle_partners(const Vec<T>& own, int at, int half) {
+  static_assert(sizeof(Vec<T>) == sizeof(uint4));
+  const int distance = half / Vec<T>::kSize;
+  const int lane = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x) % kWarpSize;
+  const int partner = lane + (at < half ? distance : at < 2 * half ? -distance : 0);
+  const uint4& words = reinterpret_cast<const uint4&>(own);
+  const uint4 theirs = {__shfl_sync(~0u, words.x, partner), __shfl_sync(~0u, words.y, partner),
+                        __shfl_sync(~0u, words.z, partner), __shfl_sync(~0u, words.w, partner)};
+  return reinterpret_cast<const Vec<T>&>(theirs);
+}
+
 template <int kCount>
 __device__ void load_floats(float (&floats)[kCount], const float* address) {
   if constexpr (kCount % Vec<float>::kSize == 0) {
@@ -168,18 +181,19 @@ __device__ inline float head_sum(float x) {
   return x;
 }
 
-// Resident on an SM at least: the registers are for half of the threads it can have. A norm takes
-// more registers, and without alignment nothing is quick.
-template <bool kHasNorm, bool kIsAligned>
-constexpr int kMinBlocks = kIsAligned && !kHasNorm ? 4 : 1;
+// Resident on an SM at least: the registers are for half of the threads it can have. Heads of two
+// vectors a thread take more, and without alignment nothing is quick.
+template <int kHeadVecs, bool kIsAligned>
+constexpr int kMinBlocks = kIsAligned && kHeadVecs == 1 ? 4 : 1;
 
 // Grid: tokens, blockDim.z at a time, x shares of a token's heads. The threads along x, a power of
 // two of one warp's, have one vector each of a head, or kHeadVecs where a head has more than 32;
 // those along y have the heads, several each.
 template <class T, class Cache, int kHeadVecs, bool kIsNeox, bool kHasNorm, bool kIsAligned>
-__global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHasNorm, kIsAligned>)
+__global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHeadVecs, kIsAligned>)
     rotary_reshape_and_cache_kernel(Params p) {
   constexpr int kSize = Vec<T>::kSize, kHeads = kVecsPerThread / kHeadVecs;
+  constexpr bool kShuffles = kIsNeox && kIsAligned && kHeadVecs == 1;
   allow_next_kernel();
   wait_for_last_kernel();
   const int64_t token = int64_t{blockIdx.x} * blockDim.z + threadIdx.z;
@@ -204,7 +218,9 @@ __global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHasNorm, kIsAligned>)
 #pragma unroll
     for (int v = 0; v < kHeadVecs; ++v) {
       own[j][v] = load_own<kIsAligned>(source[j], at[v], head_dim);
-      if (kIsNeox) partners[j][v] = load_partners<kIsAligned>(source[j], at[v], head_dim, half);
+      if (kIsNeox && !kShuffles) {
+        partners[j][v] = load_partners<kIsAligned>(source[j], at[v], head_dim, half);
+      }
     }
   }
   __syncwarp();  // the query changes in place: a head's threads have all read before one writes
@@ -231,13 +247,14 @@ __global__ void __launch_bounds__(kNumThreads, kMinBlocks<kHasNorm, kIsAligned>)
 #pragma unroll
         for (int v = 0; v < kHeadVecs; ++v) {
           own[j][v] = normalise(own[j][v], inverse, load_own<kIsAligned>(weight, at[v], head_dim));
-          if (kIsNeox) {
+          if (kIsNeox && !kShuffles) {
             partners[j][v] = normalise(partners[j][v], inverse,
                                        load_partners<kIsAligned>(weight, at[v], head_dim, half));
           }
         }
       }
     }
+    if constexpr (kShuffles) partners[j][0] = shuffle_partners(own[j][0], at[0], half);
     if (head >= num_heads) continue;
     // Where a cache of float8 is written, the query alone goes to destination.
     constexpr bool kIsFloat8 = !std::is_same_v<T, Cache>;

@@ -1,3 +1,3 @@
-"""`python -m nano_vllm.bench throughput|latency|prefill|startup|kernels`: a table for people, one
-JSON line for machines.
+"""`python -m nano_vllm.bench throughput|latency|prefill|startup|serve|kernels`: a table for people,
+one JSON line for machines.
 """

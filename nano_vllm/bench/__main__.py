@@ -12,6 +12,7 @@ BENCHMARKS = {
     "prefill": "prompt tokens per second and TFLOP/s over long prompts",
     "startup": "seconds from the start of a process to its first token, by part",
     "host": "microseconds of a step beside the model: scheduling, preparation, taking tokens in",
+    "serve": "times to tokens and goodput of an OpenAI server under load",
     "kernels": "GB/s and TFLOP/s of the kernels, against the device's ceilings and torch",
 }
 

@@ -72,7 +72,8 @@ class Tokenizer:
                 f"text must be valid Unicode, got a lone surrogate at position {error.start}"
             ) from None
         backend = self._backend if parse_special else self._plain_backend()
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode`, this lets other threads run meanwhile.
+        return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of all the tokens; ids outside the vocabulary count for nothing."""

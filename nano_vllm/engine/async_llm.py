@@ -1,0 +1,255 @@
+"""The asynchronous front door: an engine in a process of its own, many requests at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from nano_vllm.config import EngineConfig
+from nano_vllm.engine.messages import (
+    LENGTH,
+    Abort,
+    Add,
+    Deltas,
+    Failed,
+    FromEngine,
+    Load,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    RequestDelta,
+    ToEngine,
+    encode,
+    from_engine_decoder,
+)
+from nano_vllm.engine.output_stream import EngineError, OutputStream
+from nano_vllm.sampling_params import SamplingParams
+
+PING_SECONDS = 1.0
+KILL_SECONDS = 5.0
+"""For the engine process to end by itself."""
+
+
+class AsyncLLM:
+    """A model in another process. All methods belong to one event loop.
+
+    Args:
+        config: the engine's options.
+        step_timeout: seconds without a sign of life after which the engine counts as stuck.
+    """
+
+    def __init__(self, config: EngineConfig, step_timeout: float = 60.0) -> None:
+        self.config = config
+        self._step_timeout = step_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._streams: dict[str, tuple[OutputStream, int]] = {}
+        """By the engine's request id: where its deltas go, and as which prompt."""
+        self._asked: float | None = None
+        """When the ping was sent that is not answered yet."""
+        self._is_closing = False
+        self._has_dumped = False
+        self._pong_waiters: list[asyncio.Future[Pong]] = []
+        self.ready: Ready | None = None
+        """None while the model loads."""
+        self.pong: Pong | None = None
+        """The last sign of life."""
+        self.death: asyncio.Future[str] | None = None
+        """Why the engine ended, when it does so uncalled for."""
+
+    async def start(self) -> Ready:
+        """Start the process and load the model; ValueError says in one line why it cannot be."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "nano_vllm.engine.engine_process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self.death = asyncio.get_running_loop().create_future()
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        self._send(Load(self.config))
+        first = await _read(reader)
+        if isinstance(first, Failed):
+            raise ValueError(first.message)
+        if not isinstance(first, Ready):
+            raise EngineError("the engine process ended while it loaded the model")
+        self.ready = first
+        self._tasks = [
+            asyncio.create_task(self._receive(reader)),
+            asyncio.create_task(self._ping()),
+        ]
+        return first
+
+    def submit(
+        self, prompts: Sequence[tuple[list[int], SamplingParams]], stream: bool = False
+    ) -> OutputStream:
+        """Queue prompts that passed the gate.
+
+        Args:
+            prompts: token ids of each, and how to sample.
+            stream: report every step, not the final results alone.
+
+        Returns:
+            their progress; `abort` it when it is not read to its end.
+        """
+        if self._is_dead or self._writer is None:
+            raise EngineError("the engine is not running")
+        ids = [secrets.token_hex(8) for _ in prompts]
+        output = OutputStream(ids)
+        for place, (request_id, (token_ids, params)) in enumerate(zip(ids, prompts, strict=True)):
+            self._streams[request_id] = output, place
+            self._send(Add(request_id, token_ids, params, stream))
+        return output
+
+    async def generate(
+        self, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncIterator[RequestDelta]:
+        """What one prompt's completions gain, as it comes; leaving the loop aborts them."""
+        output = self.submit([(prompt_token_ids, params)], stream=True)
+        try:
+            while (deltas := await output.next()) is not None:
+                for _, delta in deltas:
+                    yield delta
+        finally:
+            self.abort(output)
+
+    def abort(self, output: OutputStream) -> None:
+        """End what is unfinished of these prompts; fine behind their end too."""
+        unfinished = [i for i in output.request_ids if self._streams.pop(i, None) is not None]
+        if unfinished and not self._is_dead:
+            self._send(Abort(unfinished))
+
+    def fail_all(self, message: str) -> None:
+        """End all requests with an error."""
+        for output in {id(o): o for o, _ in self._streams.values()}.values():
+            self.abort(output)
+            output.fail(EngineError(message))
+
+    async def look(self, timeout: float = 2.0) -> Pong:
+        """The engine as it is now, with its picture; TimeoutError where it does not answer."""
+        future: asyncio.Future[Pong] = asyncio.get_running_loop().create_future()
+        self._pong_waiters.append(future)
+        self._send(Ping(with_picture=True))
+        try:
+            return await asyncio.wait_for(future, timeout)
+        except asyncio.TimeoutError:
+            raise TimeoutError("the engine does not answer") from None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Prompts under way."""
+        return len(self._streams)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the engine has given no sign of life for too long."""
+        return self._asked is not None and time.monotonic() - self._asked > self._step_timeout
+
+    @property
+    def _is_dead(self) -> bool:
+        return self.death is None or self.death.done()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are served."""
+        return self.ready is not None and not self._is_dead and not self.is_stuck
+
+    async def close(self) -> None:
+        """End the engine process: it gives the memory back, or is killed."""
+        self._is_closing = True
+        for task in self._tasks:
+            task.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        process = self._process
+        if process is None:
+            return
+        if self.ready is None:
+            self.kill()
+        # Not by a signal first: the closed socket tells the engine to end.
+        for _ in range(int(KILL_SECONDS / 0.05)):
+            if process.poll() is not None:
+                return
+            await asyncio.sleep(0.05)
+        process.kill()
+        await asyncio.to_thread(process.wait)
+
+    def kill(self) -> None:
+        """End the engine process at once."""
+        if self._process is not None:
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+
+    def _send(self, message: ToEngine) -> None:
+        assert self._writer is not None, "the engine was never started"
+        self._writer.write(encode([message]))
+
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
+        reason = "the engine process ended"
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while (message := await _read(reader)) is not None:
+                if isinstance(message, Failed):
+                    reason = f"the engine failed: {message.message}"
+                self._take(message)
+        self._die(reason)
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, Deltas):
+            for delta in message.requests:
+                output, place = self._streams.get(delta.request_id, (None, 0))
+                if output is not None:
+                    if delta.finished:
+                        del self._streams[delta.request_id]
+                    output.put(place, delta)
+        elif isinstance(message, Refused):
+            output, _ = self._streams.get(message.request_id, (None, 0))
+            if output is not None:
+                self.abort(output)
+                output.fail(ValueError(message.message))
+        elif isinstance(message, Pong):
+            self.pong, self._asked, self._has_dumped = message, None, False
+            if message.picture is not None:
+                waiters, self._pong_waiters = self._pong_waiters, []
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(message)
+
+    async def _ping(self) -> None:
+        while True:
+            if self._asked is None:
+                self._asked = time.monotonic()
+                self._send(Ping())
+            elif self.is_stuck and not self._has_dumped and self._process is not None:
+                self._has_dumped = True
+                print("error: the engine is stuck; its stacks:", file=sys.stderr, flush=True)
+                self._process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(PING_SECONDS)
+
+    def _die(self, reason: str) -> None:
+        if self._is_closing or self.death is None or self.death.done():
+            return
+        self.death.set_result(reason)
+        outputs = {id(o): o for o, _ in self._streams.values()}
+        self._streams.clear()
+        for output in outputs.values():
+            output.fail(EngineError(reason))
+
+
+async def _read(reader: asyncio.StreamReader) -> FromEngine | None:
+    """The next message; None behind the last one."""
+    try:
+        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+        return from_engine_decoder.decode(await reader.readexactly(length))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None

@@ -1,0 +1,60 @@
+"""Progress of requests on its way to one reader."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nano_vllm.engine.messages import RequestDelta
+
+
+class EngineError(Exception):
+    """The engine cannot go on; its message may be shown to users."""
+
+
+class OutputStream:
+    """What the prompts of one call gained, merged while nobody reads it.
+
+    Args:
+        request_ids: the engine's name of each prompt.
+    """
+
+    def __init__(self, request_ids: list[str]) -> None:
+        self.request_ids = request_ids
+        self.num_pending_tokens = 0
+        """Tokens that came and were not read."""
+        self._pending: dict[int, RequestDelta] = {}
+        """By prompt."""
+        self._num_open = len(request_ids)
+        self._error: Exception | None = None
+        self._wake: asyncio.Future[None] | None = None
+
+    def put(self, place: int, delta: RequestDelta) -> None:
+        """Take in what the prompt of that place gained."""
+        if place in self._pending:
+            self._pending[place].absorb(delta)
+        else:
+            self._pending[place] = delta
+        self.num_pending_tokens += delta.num_tokens
+        self._num_open -= delta.finished
+        self._ring()
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, behind what came before."""
+        self._error = error
+        self._ring()
+
+    async def next(self) -> list[tuple[int, RequestDelta]] | None:
+        """What was gained since the last call, by prompt; None behind the end of all."""
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self._num_open == 0:
+                return None
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        pending, self._pending, self.num_pending_tokens = self._pending, {}, 0
+        return list(pending.items())
+
+    def _ring(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)

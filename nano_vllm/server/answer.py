@@ -1,0 +1,142 @@
+"""From what the engine reports to what a client is told: what completions and chats share."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import msgspec
+
+from nano_vllm.engine.messages import CompletionDelta, RequestDelta
+from nano_vllm.outputs import Logprob, RequestMetrics
+from nano_vllm.server.protocol import SamplingRequest
+from nano_vllm.server.responses import (
+    PromptLogprobs,
+    PromptTokensDetails,
+    Timings,
+    TokenEntry,
+    Usage,
+)
+from nano_vllm.server.validation import GatedPrompt
+
+
+class Answer(ABC):
+    """One response in the making.
+
+    Args:
+        request: what was asked.
+        prompts: what the gate made of it.
+        model: its name for the client.
+        prefix: of the response's id.
+    """
+
+    def __init__(
+        self, request: SamplingRequest, prompts: list[GatedPrompt], model: str, prefix: str
+    ) -> None:
+        self.request = request
+        self.prompts = prompts
+        self.model = model
+        self.id = prefix + secrets.token_hex(16)
+        self.created = int(time.time())
+        self.metrics: RequestMetrics | None = None
+        """Of the last prompt that ended."""
+        self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        options = request.stream_options
+        self.include_usage = bool(options and options.include_usage)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    def note(self, place: int, delta: RequestDelta) -> None:
+        """Count what came; where no output was asked for, drop it."""
+        if self.prompts[place].max_tokens == 0:
+            for completion in delta.completions:
+                completion.text, completion.token_ids = "", []
+                completion.logprobs = [] if completion.logprobs is not None else None
+                completion.finish_reason, completion.stop_reason = "length", None
+        self.num_output_tokens += delta.num_tokens
+        if delta.finished:
+            self.metrics = delta.metrics
+            self.num_cached_tokens += delta.num_cached_tokens
+
+    def without_engine(self) -> list[tuple[int, RequestDelta]]:
+        """The deltas of prompts for which nothing is to be computed."""
+        return [
+            (
+                place,
+                RequestDelta(
+                    "",
+                    [
+                        CompletionDelta(i, "", [], None if p.params.logprobs is None else [])
+                        for i in range(p.params.n)
+                    ],
+                    True,
+                    RequestMetrics(),
+                ),
+            )
+            for place, p in enumerate(self.prompts)
+            if not p.needs_engine
+        ]
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            self.num_prompt_tokens,
+            self.num_output_tokens,
+            self.num_prompt_tokens + self.num_output_tokens,
+            PromptTokensDetails(self.num_cached_tokens),
+        )
+
+    @property
+    def timings(self) -> Timings | msgspec.UnsetType:
+        """Of the prompt that ended last, where asked for."""
+        metrics = self.metrics
+        if not self.request.timings or metrics is None:
+            return msgspec.UNSET
+        now = time.monotonic()
+        start = metrics.arrival_time
+        scheduled = metrics.first_scheduled_time or start
+        first = metrics.first_token_time or scheduled
+        end = metrics.finished_time or first
+        return Timings(
+            (scheduled - start) * 1e3,
+            (first - scheduled) * 1e3,
+            (end - first) * 1e3,
+            max(0.0, now - end) * 1e3 if start else 0.0,
+            metrics.num_preemptions,
+        )
+
+    @abstractmethod
+    def chunks(self, place: int, delta: RequestDelta) -> list[msgspec.Struct]:
+        """What a stream sends for a delta that was noted."""
+
+    @abstractmethod
+    def last_chunk(self) -> msgspec.Struct | None:
+        """What a stream sends behind all choices."""
+
+    @abstractmethod
+    def whole(self, deltas: dict[int, RequestDelta]) -> msgspec.Struct:
+        """The response to a request that is not streamed.
+
+        Args:
+            deltas: by prompt, all that it gained.
+        """
+
+
+def token_text(token_id: int, entry: Logprob) -> str:
+    """How a token is called in log-probabilities."""
+    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
+
+
+def prompt_entries(logprobs: Iterable[dict[int, Logprob] | None]) -> PromptLogprobs:
+    """vLLM's form of a prompt's log-probabilities."""
+    return [
+        None
+        if entries is None
+        else {str(i): TokenEntry(e.logprob, e.rank, e.decoded_token) for i, e in entries.items()}
+        for entries in logprobs
+    ]

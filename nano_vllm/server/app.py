@@ -1,0 +1,227 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.metadata
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from nano_vllm.server.chat import ChatAnswer
+from nano_vllm.server.completions import CompletionAnswer
+from nano_vllm.server.documentation import describe, document
+from nano_vllm.server.errors import ApiError, invalid
+from nano_vllm.server.generation import error_response, event, json_response, respond
+from nano_vllm.server.guard import Guard
+from nano_vllm.server.http_body import Disconnected, decode, read_body
+from nano_vllm.server.page import page_html
+from nano_vllm.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from nano_vllm.server.responses import (
+    ChatCompletion,
+    Completion,
+    Health,
+    ModelCard,
+    ModelList,
+    Text,
+    Tokens,
+    Version,
+)
+from nano_vllm.server.service import Service
+
+COMPLETION = msgspec.json.Decoder(CompletionRequest)
+CHAT = msgspec.json.Decoder(ChatRequest)
+TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+STATE_SECONDS = 0.25
+"""Between two pictures of the engine."""
+CLIENT_CLOSED = 499
+
+router = APIRouter()
+
+
+def make_app(service: Service) -> Guard:
+    """The whole ASGI application."""
+    config = service.config
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, title="nano_vllm")
+    app.state.service = service
+    app.state.created = int(time.time())
+    app.include_router(router)
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(Disconnected)
+    async def on_disconnect(request: Request, error: Disconnected) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        response = error_response(ApiError(error.status_code, str(error.detail).lower()))
+        response.headers.update(error.headers or {})
+        return response
+
+    return Guard(app, config.api_key, config.log_format if config.access_log else None)
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+async def body_of(request: Request, decoder: msgspec.json.Decoder[Any]) -> Any:
+    timeout = service_of(request).config.read_timeout
+    return decode(await read_body(request.headers, request.receive, timeout), decoder)
+
+
+@router.post("/v1/completions", **describe(CompletionRequest, Completion))
+async def create_completion(request: Request) -> Response:
+    """Continue texts."""
+    service = service_of(request)
+    gate = service.check_open()
+    asked: CompletionRequest = await body_of(request, COMPLETION)
+    service.check_model(asked.model)
+    prompts = await service.in_thread(gate.completion, asked)
+    answer = CompletionAnswer(asked, prompts, service.model_name, service.tokenizer)
+    return await respond(service, answer, request.receive)
+
+
+@router.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion))
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation."""
+    service = service_of(request)
+    gate = service.check_open()
+    asked: ChatRequest = await body_of(request, CHAT)
+    service.check_model(asked.model)
+    prompt = await service.in_thread(gate.chat, asked)
+    return await respond(service, ChatAnswer(asked, prompt, service.model_name), request.receive)
+
+
+@router.post("/tokenize", **describe(TokenizeRequest, Tokens))
+async def tokenize(request: Request) -> Response:
+    """Token ids of a text or a conversation."""
+    service = service_of(request)
+    gate = service.check_open()
+    asked: TokenizeRequest = await body_of(request, TOKENIZE)
+    service.check_model(asked.model)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise invalid("give either prompt or messages", "prompt")
+
+    def work() -> Tokens:
+        if asked.prompt is None:
+            _, token_ids = gate.conversation(asked)
+        else:
+            token_ids = gate.encode(asked.prompt, asked.add_special_tokens is not False)
+        tokens = Tokens(len(token_ids), gate.max_model_len, token_ids)
+        if asked.return_token_strs:
+            id_to_piece = gate.tokenizer("return_token_strs").id_to_piece
+            tokens.token_strs = [id_to_piece(token_id) or "" for token_id in token_ids]
+        return tokens
+
+    return json_response(await service.in_thread(work))
+
+
+@router.post("/detokenize", **describe(DetokenizeRequest, Text))
+async def detokenize(request: Request) -> Response:
+    """The text of tokens."""
+    service = service_of(request)
+    gate = service.check_open()
+    asked: DetokenizeRequest = await body_of(request, DETOKENIZE)
+    service.check_model(asked.model)
+    return json_response(Text(await service.in_thread(gate.decode, asked.tokens)))
+
+
+@router.get("/v1/models", **describe(None, ModelList))
+async def list_models(request: Request) -> Response:
+    """The one model."""
+    return json_response(ModelList([_model_card(request)]))
+
+
+@router.get("/v1/models/{model:path}", **describe(None, ModelCard))
+async def get_model(request: Request, model: str) -> Response:
+    """The model, by its name."""
+    service_of(request).check_model(model)
+    return json_response(_model_card(request))
+
+
+@router.get("/version", **describe(None, Version))
+async def version(request: Request) -> Response:
+    """Of the server."""
+    return json_response(Version(importlib.metadata.version("nano_vllm")))
+
+
+@router.get("/health", **describe(None, Health))
+async def health(request: Request) -> Response:
+    """Whether requests are served: 503 while the model loads, and when the engine is stuck."""
+    status = service_of(request).status
+    if status != "ready":
+        raise ApiError(503, status)
+    return json_response(Health(status))
+
+
+@router.get("/metrics", **describe(None, str, "text/plain"))
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    service = service_of(request)
+    page = service.metrics.page(service.llm.pong)
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/openapi.json", **describe(None, dict[str, Any]))
+async def openapi(request: Request) -> Response:
+    """This API."""
+    return json_response(document(router))
+
+
+@router.get("/", include_in_schema=False)
+async def page(request: Request) -> Response:
+    """A chat, and the engine at work."""
+    return HTMLResponse(
+        page_html(), headers={"content-security-policy": "default-src 'self' 'unsafe-inline'"}
+    )
+
+
+@router.get("/debug/state", include_in_schema=False)
+async def state(request: Request) -> Response:
+    """The engine as server-sent events, a few a second, as the page shows it."""
+    service = service_of(request)
+    service.check_open()
+    return StreamingResponse(_states(service), media_type="text/event-stream")
+
+
+async def _states(service: Service) -> AsyncIterator[bytes]:
+    while service.status == "ready":
+        try:
+            pong = await service.llm.look()
+        except TimeoutError:
+            continue
+        picture = pong.picture
+        assert picture is not None, "a picture was asked for"
+        yield event(
+            {
+                "metrics": pong.metrics,
+                "num_cached_blocks": pong.num_cached_blocks,
+                "blocks": base64.b64encode(picture.blocks).decode(),
+                "steps": [msgspec.structs.asdict(step) for step in picture.steps],
+            }
+        )
+        await asyncio.sleep(STATE_SECONDS)
+
+
+def _model_card(request: Request) -> ModelCard:
+    service = service_of(request)
+    gate = service.gate
+    if gate is None:
+        raise ApiError(503, f"not ready: {service.status}")
+    return ModelCard(service.model_name, request.app.state.created, gate.max_model_len)

@@ -1,0 +1,210 @@
+"""Runs an answer: from its prompts to a JSON response or a stream of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from nano_vllm.engine.messages import RequestDelta
+from nano_vllm.engine.output_stream import EngineError, OutputStream
+from nano_vllm.server.answer import Answer
+from nano_vllm.server.errors import ApiError
+from nano_vllm.server.http_body import Disconnected, Receive
+from nano_vllm.server.service import Service
+
+MAX_PENDING_TOKENS = 2**16
+"""Of a stream whose client does not read: more, and it is cut off."""
+ABORT_CONNECTION = "nano_vllm.abort_connection"
+"""The extension of the ASGI scope that drops the connection at once."""
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class TimedOut(Exception):
+    """A request took too long."""
+
+
+async def respond(service: Service, answer: Answer, receive: Receive) -> Response:
+    """The response to a request that passed the gate.
+
+    Args:
+        service: has the engine.
+        answer: what is to be told.
+        receive: ASGI's; says when the client goes.
+    """
+    run = Run(service, answer)
+    if answer.request.stream:
+        return EventStream(run)
+    return await run.whole(receive)
+
+
+class Run:
+    """One answer's way through the engine. End it with `close`."""
+
+    def __init__(self, service: Service, answer: Answer) -> None:
+        self._service = service
+        self._answer = answer
+        self._output: OutputStream = service.submit(answer)
+        self._places = [i for i, p in enumerate(answer.prompts) if p.needs_engine]
+        self._early = answer.without_engine()
+        timeout = service.config.request_timeout
+        self._timer = asyncio.get_running_loop().call_later(timeout, self._time_out)
+
+    @property
+    def answer(self) -> Answer:
+        return self._answer
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return self._output.num_pending_tokens
+
+    @property
+    def read_timeout(self) -> float:
+        return self._service.config.read_timeout
+
+    async def next(self) -> list[tuple[int, RequestDelta]] | None:
+        """What was gained, by prompt; None at the end. ApiError where it cannot go on."""
+        if self._early:
+            deltas, self._early = self._early, []
+        else:
+            try:
+                gained = await self._output.next()
+            except EngineError as error:
+                raise ApiError(503, str(error)) from None
+            except ValueError as error:
+                raise ApiError(400, str(error)) from None
+            except TimedOut:
+                timeout = self._service.config.request_timeout
+                raise ApiError(504, f"the request took more than {timeout:g} s") from None
+            if gained is None:
+                return None
+            deltas = [(self._places[i], delta) for i, delta in gained]
+        for place, delta in deltas:
+            self._answer.note(place, delta)
+            for completion in delta.completions:
+                if completion.finish_reason == "abort":
+                    raise ApiError(500, str(completion.stop_reason))
+            if delta.finished:
+                self._service.metrics.observe(self._answer, place, delta)
+        return deltas
+
+    async def whole(self, receive: Receive) -> Response:
+        """All of it as one JSON response."""
+        collecting = asyncio.create_task(self._collect())
+        leaving = asyncio.create_task(_wait_until_gone(receive))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise Disconnected
+            whole = self._answer.whole(collecting.result())
+        finally:
+            leaving.cancel()
+            collecting.cancel()
+            self.close()
+        return json_response(whole)
+
+    def close(self) -> None:
+        """Abort what is unfinished."""
+        self._timer.cancel()
+        self._service.llm.abort(self._output)
+
+    async def _collect(self) -> dict[int, RequestDelta]:
+        total: dict[int, RequestDelta] = {}
+        while (deltas := await self.next()) is not None:
+            for place, delta in deltas:
+                if place in total:
+                    total[place].absorb(delta)
+                else:
+                    total[place] = delta
+        return total
+
+    def _time_out(self) -> None:
+        self._service.llm.abort(self._output)
+        self._output.fail(TimedOut())
+
+
+class EventStream(Response):
+    """Server-sent events, each of all that came since the last; none waits for a slow client.
+
+    The status is told with the first of them: what cannot begin is still an error response.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        streaming = asyncio.create_task(self._stream(scope, receive, send))
+        leaving = asyncio.create_task(_wait_until_gone(receive))
+        try:
+            await asyncio.wait({streaming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if streaming.done():
+                streaming.result()
+        finally:
+            leaving.cancel()
+            streaming.cancel()
+            self._run.close()
+
+    async def _stream(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        run, answer = self._run, self._run.answer
+        try:
+            deltas = await run.next()
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            while deltas is not None:
+                chunks = [c for place, delta in deltas for c in answer.chunks(place, delta)]
+                if chunks:
+                    await self._put(scope, send, b"".join(map(event, chunks)))
+                deltas = await run.next()
+            last = answer.last_chunk()
+            end = b"data: [DONE]\n\n" if last is None else event(last) + b"data: [DONE]\n\n"
+        except ApiError as error:
+            end = event(error.response) + b"data: [DONE]\n\n"
+        await self._put(scope, send, end, more=False)
+
+    async def _put(
+        self, scope: MutableMapping[str, Any], send: Send, body: bytes, more: bool = True
+    ) -> None:
+        """Send; a client that does not take it in time, or is too far behind, is cut off."""
+        run = self._run
+        cut_off = scope.get("extensions", {}).get(ABORT_CONNECTION, _nothing)
+        timer = asyncio.get_running_loop().call_later(run.read_timeout, cut_off)
+        try:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+        finally:
+            timer.cancel()
+        if run.num_pending_tokens > MAX_PENDING_TOKENS:
+            cut_off()
+
+
+def _nothing() -> None:
+    pass
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    return json_response(error.response, error.status, error.headers)
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,71 @@
+"""uvicorn's HTTP protocol, for clients that cannot be trusted to finish what they begin."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from nano_vllm.server.errors import invalid
+from nano_vllm.server.generation import ABORT_CONNECTION
+
+HEADER_SECONDS = 30.0
+"""From the first byte of a connection, or of a request, to the end of its headers."""
+MAX_HEADER_BYTES = 65536
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """Drops connections whose headers do not come, or do not end."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _num_header_bytes = 0
+    _in_headers = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_header_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            self._num_header_bytes += len(data)
+        super().data_received(data)
+        # What came with the end of the headers is body; what is short of it are headers still.
+        if self._in_headers and self._num_header_bytes > MAX_HEADER_BYTES:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._start_header_timer()
+        extensions: dict[str, Any] = {ABORT_CONNECTION: self.transport.abort}
+        self.scope["extensions"] = extensions
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._num_header_bytes = 0
+        self._stop_header_timer()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        body = msgspec.json.encode(invalid(msg.lower().rstrip(".")).response)
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _start_header_timer(self) -> None:
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None

@@ -1,0 +1,179 @@
+"""Prometheus metrics, under vLLM's names where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from nano_vllm.engine.messages import Pong, RequestDelta
+from nano_vllm.server.answer import Answer
+
+SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
+LONG_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+COUNTS = (1, 2, 5, 10, 20, 50, 100)
+
+
+class ServerMetrics:
+    """What the server counts, and what the engine last said of itself.
+
+    Args:
+        model_name: the label of all.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._engine = _EngineCollector(model_name)
+        self._registry.register(self._engine)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"vllm:{name}",
+                text,
+                ["model_name"],
+                buckets=buckets,
+                registry=self._registry,
+            ).labels(model_name)
+
+        self._time_to_first_token = histogram(
+            "time_to_first_token_seconds", "Time to first token.", SECONDS
+        )
+        self._inter_token = histogram(
+            "inter_token_latency_seconds", "Mean time between tokens of a request.", TOKEN_SECONDS
+        )
+        self._per_output_token = histogram(
+            "request_time_per_output_token_seconds", "Time per output token.", TOKEN_SECONDS
+        )
+        self._e2e = histogram(
+            "e2e_request_latency_seconds", "Time from arrival to the last token.", LONG_SECONDS
+        )
+        self._queue = histogram("request_queue_time_seconds", "Time in the queue.", LONG_SECONDS)
+        self._prefill = histogram(
+            "request_prefill_time_seconds", "From the first step to the first token.", LONG_SECONDS
+        )
+        self._decode = histogram(
+            "request_decode_time_seconds", "From the first token to the last.", LONG_SECONDS
+        )
+        self._inference = histogram(
+            "request_inference_time_seconds", "From the first step to the last.", LONG_SECONDS
+        )
+        self._prompt_tokens = histogram("request_prompt_tokens", "Tokens of prompts.", TOKENS)
+        self._output_tokens = histogram("request_generation_tokens", "Tokens generated.", TOKENS)
+        self._max_tokens = histogram("request_params_max_tokens", "max_tokens.", TOKENS)
+        self._n = histogram("request_params_n", "n.", COUNTS)
+        self._success = Counter(
+            "vllm:request_success",
+            "Prompts that ended, by the reason of their first completion.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        self.refused = Counter(
+            "nano_vllm:requests_refused",
+            "Requests that found the queue full.",
+            ["model_name"],
+            registry=self._registry,
+        ).labels(model_name)
+        self._model_name = model_name
+
+    def observe(self, answer: Answer, place: int, delta: RequestDelta) -> None:
+        """Count a prompt that ended."""
+        prompt, times = answer.prompts[place], delta.metrics
+        if not prompt.needs_engine:
+            return
+        num_tokens = max(delta.num_tokens, answer.num_output_tokens)
+        reason = delta.completions[0].finish_reason if delta.completions else None
+        self._success.labels(self._model_name, reason or "abort").inc()
+        self._prompt_tokens.observe(len(prompt.token_ids))
+        self._output_tokens.observe(num_tokens)
+        self._max_tokens.observe(prompt.max_tokens)
+        self._n.observe(prompt.params.n)
+        start, end = times.arrival_time, times.finished_time
+        first, scheduled = times.first_token_time, times.first_scheduled_time
+        if first is None or scheduled is None or end is None:
+            return
+        self._time_to_first_token.observe(first - start)
+        self._queue.observe(scheduled - start)
+        self._prefill.observe(first - scheduled)
+        self._decode.observe(end - first)
+        self._inference.observe(end - scheduled)
+        self._e2e.observe(end - start)
+        if num_tokens > prompt.params.n:
+            per_token = (end - first) / (num_tokens / prompt.params.n - 1)
+            self._per_output_token.observe(per_token)
+            self._inter_token.observe(per_token)
+
+    def page(self, pong: Pong | None) -> bytes:
+        """All of it in Prometheus's text format.
+
+        Args:
+            pong: the engine's last sign of life.
+        """
+        self._engine.pong = pong
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's own figures, as they were a second ago at the most."""
+
+    def __init__(self, model_name: str) -> None:
+        self._labels = [model_name]
+        self.pong: Pong | None = None
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        pong = self.pong
+        if pong is None:
+            return
+        metrics = pong.metrics
+        num_used = metrics.num_blocks - metrics.num_free_blocks
+        gauges = {
+            "vllm:num_requests_running": ("Sequences that hold blocks.", metrics.num_running),
+            "vllm:num_requests_waiting": ("Sequences that wait.", metrics.num_waiting),
+            "vllm:kv_cache_usage_perc": (
+                "Share of the KV blocks that are held.",
+                num_used / max(metrics.num_blocks, 1),
+            ),
+        }
+        counters = {
+            "vllm:num_preemptions": ("Preemptions.", metrics.num_preemptions),
+            "vllm:prompt_tokens": ("Prompt tokens of ended requests.", metrics.num_prompt_tokens),
+            "vllm:generation_tokens": ("Tokens generated.", metrics.num_output_tokens),
+            "vllm:prefix_cache_queries": (
+                "Prompt tokens looked up in the prefix cache.",
+                metrics.num_prompt_tokens,
+            ),
+            "vllm:prefix_cache_hits": (
+                "Prompt tokens that came from the prefix cache.",
+                metrics.num_cached_tokens,
+            ),
+            "nano_vllm:steps": ("Steps of the engine.", metrics.num_steps),
+            "nano_vllm:step_seconds": ("Time in steps.", pong.step_seconds),
+            "nano_vllm:step_gap_seconds": (
+                "Host time between steps that follow one another.",
+                pong.host_seconds,
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            yield self._filled(GaugeMetricFamily(name, text, labels=["model_name"]), value)
+        for name, (text, value) in counters.items():
+            yield self._filled(CounterMetricFamily(name, text, labels=["model_name"]), value)
+        blocks = GaugeMetricFamily(
+            "nano_vllm:kv_blocks", "KV blocks by state.", labels=["model_name", "state"]
+        )
+        by_state = {
+            "active": num_used,
+            "cached": pong.num_cached_blocks,
+            "free": metrics.num_free_blocks - pong.num_cached_blocks,
+        }
+        for state, count in by_state.items():
+            blocks.add_metric([*self._labels, state], count)
+        yield blocks
+
+    def _filled(
+        self, family: GaugeMetricFamily | CounterMetricFamily, value: float
+    ) -> GaugeMetricFamily | CounterMetricFamily:
+        family.add_metric(self._labels, value)
+        return family

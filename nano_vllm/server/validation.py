@@ -1,0 +1,299 @@
+"""The one gate between clients and the engine: a request becomes token ids and SamplingParams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import msgspec
+
+from nano_vllm.engine.messages import Ready
+from nano_vllm.engine.validation import RequestLimits
+from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.server.errors import ApiError, invalid
+from nano_vllm.server.protocol import (
+    MAX_PROMPTS,
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+    TemplateOptions,
+    TokenizeRequest,
+)
+from nano_vllm.tokenizer.tokenizer import Tokenizer
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_CHARS_PER_TOKEN = 256
+"""A text longer than this times the context is refused before it is tokenised."""
+SAME_NAME = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+)
+"""Fields that a request shares with SamplingParams."""
+TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "chat_template")
+
+
+@dataclass(frozen=True)
+class GatedPrompt:
+    """A prompt that can be served."""
+
+    text: str | None
+    """None where it came as token ids and nobody wants its text."""
+    token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    """What was asked for: 0 where `params`, which knows no 0, says 1."""
+
+    @property
+    def needs_engine(self) -> bool:
+        return self.max_tokens > 0 or self.params.prompt_logprobs is not None
+
+
+class Gate:
+    """Checks requests; its methods take time and may run in any thread.
+
+    Raises ApiError, naming the field, for what cannot be served.
+
+    Args:
+        tokenizer: None where the engine runs on token ids alone.
+        ready: what the engine said of itself.
+        defaults: of the model's generation_config.json, by SamplingParams's names.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, ready: Ready, defaults: Mapping[str, Any]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.max_model_len = ready.max_model_len
+        self._capacity = ready.num_blocks * ready.block_size
+        self._vocab_size = ready.vocab_size
+        self._limits = RequestLimits(ready.vocab_size, ready.max_model_len, tokenizer is not None)
+        self._defaults = dict(defaults)
+
+    def completion(self, request: CompletionRequest) -> list[GatedPrompt]:
+        """The prompts of a completion request, in their order."""
+        n = request.n or 1
+        if request.best_of is not None and request.best_of != n:
+            raise invalid(f"best_of must be n = {n}, got {request.best_of}", "best_of")
+        _check_stream(request)
+        max_tokens = request.max_tokens
+        if max_tokens is None:
+            max_tokens = DEFAULT_COMPLETION_TOKENS
+        options: dict[str, Any] = {"logprobs": request.logprobs}
+        if request.echo and request.logprobs is not None:
+            if request.prompt_logprobs not in (None, request.logprobs):
+                raise invalid("prompt_logprobs must be logprobs, with echo", "prompt_logprobs")
+            options["prompt_logprobs"] = request.logprobs
+        prompts = _as_list(request.prompt)
+        gated = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                token_ids = self.encode(prompt, request.add_special_tokens is not False)
+                gated.append(self._gated(request, prompt, token_ids, max_tokens, options))
+            else:
+                item = self._gated(request, None, prompt, max_tokens, options)
+                # Checked first, decoded then.
+                gated.append(replace(item, text=self.decode(prompt)) if request.echo else item)
+        return gated
+
+    def chat(self, request: ChatRequest) -> GatedPrompt:
+        """The prompt of a conversation."""
+        _check_stream(request)
+        if request.top_logprobs and not request.logprobs:
+            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+        max_tokens = request.max_completion_tokens
+        if max_tokens is None:
+            max_tokens = request.max_tokens
+        elif request.max_tokens not in (None, max_tokens):
+            raise invalid("max_tokens and max_completion_tokens contradict", "max_tokens")
+        options = {"logprobs": (request.top_logprobs or 0) if request.logprobs else None}
+        text, token_ids = self.conversation(request)
+        return self._gated(request, text, token_ids, max_tokens, options)
+
+    def conversation(
+        self, request: ChatRequest | TokenizeRequest | TemplateOptions
+    ) -> tuple[str, list[int]]:
+        """A conversation as the model reads it."""
+        tokenizer = self.tokenizer("messages")
+        variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
+        for name in TEMPLATE_NAMES:
+            if name in variables:
+                raise invalid(f"chat_template_kwargs must not set {name}", "chat_template_kwargs")
+        messages = [_plain(message) for message in getattr(request, "messages", None) or []]
+        goes_on = bool(request.continue_final_message)
+        opens = request.add_generation_prompt
+        if goes_on:
+            if opens:
+                raise invalid(
+                    "continue_final_message and add_generation_prompt exclude each other",
+                    "continue_final_message",
+                )
+            variables["continue_final_message"] = True
+            opens = False
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=opens is not False, **variables
+            )
+        except ValueError as error:
+            # Behind the file's name, which is nobody's business.
+            raise invalid(_reason(error), "messages") from None
+        if goes_on:
+            text = _cut_behind(text, messages[-1])
+        return text, self.encode(text, add_special_tokens=False, field="messages")
+
+    def encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
+        """Token ids; a text that is far too long is refused at once."""
+        tokenizer = self.tokenizer(field)
+        if len(text) > self.max_model_len * MAX_CHARS_PER_TOKEN:
+            raise invalid(
+                f"the prompt has {len(text)} characters, more than the context of "
+                f"{self.max_model_len} tokens can hold",
+                field,
+                "context_length_exceeded",
+            )
+        try:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except ValueError as error:
+            raise invalid(str(error), field) from None
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens that a client sent."""
+        tokenizer = self.tokenizer("tokens")
+        for place, token_id in enumerate(token_ids):
+            if token_id >= self._vocab_size:
+                raise invalid(
+                    f"token ids must lie in [0, {self._vocab_size}), got {token_id} at "
+                    f"position {place}",
+                    "tokens",
+                )
+        return tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def tokenizer(self, field: str) -> Tokenizer:
+        """ApiError where there is none."""
+        if self._tokenizer is None:
+            raise invalid("this server has no tokenizer: give token ids as prompt", field)
+        return self._tokenizer
+
+    def _gated(
+        self,
+        request: SamplingRequest,
+        text: str | None,
+        token_ids: list[int],
+        max_tokens: int | None,
+        options: dict[str, Any],
+    ) -> GatedPrompt:
+        room = self.max_model_len - len(token_ids)
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            asked = "" if max_tokens is None else f" and max_tokens asks for {max_tokens}"
+            raise invalid(
+                f"this model's context holds {self.max_model_len} tokens, but the prompt has "
+                f"{len(token_ids)}{asked}",
+                "messages" if isinstance(request, ChatRequest) else "prompt",
+                "context_length_exceeded",
+            )
+        max_tokens = room if max_tokens is None else max_tokens
+        if len(token_ids) + max_tokens > self._capacity:
+            raise invalid(
+                f"prompt and max_tokens are {len(token_ids) + max_tokens} tokens, but the KV "
+                f"cache holds {self._capacity}",
+                "max_tokens",
+            )
+        given = {name: getattr(request, name) for name in SAME_NAME}
+        chosen = {
+            **self._defaults,
+            **{name: value for name, value in (given | options).items() if value is not None},
+        }
+        try:
+            chosen["logit_bias"] = _biases(request.logit_bias)
+            params = SamplingParams(**chosen, max_tokens=max(max_tokens, 1))
+            self._limits.check(token_ids, params)
+        except ValueError as error:
+            raise _named(error) from None
+        return GatedPrompt(text, token_ids, params, max_tokens)
+
+
+def _as_list(prompt: str | list[Any]) -> list[str | list[int]]:
+    """One prompt or several; a list of numbers is one."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if all(isinstance(part, int) for part in prompt):
+        return [prompt]
+    if any(isinstance(part, int) for part in prompt):
+        raise invalid("prompt must not mix token ids with prompts", "prompt")
+    if len(prompt) > MAX_PROMPTS:
+        raise invalid(
+            f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}", "prompt"
+        )
+    return prompt
+
+
+def _check_stream(request: SamplingRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options needs stream: true", "stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs cannot be streamed", "prompt_logprobs")
+
+
+def _biases(biases: dict[str, float] | None) -> dict[int, float] | None:
+    if not biases:
+        return None
+    for token_id in biases:
+        if not (token_id.isascii() and token_id.isdigit() and len(token_id) <= 10):
+            raise ValueError(f"logit_bias must be by token id, got {token_id[:32]!r}")
+    return {int(token_id): bias for token_id, bias in biases.items()}
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """As templates know messages: without what is absent, content as one text."""
+    fields = {k: v for k, v in msgspec.to_builtins(message).items() if v is not None}
+    if message.role == "developer":
+        fields["role"] = "system"
+    if isinstance(message.content, list):
+        fields["content"] = "".join(part.text for part in message.content)
+    elif message.content is None and not message.tool_calls:
+        raise invalid(f"a message of role {message.role} must have content", "messages")
+    fields.setdefault("content", "")
+    return fields
+
+
+def _cut_behind(text: str, message: dict[str, Any]) -> str:
+    """The prompt up to the end of its last message's text."""
+    content = message["content"].strip()
+    place = text.rfind(content)
+    if not content or place < 0:
+        raise invalid("the last message cannot be continued", "continue_final_message")
+    return text[: place + len(content)]
+
+
+def _reason(error: ValueError) -> str:
+    """A template's complaint, without the place of its file."""
+    message = str(error)
+    if message.startswith("chat template of "):
+        return "chat template: " + message.partition(": ")[2]
+    return "this model has no chat template: use /v1/completions"
+
+
+_PARAMS = {f.name for f in fields(SamplingParams)}
+
+
+def _named(error: ValueError) -> ApiError:
+    """Messages of SamplingParams and RequestLimits begin with the field."""
+    message = str(error)
+    first = message.split()[0].partition("[")[0]
+    return invalid(message, first if first in _PARAMS else "prompt")

@@ -1,0 +1,146 @@
+"""The engine's loop between its inbox and its outbox, with a runner that needs no model."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from nano_vllm.engine.engine_process import EngineLoop
+from nano_vllm.engine.messages import (
+    CACHED,
+    FIRST_OWNER,
+    Abort,
+    Add,
+    CompletionDelta,
+    Deltas,
+    Ping,
+    Pong,
+    Refused,
+    RequestDelta,
+    encode,
+    from_engine_decoder,
+)
+from nano_vllm.engine.output_stream import OutputStream
+from nano_vllm.outputs import RequestMetrics
+from nano_vllm.sampling_params import SamplingParams
+from tests.engine.fake_runner import FakeRunner, make_engine, make_tokenizer, reference_tokens
+
+PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, seed=1)
+
+
+class Scripted:
+    """An inbox whose messages come at given steps of the runner; it ends with them."""
+
+    def __init__(self, runner: FakeRunner, script: dict[int, list[Any]]) -> None:
+        self._runner = runner
+        self._script = sorted(script.items())
+
+    def empty(self) -> bool:
+        return not self._script or self._script[0][0] > len(self._runner.batches)
+
+    def get(self) -> Any:
+        if not self._script:
+            return None
+        _, messages = self._script[0]
+        message = messages.pop(0)
+        if not messages:
+            self._script.pop(0)
+        return message
+
+
+def run(script: dict[int, list[Any]], runs_ahead: bool = True) -> tuple[list[Any], FakeRunner]:
+    """What the loop sends, and the runner it used."""
+    runner = FakeRunner(max_model_len=128, runs_ahead=runs_ahead)
+    sent: list[Any] = []
+    engine = make_engine(runner, make_tokenizer())
+    EngineLoop(engine, Scripted(runner, script), sent.append).run()  # type: ignore[arg-type]
+    assert engine.get_metrics().num_free_blocks == 64
+    return sent, runner
+
+
+def deltas_of(sent: list[Any], request_id: str) -> list[RequestDelta]:
+    steps = [message for message in sent if isinstance(message, Deltas)]
+    return [d for step in steps for d in step.requests if d.request_id == request_id]
+
+
+def test_deltas_sum_up_to_the_whole() -> None:
+    params = SamplingParams(max_tokens=20, seed=1, n=3)
+    sent, _ = run({0: [Add("a", [97], params, True), Add("b", [97], params, False)]})
+    streamed = deltas_of(sent, "a")
+    (whole,) = deltas_of(sent, "b")
+    assert len(streamed) > 5
+    assert [delta.finished for delta in streamed] == [False] * (len(streamed) - 1) + [True]
+    total = streamed[0]
+    for delta in streamed[1:]:
+        total.absorb(delta)
+    for index, completion in enumerate(sorted(total.completions, key=lambda c: c.index)):
+        assert completion == whole.completions[index]
+        assert completion.token_ids == reference_tokens([97], params, index, 128)
+
+
+def test_an_abort_takes_two_steps_at_the_most() -> None:
+    for runs_ahead in (False, True):
+        sent, runner = run({0: [Add("a", [97], PARAMS, True)], 5: [Abort(["a"])]}, runs_ahead)
+        assert len(runner.batches) <= 5 + 2
+        assert not deltas_of(sent, "a")[-1].finished
+
+
+def test_what_cannot_be_served_is_refused_and_harms_nobody() -> None:
+    sent, _ = run({0: [Add("a", [500], PARAMS, True), Add("b", [97], PARAMS, False)]})
+    refused = [message for message in sent if isinstance(message, Refused)]
+    assert [message.request_id for message in refused] == ["a"]
+    assert "got 500" in refused[0].message
+    assert deltas_of(sent, "b")[0].finished
+
+
+def test_a_picture_of_the_blocks() -> None:
+    prompt = list(range(16))
+    sent, _ = run(
+        {
+            0: [Add("a", prompt, PARAMS, False)],
+            1: [Add("b", prompt, PARAMS, False)],
+            10: [Ping(with_picture=True)],
+            60: [Ping(with_picture=True)],
+        },
+        runs_ahead=False,
+    )
+    busy, idle = [message for message in sent if isinstance(message, Pong)]
+    assert busy.metrics.num_running == 2
+    assert busy.picture.blocks.count(2) == 1  # the prompt's first block serves both
+    assert len({byte for byte in busy.picture.blocks if byte >= FIRST_OWNER}) == 2
+    assert set(idle.picture.blocks) == {0, CACHED}
+    assert len(busy.picture.steps) == 10
+    assert idle.step_seconds > busy.step_seconds > 0
+
+
+def test_messages_survive_the_wire() -> None:
+    sent, _ = run({0: [Add("a", [97], SamplingParams(logprobs=None, n=2), True), Ping(True)]})
+    for message in sent:
+        assert from_engine_decoder.decode(encode([message])[4:]) == message
+
+
+def delta(text: str, finished: bool = False) -> RequestDelta:
+    reason = "stop" if finished else None
+    completion = CompletionDelta(0, text, [len(text)], None, reason)
+    return RequestDelta("a", [completion], finished, RequestMetrics())
+
+
+async def _read(output: OutputStream) -> list[str]:
+    texts = []
+    while (deltas := await output.next()) is not None:
+        texts.append("".join(c.text for _, d in deltas for c in d.completions))
+    return texts
+
+
+def test_an_output_stream_merges_what_nobody_reads() -> None:
+    async def scenario() -> None:
+        output = OutputStream(["a"])
+        for piece in ("x", "yy", "z"):
+            output.put(0, delta(piece))
+        assert output.num_pending_tokens == 3
+        reading = asyncio.create_task(_read(output))
+        await asyncio.sleep(0)
+        output.put(0, delta("!", finished=True))
+        assert await reading == ["xyyz", "!"]
+
+    asyncio.run(scenario())

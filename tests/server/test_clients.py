@@ -1,0 +1,183 @@
+"""The official client against the default model, in all its ways; a load with people leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from nano_vllm.config import DEFAULT_MODEL
+from nano_vllm.weights.resolve import resolve_model
+from tests.server.running_server import RunningServer, running_server
+
+LOAD = int(os.environ.get("NANO_VLLM_TEST_REQUESTS", "300"))
+"""Requests of the load test; the issue's figure is 5000."""
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    try:
+        resolve_model(None)
+    except ValueError as error:
+        pytest.skip(str(error))
+    log = tmp_path_factory.mktemp("smollm2") / "log"
+    server = RunningServer(["--num-blocks", "256", "--max-model-len", "1024"], log)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def client(smollm2: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=smollm2.url + "/v1", api_key="none", max_retries=0)
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=DEFAULT_MODEL, messages=FRANCE, temperature=0, max_tokens=8, logprobs=True
+    )
+    assert "The capital of France is Paris" in (answer.choices[0].message.content or "")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.content or []) == 8
+
+
+def test_streaming_chat(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=DEFAULT_MODEL,
+        messages=FRANCE,
+        temperature=0,
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert "The capital of France is Paris" in text
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_legacy_completions(client: openai.OpenAI) -> None:
+    body = {"model": DEFAULT_MODEL, "prompt": "1, 2, 3, 4,", "temperature": 0, "max_tokens": 6}
+    answer = client.completions.create(**body, logprobs=2)
+    assert " 5" in answer.choices[0].text
+    assert answer.choices[0].logprobs is not None
+    stream = client.completions.create(**body, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
+
+
+def test_the_async_client(smollm2: RunningServer) -> None:
+    async def talk() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=smollm2.url + "/v1", api_key="none") as client:
+
+            async def one() -> str:
+                stream = await client.chat.completions.create(
+                    model=DEFAULT_MODEL, messages=FRANCE, temperature=0, max_tokens=8, stream=True
+                )
+                return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+            return await asyncio.gather(*(one() for _ in range(4)))
+
+    texts = asyncio.run(talk())
+    assert len(set(texts)) == 1
+    assert "Paris" in texts[0]
+
+
+def test_models_and_errors(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [DEFAULT_MODEL]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=FRANCE)
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(
+            model=DEFAULT_MODEL, messages=FRANCE, response_format={"type": "json_object"}
+        )
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.completions.create(model=DEFAULT_MODEL, prompt="a", max_tokens=5000)
+
+
+def test_loglikelihoods_as_lm_eval_asks_for_them(client: openai.OpenAI) -> None:
+    """Token ids in, echo, and the log-probability of each token of the prompt."""
+    url = str(client.base_url).removesuffix("v1/")
+    tokens = httpx.post(url + "tokenize", json={"prompt": "Paris is in France"}).json()["tokens"]
+    answer = client.completions.create(
+        model=DEFAULT_MODEL,
+        prompt=tokens,
+        max_tokens=1,
+        temperature=0,
+        logprobs=1,
+        echo=True,
+        seed=1,
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert len(logprobs.token_logprobs or []) == len(tokens) + 1
+    assert "".join(logprobs.tokens or []) == answer.choices[0].text
+    assert all(value is None or value <= 0 for value in logprobs.token_logprobs or [])
+
+
+def test_a_load_with_people_leaving(tiny_model: Path, log_path: Path) -> None:
+    """Nothing leaks, and those who stay get what they would have got alone."""
+    flags = ["--max-queue", "1024", "--no-access-log"]
+    with running_server(tiny_model, log_path, *flags) as server:
+
+        def held() -> tuple[int, int]:
+            folder = Path(f"/proc/{server.process.pid}")
+            status = (folder / "status").read_text()
+            rss = int(status.partition("VmRSS:")[2].split()[0])
+            return len(list((folder / "fd").iterdir())), rss
+
+        bodies = [
+            {"prompt": f"prompt {i % 20}", "max_tokens": 5 + i % 40, "seed": i % 20, "stream": True}
+            for i in range(LOAD)
+        ]
+        asyncio.run(_all(server.url, bodies[:64], leave=False))
+        before = held()
+        texts = asyncio.run(_all(server.url, bodies, leave=True))
+        server.wait_until_idle()
+        after = held()
+        print(f"file descriptors {before[0]} -> {after[0]}, RSS {before[1]} -> {after[1]} KiB")
+        alone = {
+            str(body): "".join(asyncio.run(_all(server.url, [body], leave=False)))
+            for body in bodies[:40]
+        }
+        stayed = [(str(b), t) for b, t in zip(bodies, texts, strict=True) if t is not None]
+        assert len(stayed) > LOAD // 2
+        assert all(alone.get(body, text) == text for body, text in stayed)
+        assert after[0] <= before[0] + 2
+        assert after[1] <= before[1] + 40_000
+
+
+async def _all(url: str, bodies: list[dict], leave: bool) -> list[str | None]:
+    """The texts of concurrent streams; None for those, a fifth, that were left."""
+    draw = random.Random(1)
+    gate = asyncio.Semaphore(128)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+
+        async def one(body: dict, leaves_after: int | None) -> str | None:
+            text = ""
+            async with gate, client.stream("POST", "/v1/completions", json=body) as response:
+                assert response.status_code == 200, await response.aread()
+                count = 0
+                async for line in response.aiter_lines():
+                    if count == leaves_after:
+                        return None
+                    if line.startswith("data: {"):
+                        count += 1
+                        choices = httpx.Response(200, content=line[6:]).json()["choices"]
+                        text += choices[0]["text"]
+            return text
+
+        leaving = [draw.randrange(10) if leave and draw.random() < 0.2 else None for _ in bodies]
+        return await asyncio.gather(*map(one, bodies, leaving))

@@ -1,0 +1,175 @@
+"""The key, the addresses, and what an answer tells."""
+
+from __future__ import annotations
+
+import base64
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from nano_vllm import serve
+from tests.server.running_server import RunningServer, read_all, running_server
+
+KEY = "sk-secret-1"
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    log = tmp_path_factory.mktemp("locked") / "log"
+    env = {"NANO_VLLM_API_KEY": KEY}
+    with running_server(tiny_model, log, env=env) as server:
+        yield server
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+PATHS = [
+    "/",
+    "/v1/models",
+    "/v1/completions",
+    "/metrics",
+    "/version",
+    "/openapi.json",
+    "/debug/state",
+    "/tokenize",
+    "/none",
+    "//health",
+    "/health/",
+    "/health/../v1/models",
+    "/health%2f..%2fv1/models",
+    "/v1/models?/health",
+    "/v1/models#/health",
+    "/Health",
+    "/health;x",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_route_but_health_wants_the_key(locked: RunningServer, path: str) -> None:
+    for headers in (
+        {},
+        {"authorization": "Bearer"},
+        bearer("x"),
+        bearer(KEY + "x"),
+        bearer(KEY[:-1]),
+        {"authorization": KEY},
+        {"authorization": "Basic !!!"},
+        {"host": "localhost"},
+        {"x-forwarded-for": "127.0.0.1"},
+        {"x-original-url": "/health"},
+    ):
+        for method in ("GET", "POST", "OPTIONS", "HEAD"):
+            response = locked.client.request(method, locked.url + path, headers=headers)
+            assert response.status_code == 401, (method, headers)
+            assert response.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("target", ["http://x/health", "/v1/models", "http://health/v1/models"])
+@pytest.mark.parametrize("host", ["health", "/health", "", "a b"])
+def test_hosts_and_absolute_targets_open_nothing(
+    locked: RunningServer, target: str, host: str
+) -> None:
+    with locked.connect() as client:
+        client.sendall(
+            f"GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode()
+        )
+        answer = read_all(client)
+    assert b" 401 " in answer or target == "http://x/health"
+    assert b'"max_model_len"' not in answer
+
+
+def test_the_key_opens(locked: RunningServer) -> None:
+    assert locked.get("/health").status_code == 200
+    assert locked.get("/v1/models", headers=bearer(KEY)).status_code == 200
+    basic = base64.b64encode(f"me:{KEY}".encode()).decode()
+    page = locked.get("/", headers={"authorization": f"Basic {basic}"})
+    assert page.status_code == 200
+    assert "text/html" in page.headers["content-type"]
+    assert locked.get("/").headers["www-authenticate"].startswith("Basic")
+    assert KEY not in locked.log
+
+
+def test_only_this_machine_is_answered_by_default(locked: RunningServer) -> None:
+    assert locked.url.startswith("http://127.0.0.1:")
+    own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout
+    for address in own.split()[:1]:
+        with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+            client.connect((address, int(locked.url.rpartition(":")[2])))
+
+
+def test_nothing_but_the_api_listens(locked: RunningServer) -> None:
+    def listening() -> int:
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        lines += Path("/proc/net/tcp6").read_text().splitlines()[1:]
+        inodes = {line.split()[9] for line in lines if line.split()[3] == "0A"}
+        count = 0
+        for pid in (locked.process.pid, locked.engine_pid):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                name = str(fd.readlink()) if fd.is_symlink() else ""
+                count += name.removeprefix("socket:[").removesuffix("]") in inodes
+        return count
+
+    assert listening() == 1
+
+
+def test_https(tiny_model: Path, log_path: Path, tmp_path: Path) -> None:
+    pem, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        (
+            "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost "
+            f"-addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {pem}"
+        ).split(),
+        check=True,
+        capture_output=True,
+    )
+    flags = ["--ssl-certfile", str(pem), "--ssl-keyfile", str(key)]
+    with running_server(tiny_model, log_path, *flags) as server:
+        assert server.url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(pem))
+        answer = httpx.get(server.url + "/v1/models", verify=context, timeout=10)
+        assert answer.json()["data"][0]["id"] == "tiny"
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(server.url.replace("https", "http") + "/health", timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--port", "70000"], "port must be an integer in [0, 65535], got 70000"),
+        (["--drain-timeout", "nan"], "drain_timeout must be a finite number above 0"),
+        (["--max-queue", "-1"], "max_queue must be an integer of at least 0, got -1"),
+        (["--log-format", "xml"], "log_format must be one of text, json, got 'xml'"),
+        (["--api-key", ""], "api_key must be printable ASCII, and not empty"),
+        (["--ssl-keyfile", "a"], "ssl_keyfile needs ssl_certfile"),
+        (["--block-size", "12"], "block_size must be a multiple of 8"),
+        (["--max-num-seq", "3"], "did you mean --max-num-seqs?"),
+        (["a", "b"], "unknown option 'b'"),
+    ],
+)
+def test_bad_usage_is_one_line(capsys: Any, argv: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        serve.main(argv)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_options_reach_their_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(serve, "_serve", lambda *configs: seen.append(configs) or 0)
+    monkeypatch.setenv(serve.KEY_VARIABLE, "k")
+    assert serve.main([]) == 0
+    assert serve.main(["m", "--cpu", "--block-size", "32", "--port", "1", "--api-key", "x"]) == 0
+    (engine, server), (engine2, server2) = seen
+    assert (engine.device, server.port, server.api_key) == ("auto", 8000, "k")
+    assert (engine2.model, engine2.device, engine2.block_size) == ("m", "cpu", 32)
+    assert (server2.port, server2.api_key) == (1, "x")
