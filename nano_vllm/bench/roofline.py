@@ -55,7 +55,9 @@ class Roofline:
         c = self.config
         qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         attention = c.hidden_size * (qkv + c.num_heads * c.head_dim)
-        return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+        return c.num_layers * (
+            attention + (3 if c.gated_mlp else 2) * c.hidden_size * c.intermediate_size
+        )
 
     @property
     def head_weights(self) -> int:
@@ -81,7 +83,8 @@ class Roofline:
             for inputs, outputs in zip(workload.input_lens, workload.output_lens, strict=True)
         )
         steps = max(workload.output_lens) - 1
-        return steps * self.step_weight_bytes + tokens * self.token_kv_bytes
+        kv_bytes = tokens * self.token_kv_bytes // self.config.num_layers
+        return steps * self.step_weight_bytes + kv_bytes
 
     def prefill_flops(self, workload: Workload) -> int:
         """Of the prompts: the layers' products, and attention over what the causal mask leaves."""
@@ -94,10 +97,11 @@ class Roofline:
         if self.is_quantized:
             return None
         tokens = sum(
-            min(length, (self.config.sliding_window or length) + queries - 1)
+            min(length, (window or length) + queries - 1)
             for queries, length in zip(step.query_lens, step.seq_lens, strict=True)
+            for window in self._windows()
         )
-        return self.step_weight_bytes + tokens * self.token_kv_bytes
+        return self.step_weight_bytes + tokens * self.token_kv_bytes // self.config.num_layers
 
     def step_flops(self, step: StepRecord) -> int:
         """Of a step: the layers' products, the head's for the sequences that get a token, and
@@ -137,13 +141,22 @@ class Roofline:
         for queries, length in zip(query_lens, seq_lens, strict=True):
             num_tokens += queries
             num_seen += self._attended(length) - self._attended(length - queries)
-        attention = 4 * c.num_layers * c.num_heads * c.head_dim
+        attention = 4 * c.num_heads * c.head_dim
         return 2 * self.layer_weights * num_tokens + attention * num_seen
 
     def _attended(self, length: int) -> int:
-        """Tokens that the queries at all positions below `length` see, themselves included."""
-        window = min(length, self.config.sliding_window or length)
-        return window * (window + 1) // 2 + (length - window) * window
+        """Tokens that the queries at all positions below `length` see, themselves included, in all
+        layers.
+        """
+        total = 0
+        for window in self._windows():
+            seen = min(length, window or length)
+            total += seen * (seen + 1) // 2 + (length - seen) * seen
+        return total
+
+    def _windows(self) -> list[int]:
+        """Of each layer; 0 for one that sees all tokens."""
+        return [self.config.window(layer) for layer in range(self.config.num_layers)]
 
 
 def share(floor: float | None, seconds: float) -> float | None:

@@ -32,6 +32,7 @@ _CHANGES_THE_MATHS: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1, 1.0),
     "final_logit_softcapping": (),
     "kv_lora_rank": (),
+    "lm_head_bias": (False,),
     "logit_scale": (1, 1.0),
     "logits_scaling": (1, 1.0),
     "mlp_only_layers": ([],),
@@ -44,10 +45,12 @@ _CHANGES_THE_MATHS: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1, 1.0),
+    "rope_interleaved": (False,),
     "rope_local_base_freq": (),
     "scale_attn_by_inverse_layer_idx": (False,),
     "scale_attn_weights": (True,),
     "use_bidirectional_attention": (False,),
+    "use_mrope": (False,),
     "use_qk_norm": (False,),
 }
 """Fields that some model computes by -> values that mean nothing is different. One that a family

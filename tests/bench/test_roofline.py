@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_tokens_seen_are_counted_one_by_one(window: int | None) -> None:
     contexts = [4, 5, 6, 10]  # three steps of the first and one of the second
     read = sum(min(context, limit) for context in contexts)
     assert model.decode_bytes(workload) == 3 * 2 * (layer + 5 * 4) + read * 2 * 2 * 2
+
+
+def test_layers_may_differ_in_their_window() -> None:
+    def read_and_seen(**changes: Any) -> tuple[int, int]:
+        model = replace(roofline("qwen3-0.6b"), config=replace(tiny(5), **changes))
+        num_bytes = model.step_bytes(step((1,), (20,)))
+        assert num_bytes is not None
+        flops = model.step_flops(step((4,), (20,), num_sampled=1))
+        return num_bytes - model.step_weight_bytes, flops - 2 * (4 * model.layer_weights + 20)
+
+    first, second = read_and_seen(), read_and_seen(sliding_window=None)
+    both = read_and_seen(num_layers=2, full_attention_layers=frozenset({0}))
+    assert both == (first[0] + second[0], first[1] + second[1])
+    assert first[0] < second[0]
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 9, 100])

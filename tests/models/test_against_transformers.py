@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nano_vllm import check
 from nano_vllm.config import EngineConfig
@@ -90,6 +91,21 @@ def test_longrope_beyond_the_trained_context(tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = oracle(torch.tensor([prompt])).logits[0]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_gpt2_as_it_was_published(tmp_path: Path) -> None:
+    """Names without a prefix, and the causal mask among the tensors."""
+    oracle = make_checkpoint(tmp_path, **SETTINGS["gpt2"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
+    tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    prompt = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    (ours,) = logits_of_all_positions(tmp_path, [prompt], chunk=4)
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
 
 GGUF_NAMES = [
