@@ -82,7 +82,7 @@ class ServerMetrics:
     def observe(self, answer: Answer, place: int, delta: RequestDelta) -> None:
         """Count a prompt that ended."""
         prompt, times = answer.prompts[place], delta.metrics
-        if not prompt.needs_engine:
+        if not prompt.needs_engine or times is None:
             return
         num_tokens = max(delta.num_tokens, answer.num_output_tokens)
         reason = delta.completions[0].finish_reason if delta.completions else None
