@@ -138,8 +138,10 @@ class AsyncLLM:
     async def look(self, timeout: float = 2.0) -> Pong:
         """The engine as it is now, with its picture; TimeoutError where it does not answer."""
         future: asyncio.Future[Pong] = asyncio.get_running_loop().create_future()
+        if all(waiter.done() for waiter in self._pong_waiters):
+            self._pong_waiters.clear()
+            self._send(Ping(with_picture=True))
         self._pong_waiters.append(future)
-        self._send(Ping(with_picture=True))
         try:
             return await asyncio.wait_for(future, timeout)
         except asyncio.TimeoutError:

@@ -5,6 +5,7 @@ an inherited Unix socket. Ends with the socket's other side.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import queue
 import signal
@@ -157,8 +158,8 @@ class EngineLoop:
             output.request_id,
             completions,
             output.finished,
-            output.metrics,
-            output.num_cached_tokens,
+            output.metrics if output.finished else None,
+            output.num_cached_tokens if output.finished else 0,
             output.prompt_logprobs if is_first else None,
         )
 
@@ -218,6 +219,7 @@ def serve_engine(connection: socket.socket) -> int:
                 str(runner.device),
             )
         )
+        gc.freeze()  # what is loaded stays: no collection need look at it, in the middle of a step
         EngineLoop(engine, inbox, outbox.put).run()
         engine.close()
         exit_code = 0

@@ -68,7 +68,7 @@ class Refused(msgspec.Struct, tag=True, array_like=True):
     message: str
 
 
-class CompletionDelta(msgspec.Struct, array_like=True):
+class CompletionDelta(msgspec.Struct, array_like=True, gc=False):
     """What one completion gained."""
 
     index: int
@@ -87,13 +87,14 @@ class CompletionDelta(msgspec.Struct, array_like=True):
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
-class RequestDelta(msgspec.Struct, array_like=True):
+class RequestDelta(msgspec.Struct, array_like=True, gc=False):
     """What one request gained."""
 
     request_id: str
     completions: list[CompletionDelta]
     finished: bool
-    metrics: RequestMetrics
+    metrics: RequestMetrics | None = None
+    """With the last delta alone, as is the next."""
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """With the first delta alone."""

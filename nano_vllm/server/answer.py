@@ -42,7 +42,8 @@ class Answer(ABC):
         self.created = int(time.time())
         self.metrics: RequestMetrics | None = None
         """Of the last prompt that ended."""
-        self.num_output_tokens = 0
+        self.output_tokens = [0] * len(prompts)
+        """By prompt, of all its completions."""
         self.num_cached_tokens = 0
         options = request.stream_options
         self.include_usage = bool(options and options.include_usage)
@@ -51,6 +52,10 @@ class Answer(ABC):
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(self.output_tokens)
+
     def note(self, place: int, delta: RequestDelta) -> None:
         """Count what came; where no output was asked for, drop it."""
         if self.prompts[place].max_tokens == 0:
@@ -58,7 +63,7 @@ class Answer(ABC):
                 completion.text, completion.token_ids = "", []
                 completion.logprobs = [] if completion.logprobs is not None else None
                 completion.finish_reason, completion.stop_reason = "length", None
-        self.num_output_tokens += delta.num_tokens
+        self.output_tokens[place] += delta.num_tokens
         if delta.finished:
             self.metrics = delta.metrics
             self.num_cached_tokens += delta.num_cached_tokens

@@ -24,6 +24,7 @@ STATUSES = {
     504: "The request took too long.",
 }
 OF_GET = (401, 404, 503)
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _TEMPLATE = "#/components/schemas/{name}"
 
 
@@ -65,7 +66,7 @@ def document(router: APIRouter) -> dict[str, Any]:
             operation["requestBody"] = {"required": True, "content": body}
             if "stream" in own["request"].__struct_fields__:
                 content = operation["responses"]["200"]["content"]
-                content["text/event-stream"] = {"schema": {"type": "string"}}
+                content["text/event-stream"] = {"schema": _EVENT}
         for status in STATUSES if own["request"] is not None else OF_GET:
             operation["responses"][str(status)] = {
                 "description": STATUSES[status],

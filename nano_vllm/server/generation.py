@@ -20,6 +20,7 @@ MAX_PENDING_TOKENS = 2**16
 """Of a stream whose client does not read: more, and it is cut off."""
 ABORT_CONNECTION = "nano_vllm.abort_connection"
 """The extension of the ASGI scope that drops the connection at once."""
+_ENCODER = msgspec.json.Encoder()
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -194,11 +195,11 @@ def _nothing() -> None:
 
 def event(value: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    return b"data: " + _ENCODER.encode(value) + b"\n\n"
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, "application/json")
+    return Response(_ENCODER.encode(value), status, headers, "application/json")
 
 
 def error_response(error: ApiError) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -149,6 +150,7 @@ async def _load(service: Service, server: _Uvicorn) -> None:
     LOG.info("listening at %s://%s:%d, loading %s", scheme, shown, port, service.model_name)
     start = time.monotonic()
     await service.start()
+    gc.freeze()  # what is loaded stays: no collection need look at it
     ready = service.llm.ready
     assert ready is not None
     LOG.info(

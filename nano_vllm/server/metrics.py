@@ -82,9 +82,9 @@ class ServerMetrics:
     def observe(self, answer: Answer, place: int, delta: RequestDelta) -> None:
         """Count a prompt that ended."""
         prompt, times = answer.prompts[place], delta.metrics
-        if not prompt.needs_engine:
+        if not prompt.needs_engine or times is None:
             return
-        num_tokens = max(delta.num_tokens, answer.num_output_tokens)
+        num_tokens = answer.output_tokens[place]
         reason = delta.completions[0].finish_reason if delta.completions else None
         self._success.labels(self._model_name, reason or "abort").inc()
         self._prompt_tokens.observe(len(prompt.token_ids))

@@ -109,7 +109,9 @@ class Gate:
             else:
                 item = self._gated(request, None, prompt, max_tokens, options)
                 # Checked first, decoded then.
-                gated.append(replace(item, text=self.decode(prompt)) if request.echo else item)
+                gated.append(
+                    replace(item, text=self.decode(prompt, "prompt")) if request.echo else item
+                )
         return gated
 
     def chat(self, request: ChatRequest) -> GatedPrompt:
@@ -172,15 +174,15 @@ class Gate:
         except ValueError as error:
             raise invalid(str(error), field) from None
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], field: str = "tokens") -> str:
         """The text of tokens that a client sent."""
-        tokenizer = self.tokenizer("tokens")
+        tokenizer = self.tokenizer(field)
         for place, token_id in enumerate(token_ids):
             if token_id >= self._vocab_size:
                 raise invalid(
                     f"token ids must lie in [0, {self._vocab_size}), got {token_id} at "
                     f"position {place}",
-                    "tokens",
+                    field,
                 )
         return tokenizer.decode(token_ids, skip_special_tokens=False)
 

@@ -13,7 +13,13 @@ import pytest
 
 from nano_vllm import LLM, RequestOutput, SamplingParams
 from tests.engine.fake_runner import EOS
-from tests.server.running_server import MAX_MODEL_LEN, NUM_BLOCKS, RunningServer, sse_events
+from tests.server.running_server import (
+    MAX_MODEL_LEN,
+    NUM_BLOCKS,
+    RunningServer,
+    running_server,
+    sse_events,
+)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +231,26 @@ def test_cached_tokens_and_timings(server: RunningServer) -> None:
         "num_preemptions",
     }
     assert "timings" not in complete(server, prompt=prompt, max_tokens=1)
+
+
+def test_token_ids_alone(tiny_model: Path, log_path: Path) -> None:
+    with running_server(tiny_model, log_path, "--skip-tokenizer-init") as server:
+        body = {"prompt": [1, 2], "max_tokens": 3, "return_token_ids": True, "ignore_eos": True}
+        (choice,) = complete(server, **body, logprobs=0)["choices"]
+        assert (choice["text"], len(choice["token_ids"])) == ("", 3)
+        assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in choice["token_ids"]]
+        events = sse_events(server.post("/v1/completions", {**body, "stream": True}))
+        assert sum(len(event["choices"][0]["token_ids"]) for event in events) == 3
+        for path, refused, field in (
+            ("/v1/completions", {"prompt": "a"}, "prompt"),
+            ("/v1/completions", {"prompt": [1], "echo": True}, "prompt"),
+            ("/v1/completions", {"prompt": [1], "stop": "a"}, "stop"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "messages"),
+            ("/detokenize", {"tokens": [1]}, "tokens"),
+        ):
+            response = server.post(path, refused)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == field
 
 
 def test_models(server: RunningServer) -> None:

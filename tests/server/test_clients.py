@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +127,20 @@ def test_loglikelihoods_as_lm_eval_asks_for_them(client: openai.OpenAI) -> None:
     assert len(logprobs.token_logprobs or []) == len(tokens) + 1
     assert "".join(logprobs.tokens or []) == answer.choices[0].text
     assert all(value is None or value <= 0 for value in logprobs.token_logprobs or [])
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_curl_examples_of_the_readme(smollm2: RunningServer, number: int) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl")
+    readme = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text()
+    examples = re.findall(r"^curl .*?'$", readme, re.M | re.S)
+    assert len(examples) == 3
+    command = examples[number].replace("http://127.0.0.1:8000", smollm2.url)
+    result = subprocess.run(
+        ["bash", "-c", command + " --fail"], capture_output=True, text=True, check=True
+    )
+    assert ("Paris", "[DONE]", '"tokens"')[number] in result.stdout
 
 
 def test_a_load_with_people_leaving(tiny_model: Path, log_path: Path) -> None:
