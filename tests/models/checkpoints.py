@@ -61,8 +61,10 @@ GGUF_ARCHITECTURES = {
 """transformers' model_type -> that of llama.cpp."""
 
 
-def write_gguf(model: Any, path: Path) -> None:
-    """Save a model in float32 as llama.cpp's converter does (convert_hf_to_gguf.py)."""
+def write_gguf(
+    model: Any, path: Path, matrices: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+) -> None:
+    """Save a model as llama.cpp's converter does (convert_hf_to_gguf.py), vectors in float32."""
     config = model.config
     kind = config.model_type
     arch = GGUF_ARCHITECTURES[kind]
@@ -105,7 +107,9 @@ def write_gguf(model: Any, path: Path) -> None:
             tensor = tensor + 1
         if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.contiguous().numpy())
+        kind_of = matrices if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(tensor.contiguous().numpy(), kind_of)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind_of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -138,6 +139,17 @@ def test_logits_of_a_gguf_file_equal_transformers(tmp_path: Path, name: str) -> 
     with torch.inference_mode():
         expected = oracle(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_joined_tensors_keep_their_bits(tmp_path: Path) -> None:
+    """Query, key and value of one quantized tensor."""
+    oracle = make_checkpoint(tmp_path, **SETTINGS["gpt2"])
+    write_gguf(oracle, tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q8_0)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
+    path = tmp_path / "model.gguf"
+    (plain,) = logits_of_all_positions(path, prompts, chunk=4)
+    (kept,) = logits_of_all_positions(path, prompts, chunk=4, quantization="gguf")
+    assert 0 < float((kept - plain).norm() / plain.norm()) < 0.05
 
 
 @pytest.mark.parametrize("name", ["grouped queries", "qwen3", "qwen3, tied, wide"])
