@@ -64,16 +64,18 @@ bool holds(const std::vector<double>& weights, double number, int64_t token) {
   return own > 0 && below - 1e-6 <= number && number <= below + own + 1e-6;
 }
 
+const std::vector<Filters> kFilters = {
+    {0, 0, 1, -kInf},     {1, 0, 1, -kInf},      {0.3, 0, 1, -2},    {1e-300, 0, 1, -kInf},
+    {1, 5, 1, -kInf},     {1, 900, 1, -kInf},    {1, 0, 0.9, -kInf}, {5, 0, 0.999, -kInf},
+    {0.1, 0, 0.5, -kInf}, {1, 2000, 0.7, -kInf}, {2, 7, 0.8, -1},    {1, 1, 1, -kInf},
+    {1, 0, 1e-9, -kInf},  {100, 0, 0.6, -kInf}};
+
 template <class Sample>
-void test_sample_tokens(const std::vector<int>& vocab_sizes, const std::vector<int>& gaps,
+void test_sample_tokens(const std::vector<DType>& dtypes, const std::vector<int>& vocab_sizes,
+                        const std::vector<int>& gaps, const std::vector<Filters>& filters,
                         const Sample& sample) {
-  const std::vector<Filters> filters = {
-      {0, 0, 1, -kInf},     {1, 0, 1, -kInf},      {0.3, 0, 1, -2},    {1e-300, 0, 1, -kInf},
-      {1, 5, 1, -kInf},     {1, 900, 1, -kInf},    {1, 0, 0.9, -kInf}, {5, 0, 0.999, -kInf},
-      {0.1, 0, 0.5, -kInf}, {1, 2000, 0.7, -kInf}, {2, 7, 0.8, -1},    {1, 1, 1, -kInf},
-      {1, 0, 1e-9, -kInf},  {100, 0, 0.6, -kInf}};
   const int num_rows = static_cast<int>(filters.size());
-  for (DType dtype : kDTypes) {
+  for (DType dtype : dtypes) {
     for (int vocab_size : vocab_sizes) {
       for (int gap : gaps) {
         const int64_t stride = vocab_size + gap;
@@ -239,12 +241,16 @@ int main() {
   using namespace nano_vllm;
   using namespace nano_vllm::test;
   test_philox();
-  test_sample_tokens({1, 7, 8, 1023, 1024, 1025, 3000, 20'000}, {0, 1},
+  test_sample_tokens({std::begin(kDTypes), std::end(kDTypes)},
+                     {1, 7, 8, 1023, 1024, 1025, 3000, 20'000}, {0, 1}, kFilters,
                      [](const SampleTokensParams& p) { cpu::sample_tokens(p); });
   test_adjust_logits([](const AdjustLogitsParams& p) { cpu::adjust_logits(p); });
-  // One that is aligned, and one of more tokens than there are candidates
-  test_sample_tokens({1000, 5001}, {0},
-                     [](const SampleTokensParams& p) { cuda::sample_tokens(p, nullptr); });
+  // Fibers are slow: what is quick to find, and what the whole row is searched for.
+  const auto sample = [](const SampleTokensParams& p) { cuda::sample_tokens(p, nullptr); };
+  test_sample_tokens({DType::kBFloat16}, {1000}, {0},
+                     {{0, 0, 1, -kInf}, {1, 0, 1, -1}, {1, 5, 0.8, -kInf}}, sample);
+  test_sample_tokens({DType::kFloat16}, {5001}, {0},
+                     {{1, 900, 1, -kInf}, {0.1, 0, 0.5, -kInf}, {5, 0, 0.999, -kInf}}, sample);
   test_adjust_logits([](const AdjustLogitsParams& p) { cuda::adjust_logits(p, nullptr); });
   return report_checks();
 }
