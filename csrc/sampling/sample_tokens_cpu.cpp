@@ -2,6 +2,7 @@
 // tokens, some hundreds, and in the whole row where these do not suffice.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -32,13 +33,17 @@ struct Weights {
       simd::store_partial(exponentials + i, simd::exp((x - largest) * inverse_temperature),
                           size - i);
     }
-    *sum = 0;
+    uint64_t total = 0;
     for (int64_t i = 0; i < size; ++i) {
-      // Signed: there is an instruction for it, and a weight has 44 bits.
-      const auto weight = static_cast<uint64_t>(std::llrint(exponentials[i] * kSampleUnits));
-      weights[i] = logits[i] >= threshold ? weight : 0;
-      *sum += weights[i];
+      // The low bits of a double of this size are an integer, rounded as llrint would, for which
+      // there is no vector instruction but on the newest machines.
+      const double shifted = double{exponentials[i]} * kSampleUnits + 0x1p52;
+      uint64_t weight;
+      std::memcpy(&weight, &shifted, sizeof(weight));
+      weights[i] = logits[i] >= threshold ? weight - 0x4330000000000000 : 0;
+      total += weights[i];
     }
+    *sum = total;
   }
 };
 

@@ -21,6 +21,7 @@ PARTS = (
     "paged_attention prefill",
     "reshape_and_cache rotary_reshape_and_cache copy_blocks",
     "fused_add_rms_norm silu_and_mul linear",
+    "sample_tokens",
 )
 
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     names = setups[0].compared
     rows = []
-    for row in (row for heads in models for row in _rows(setups, heads, args.only)):
+    for row in _all_rows(setups, models, args.only):
         rows.append(row)
         # a run takes minutes, and a peer can take the process down with it
         print(*table_line(row, names).values(), sep="  ", file=sys.stderr, flush=True)
@@ -125,6 +126,15 @@ def chosen_heads(args: argparse.Namespace, on_gpu: bool) -> list[Heads]:
     return list(dict.fromkeys(models))
 
 
+def _all_rows(setups: list[Setup], models: list[Heads], only: str) -> Iterator[dict[str, Any]]:
+    from nano_vllm.bench.sampling_rows import sampling_rows
+
+    for heads in models:
+        yield from _rows(setups, heads, only)
+    if only in PARTS[-1]:
+        yield from sampling_rows(setups[0])
+
+
 def _rows(setups: list[Setup], heads: Heads, only: str) -> Iterator[dict[str, Any]]:
     """Each shape in all setups, one after the other, so that the card is as hot for each.
 
@@ -134,7 +144,7 @@ def _rows(setups: list[Setup], heads: Heads, only: str) -> Iterator[dict[str, An
     from nano_vllm.bench.attention_rows import attention_row
     from nano_vllm.bench.layer_rows import cache_rows, layer_rows
 
-    decode, prefill, cache, layer = (only in part for part in PARTS)
+    decode, prefill, cache, layer, _ = (only in part for part in PARTS)
     on_gpu = setups[0].device.type == "cuda"
     shapes = []
     if decode:

@@ -90,3 +90,11 @@ def test_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_part_is_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="--only 'x' is in none of the names"):
         run("--only", "x")
+
+
+def test_sampling_is_measured_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever models are asked for."""
+    run("--only", "sample_tokens", "--models", "smollm2", "qwen3-0.6b")
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len({row["shape"] for row in rows}) == len(rows) == 12
+    assert all(row["torch us"] > 0 for row in rows)
