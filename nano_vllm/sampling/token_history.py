@@ -47,7 +47,7 @@ class TokenHistory:
         have = len(self.token_ids)
         if num_slots <= have and self.token_ids.device == device:
             return
-        shape = max(num_slots, 2 * have), self._max_len
+        shape = max(-(-num_slots // 16) * 16, have), self._max_len
         grown = torch.zeros(shape, dtype=torch.int32, device=device)
         grown[:have] = self.token_ids
         self.token_ids = grown
