@@ -26,6 +26,21 @@ class BlockState:
     def value(self) -> int: ...
     def __int__(self) -> int: ...
 
+class BlockOwner:
+    """What a reference to a block is for. References are counted by it."""
+
+    SEQUENCE: ClassVar[BlockOwner]
+    """A block table."""
+    PIN: ClassVar[BlockOwner]
+    """Content that shall not be evicted."""
+    TRANSFER: ClassVar[BlockOwner]
+    """A copy under way."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+    def __int__(self) -> int: ...
+
 class BlockAllocator:
     """A fixed pool of KV blocks, numbered from 0: reference counts, content hashes, LRU reuse.
 
@@ -51,23 +66,28 @@ class BlockAllocator:
     def num_cached(self) -> int: ...
     @property
     def num_active(self) -> int: ...
-    def allocate(self) -> int:
+    def num_references(self, owner: BlockOwner) -> int:
+        """References to all blocks together."""
+    def allocate(self, owner: BlockOwner = ...) -> int:
         """A block with one reference: a Free one, else the least recently used Cached one.
 
         Raises:
             OutOfBlocks: every block is held.
         """
-    def allocate_many(self, count: int) -> list[int]:
+    def allocate_many(self, count: int, owner: BlockOwner = ...) -> list[int]:
         """That many blocks.
 
         Raises:
             OutOfBlocks: there are not so many; none is taken.
         """
-    def share(self, block: int) -> None:
+    def share(self, block: int, owner: BlockOwner = ...) -> None:
         """Add a reference to a held block."""
-    def free(self, block: int) -> None:
-        """Take a reference away; without any, a block in the index is Cached, another Free."""
-    def free_many(self, blocks: list[int]) -> None:
+    def free(self, block: int, owner: BlockOwner = ...) -> None:
+        """Take a reference away; without any, a block in the index is Cached, another Free.
+
+        ValueError if the owner has no references at all.
+        """
+    def free_many(self, blocks: list[int], owner: BlockOwner = ...) -> None:
         """Take a reference away for each mention, of all blocks or, if it raises, of none.
 
         Args:
@@ -123,6 +143,7 @@ class BlockAllocator:
         block_hashes: list[bytes],
         token_ids: list[int],
         num_computed: int,
+        root: bytes = ...,
     ) -> None:
         """`commit` the full blocks of a sequence that are not committed yet.
 
@@ -131,15 +152,48 @@ class BlockAllocator:
             block_hashes: of the leading blocks, which are committed; gets those of the others.
             token_ids: its tokens.
             num_computed: tokens that the cache holds.
+            root: stands in place of the hash before the first block: b"" or 16 bytes.
 
         Raises:
             ValueError: as `commit`.
             IndexError: a list is too short.
         """
-    def lookup(self, parent: bytes, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> int:
+    def lookup(
+        self,
+        parent: bytes,
+        token_ids: Sequence[int] | npt.NDArray[np.integer],
+        owner: BlockOwner = ...,
+    ) -> int:
         """The block of this content with one reference added, or -1.
 
         Tokens and parent are compared as well as the hash: a collision is a miss.
+        """
+    def lookup_blocks(
+        self, token_ids: list[int], first: int, parent: bytes, owner: BlockOwner = ...
+    ) -> tuple[list[int], list[bytes]]:
+        """`lookup` the full blocks of a sequence, up to the first that is not there.
+
+        Args:
+            token_ids: its tokens.
+            first: block to begin with.
+            parent: hash of the block before that one, or the sequence's root.
+
+        Returns:
+            blocks, with one reference added to each, and their hashes.
+        """
+    def forget(self, block: int) -> None:
+        """Take a block out of the index, whoever holds it: its content is not what `commit` was
+        told.
+        """
+    def set_next_tier(self, tier: BlockAllocator | None) -> None:
+        """Where evicted content goes: a pool of slower memory, of the same block size and hash key.
+
+        What is evicted here is Cached there from then on, unless it is there already, and
+        `take_evictions` says what to copy. Where all blocks there are held, the content is lost.
+        """
+    def take_evictions(self) -> list[tuple[int, int]]:
+        """Since the last call: blocks, and those of the next tier that get their content, in the
+        order in which to copy; before anything is written into the blocks.
         """
     def check_integrity(self) -> None:
         """Verify the invariants that csrc/cache/block_allocator.h lists; for tests.
@@ -230,6 +284,9 @@ class DecodeRows:
 
     def __init__(self, allocator: BlockAllocator, max_rows: int) -> None: ...
     def __len__(self) -> int: ...
+    @property
+    def num_blocks(self) -> int:
+        """Of all block tables together."""
     def add(
         self,
         scheduled: Any,
@@ -240,6 +297,7 @@ class DecodeRows:
         min_num_tokens: int,
         end_token_ids: Iterable[int],
         is_followed: bool,
+        root: bytes = ...,
     ) -> int:
         """A row behind all others.
 
@@ -252,6 +310,7 @@ class DecodeRows:
             min_num_tokens: an end token counts only beyond so many.
             end_token_ids: tokens that end the sequence.
             is_followed: whether `advance` is to name it for each of its tokens.
+            root: as in `commit_blocks`.
 
         Returns:
             its id, above those of all rows before.

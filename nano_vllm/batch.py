@@ -37,6 +37,10 @@ class Batch:
     """The leading rows: sequences that ran before the step and advance by their last token."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """Copy-on-write copies (source block, destination block) to make before the step."""
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    """Evicted blocks to copy to host memory before all else (block, host block), in this order."""
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
+    """Blocks to copy from host memory next (host block, block)."""
     preempted: list[Sequence] = field(default_factory=list)
     """Sequences that lost their blocks to make room."""
     ahead_rows: list[int] | None = None

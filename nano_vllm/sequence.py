@@ -37,6 +37,10 @@ class Sequence:
         "end_token_ids",
         "bad_words",
         "is_followed",
+        "priority",
+        "cache_root",
+        "arrival",
+        "is_protected",
         "_num_computed_tokens",
         "decode_row",
         "num_cached_tokens",
@@ -71,7 +75,17 @@ class Sequence:
         """Token sequences that the output never completes."""
         self.is_followed = True  # set by Engine
         """Whether somebody looks at each of its tokens, and not at all of them at its end."""
-        self.status = SequenceStatus.WAITING  # set by Scheduler, as are the next four
+        self.priority = 0  # set by Engine, as is the next
+        """The lowest number goes first, where priorities count."""
+        self.cache_root = b""
+        """What stands before the first block's content in its hash: equal tokens are shared among
+        sequences of equal roots. b"" or 16 bytes.
+        """
+        self.arrival = 0  # set by Scheduler, as are the next six
+        """Rises from request to request."""
+        self.is_protected = False
+        """Whether it has waited, or been preempted, so often that it goes before all others."""
+        self.status = SequenceStatus.WAITING
         self._num_computed_tokens = 0
         self.decode_row = -1
         """Id among the DecodeRows while it runs."""

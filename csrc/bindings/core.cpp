@@ -1,6 +1,8 @@
 // nano_vllm._core: the block allocator and the batch preparation as a pybind11 module.
 // nano_vllm/_core.pyi documents what Python sees. The GIL is held throughout: it serialises the
 // allocator's users.
+#include <algorithm>
+
 #include "bindings/core_arguments.h"
 #include "cache/prepare_batch.h"
 #include "cache/shared_prefix.h"
@@ -38,6 +40,34 @@ std::vector<int32_t> to_tokens(const py::object& token_ids, int32_t block_size) 
   return tokens;
 }
 
+// The full blocks of the tokens from block `first` on, as far as there are any, and their hashes.
+py::tuple lookup_blocks(BlockAllocator& self, const py::list& token_ids, int64_t first,
+                        const py::bytes& parent, BlockOwner owner) {
+  check(first >= 0, "first must be at least 0, got ", first);
+  const int64_t size = self.block_size();
+  const auto num_blocks = static_cast<int64_t>(token_ids.size()) / size;
+  std::vector<int32_t> blocks, tokens(static_cast<size_t>(size));
+  blocks.reserve(static_cast<size_t>(std::max<int64_t>(num_blocks - first, 0)));
+  py::list hashes;
+  BlockHash hash = to_hash(parent);
+  try {
+    for (int64_t index = first; index < num_blocks; ++index) {
+      for (int64_t i = 0; i < size; ++i) {
+        tokens[static_cast<size_t>(i)] = item_at("token id", token_ids.ptr(), index * size + i);
+      }
+      const int32_t block = self.lookup(hash, tokens.data(), owner);
+      if (block == BlockAllocator::kNoBlock) break;
+      blocks.push_back(block);
+      hash = self.hash(hash, tokens.data());
+      hashes.append(to_bytes(hash));
+    }
+    return py::make_tuple(to_list(blocks), hashes);
+  } catch (...) {
+    self.free_many(blocks, owner);
+    throw;
+  }
+}
+
 void bind_block_allocator(py::module_& module) {
   py::register_exception<OutOfBlocks>(module, "OutOfBlocks", PyExc_RuntimeError);
 
@@ -46,7 +76,13 @@ void bind_block_allocator(py::module_& module) {
       .value("ACTIVE", BlockState::kActive)
       .value("CACHED", BlockState::kCached);
 
+  py::enum_<BlockOwner>(module, "BlockOwner")
+      .value("SEQUENCE", BlockOwner::kSequence)
+      .value("PIN", BlockOwner::kPin)
+      .value("TRANSFER", BlockOwner::kTransfer);
+
   using Allocator = BlockAllocator;
+  constexpr BlockOwner kSequence = BlockOwner::kSequence;
   py::class_<Allocator>(module, "BlockAllocator")
       .def(py::init<int64_t, int64_t, uint64_t>(), py::arg("num_blocks"), py::arg("block_size"),
            py::arg("hash_key") = 0)
@@ -55,17 +91,22 @@ void bind_block_allocator(py::module_& module) {
       .def_property_readonly("num_free", &Allocator::num_free)
       .def_property_readonly("num_cached", &Allocator::num_cached)
       .def_property_readonly("num_active", &Allocator::num_active)
-      .def("allocate", &Allocator::allocate)
+      .def("num_references", &Allocator::num_references, py::arg("owner"))
+      .def("allocate", &Allocator::allocate, py::arg("owner") = kSequence)
       .def(
           "allocate_many",
-          [](Allocator& self, int64_t count) { return to_list(self.allocate_many(count)); },
-          py::arg("count"))
-      .def("share", &Allocator::share, py::arg("block"))
-      .def("free", &Allocator::free, py::arg("block"))
+          [](Allocator& self, int64_t count, BlockOwner owner) {
+            return to_list(self.allocate_many(count, owner));
+          },
+          py::arg("count"), py::arg("owner") = kSequence)
+      .def("share", &Allocator::share, py::arg("block"), py::arg("owner") = kSequence)
+      .def("free", &Allocator::free, py::arg("block"), py::arg("owner") = kSequence)
       .def(
           "free_many",
-          [](Allocator& self, const py::list& blocks) { self.free_many(to_blocks(blocks)); },
-          py::arg("blocks"))
+          [](Allocator& self, const py::list& blocks, BlockOwner owner) {
+            self.free_many(to_blocks(blocks), owner);
+          },
+          py::arg("blocks"), py::arg("owner") = kSequence)
       .def("ref_count", &Allocator::ref_count, py::arg("block"))
       .def("state", &Allocator::state, py::arg("block"))
       .def("make_writable", &Allocator::make_writable, py::arg("block"))
@@ -84,14 +125,28 @@ void bind_block_allocator(py::module_& module) {
           },
           py::arg("block"), py::arg("parent"), py::arg("token_ids"))
       .def("commit_blocks", &commit_blocks, py::arg("block_table"), py::arg("block_hashes"),
-           py::arg("token_ids"), py::arg("num_computed"))
+           py::arg("token_ids"), py::arg("num_computed"), py::arg("root") = py::bytes())
       .def(
           "lookup",
-          [](Allocator& self, const py::bytes& parent, const py::object& token_ids) {
+          [](Allocator& self, const py::bytes& parent, const py::object& token_ids,
+             BlockOwner owner) {
             const std::vector<int32_t> tokens = to_tokens(token_ids, self.block_size());
-            return self.lookup(to_hash(parent), tokens.data());
+            return self.lookup(to_hash(parent), tokens.data(), owner);
           },
-          py::arg("parent"), py::arg("token_ids"))
+          py::arg("parent"), py::arg("token_ids"), py::arg("owner") = kSequence)
+      .def("lookup_blocks", &lookup_blocks, py::arg("token_ids"), py::arg("first"),
+           py::arg("parent"), py::arg("owner") = kSequence)
+      .def("forget", &Allocator::forget, py::arg("block"))
+      .def("set_next_tier", &Allocator::set_next_tier, py::arg("tier").none(true),
+           py::keep_alive<1, 2>())
+      .def("take_evictions",
+           [](Allocator& self) {
+             py::list list;
+             for (const Eviction& eviction : self.take_evictions()) {
+               list.append(py::make_tuple(eviction.block, eviction.tier_block));
+             }
+             return list;
+           })
       .def("check_integrity", &Allocator::check_integrity);
 }
 

@@ -98,9 +98,10 @@ T* output(const char* name, py::array& array, std::initializer_list<int64_t> sha
 }
 
 // Says of the full blocks up to num_computed tokens what they contain, and appends their hashes;
-// len(block_hashes) blocks are committed already.
+// len(block_hashes) blocks are committed already. The root stands before the first block.
 inline void commit_blocks(BlockAllocator& allocator, const py::list& block_table,
-                          py::list block_hashes, const py::list& token_ids, int64_t num_computed) {
+                          py::list block_hashes, const py::list& token_ids, int64_t num_computed,
+                          const py::bytes& root) {
   const int64_t size = allocator.block_size();
   std::vector<int32_t> tokens(static_cast<size_t>(size));
   for (auto index = static_cast<int64_t>(block_hashes.size()); index < num_computed / size;
@@ -108,8 +109,8 @@ inline void commit_blocks(BlockAllocator& allocator, const py::list& block_table
     for (int64_t i = 0; i < size; ++i) {
       tokens[static_cast<size_t>(i)] = item_at("token id", token_ids.ptr(), index * size + i);
     }
-    BlockHash parent;
-    if (index > 0) parent = to_hash(block_hashes[static_cast<size_t>(index - 1)]);
+    const BlockHash parent =
+        to_hash(index > 0 ? py::bytes(block_hashes[static_cast<size_t>(index - 1)]) : root);
     const int32_t block = item_at("block", block_table.ptr(), index);
     block_hashes.append(to_bytes(allocator.commit(block, parent, tokens.data())));
   }

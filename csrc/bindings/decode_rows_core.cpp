@@ -13,6 +13,7 @@ namespace {
 struct Owner {
   py::object scheduled;
   py::list token_ids, block_table, block_hashes;
+  py::bytes root;
 };
 
 Owner& owner_of(const DecodeRow& row) { return *static_cast<Owner*>(row.owner); }
@@ -42,7 +43,7 @@ struct Step {
 
 int64_t add(Rows& rows, py::object scheduled, py::list token_ids, py::list block_table,
             py::list block_hashes, int64_t max_num_tokens, int64_t min_num_tokens,
-            const py::iterable& end_token_ids, bool is_followed) {
+            const py::iterable& end_token_ids, bool is_followed, py::bytes root) {
   check(token_ids.size() > 1, "a row needs two tokens, got ", token_ids.size());
   DecodeRow row;
   row.num_tokens = static_cast<int32_t>(token_ids.size());
@@ -53,7 +54,8 @@ int64_t add(Rows& rows, py::object scheduled, py::list token_ids, py::list block
   for (const py::handle token : end_token_ids) row.end_token_ids.push_back(token.cast<int32_t>());
   row.block_table = to_blocks(block_table);
   auto owner = std::make_unique<Owner>(Owner{std::move(scheduled), std::move(token_ids),
-                                             std::move(block_table), std::move(block_hashes)});
+                                             std::move(block_table), std::move(block_hashes),
+                                             std::move(root)});
   DecodeRow& added = rows.add(std::move(row));
   added.owner = owner.release();
   return added.id;
@@ -108,7 +110,7 @@ py::list advance(Rows& rows, const Step& step, const py::list& token_ids, bool c
     const int32_t num_computed = row.num_tokens - 1;
     if (commits && num_computed % block_size == 0) {
       commit_blocks(rows.allocator(), owner.block_table, owner.block_hashes, owner.token_ids,
-                    num_computed);
+                    num_computed, owner.root);
     }
     if (ends || row.is_followed) noticed.append(place);
   });
@@ -185,9 +187,10 @@ void bind_decode_rows(py::module_& module) {
   py::class_<Rows, std::shared_ptr<Rows>>(module, "DecodeRows")
       .def(py::init<py::object, int64_t>(), py::arg("allocator"), py::arg("max_rows"))
       .def("__len__", &Rows::size)
+      .def_property_readonly("num_blocks", &Rows::num_blocks)
       .def("add", &add, py::arg("scheduled"), py::arg("token_ids"), py::arg("block_table"),
            py::arg("block_hashes"), py::arg("max_num_tokens"), py::arg("min_num_tokens"),
-           py::arg("end_token_ids"), py::arg("is_followed"))
+           py::arg("end_token_ids"), py::arg("is_followed"), py::arg("root") = py::bytes())
       .def(
           "remove",
           [](Rows& self, int64_t row_id) { delete static_cast<Owner*>(self.remove(row_id)); },

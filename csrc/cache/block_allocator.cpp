@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <string>
 
 #include "common/error.h"
@@ -31,37 +32,41 @@ BlockAllocator::BlockAllocator(int64_t num_blocks, int64_t block_size, uint64_t 
   for (int32_t block = 0; block < num_blocks_; ++block) link_before(block, end);
 }
 
-int32_t BlockAllocator::allocate() {
+int32_t BlockAllocator::allocate(BlockOwner owner) {
   if (num_free_ == 0) {
     throw OutOfBlocks("all " + std::to_string(num_blocks_) + " KV blocks are in use");
   }
-  return take_head();
+  return take_head(owner);
 }
 
-std::vector<int32_t> BlockAllocator::allocate_many(int64_t count) {
+std::vector<int32_t> BlockAllocator::allocate_many(int64_t count, BlockOwner owner) {
   check(count >= 0, "the number of blocks must be at least 0, got ", count);
   if (count > num_free_) {
     throw OutOfBlocks(std::to_string(count) + " KV blocks asked for, " + std::to_string(num_free_) +
                       " of " + std::to_string(num_blocks_) + " are free");
   }
   std::vector<int32_t> blocks(static_cast<size_t>(count));
-  for (int32_t& block : blocks) block = take_head();
+  for (int32_t& block : blocks) block = take_head(owner);
   return blocks;
 }
 
-void BlockAllocator::share(int64_t block) {
+void BlockAllocator::share(int64_t block, BlockOwner owner) {
   Block& entry = blocks_[checked_held(block)];
   check(entry.ref_count < kMaxInt32, "block ", block, " has ", kMaxInt32, " references already");
   ++entry.ref_count;
+  ++references_[index_of(owner)];
 }
 
-void BlockAllocator::free(int64_t block) {
+void BlockAllocator::free(int64_t block, BlockOwner owner) {
   const int32_t held = checked_held(block);
+  check_has(owner, 1);
+  --references_[index_of(owner)];
   if (--blocks_[held].ref_count == 0) release(held);
 }
 
-void BlockAllocator::free_many(const std::vector<int32_t>& blocks) {
+void BlockAllocator::free_many(const std::vector<int32_t>& blocks, BlockOwner owner) {
   // All references first: only then is it known that none is missing.
+  const auto count = static_cast<int64_t>(blocks.size());
   for (size_t i = 0; i < blocks.size(); ++i) {
     try {
       Block& entry = blocks_[checked_held(blocks[i])];
@@ -72,6 +77,13 @@ void BlockAllocator::free_many(const std::vector<int32_t>& blocks) {
       throw;
     }
   }
+  try {
+    check_has(owner, count);
+  } catch (...) {
+    for (const int32_t block : blocks) ++blocks_[block].ref_count;
+    throw;
+  }
+  references_[index_of(owner)] -= count;
   for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
     const Block& entry = blocks_[*block];
     if (entry.ref_count == 0 && entry.state == BlockState::kActive) release(*block);
@@ -90,6 +102,7 @@ int32_t BlockAllocator::make_writable(int64_t block) {
   }
   const int32_t copy = allocate();
   --entry.ref_count;
+  --references_[index_of(BlockOwner::kSequence)];
   return copy;
 }
 
@@ -115,7 +128,8 @@ BlockHash BlockAllocator::commit(int64_t block, const BlockHash& parent, const i
   return content;
 }
 
-int32_t BlockAllocator::lookup(const BlockHash& parent, const int32_t* token_ids) {
+int32_t BlockAllocator::lookup(const BlockHash& parent, const int32_t* token_ids,
+                               BlockOwner owner) {
   const auto found = index_.find(hash(parent, token_ids));
   if (found == index_.end()) return kNoBlock;
   const int32_t block = found->second;
@@ -124,11 +138,38 @@ int32_t BlockAllocator::lookup(const BlockHash& parent, const int32_t* token_ids
     return kNoBlock;
   }
   if (entry.state == BlockState::kActive) {
-    share(block);
+    share(block, owner);
   } else {
-    activate(block);
+    activate(block, owner);
   }
   return block;
+}
+
+void BlockAllocator::forget(int64_t block) {
+  const int32_t forgotten = checked(block);
+  Block& entry = blocks_[forgotten];
+  if (entry.state == BlockState::kCached) {
+    // To the head of the queue, where the Free ones are.
+    activate(forgotten, BlockOwner::kSequence);
+    remove_from_index(entry);
+    free(forgotten);
+    return;
+  }
+  remove_from_index(entry);
+}
+
+void BlockAllocator::set_next_tier(BlockAllocator* tier) {
+  if (tier != nullptr) {
+    check(tier != this && tier->block_size_ == block_size_ && tier->hash_key_ == hash_key_,
+          "the next tier must be another pool of the same block size and hash key");
+  }
+  next_tier_ = tier;
+}
+
+std::vector<Eviction> BlockAllocator::take_evictions() {
+  std::vector<Eviction> taken;
+  taken.swap(evictions_);
+  return taken;
 }
 
 int32_t BlockAllocator::checked(int64_t block) const {
@@ -142,15 +183,41 @@ int32_t BlockAllocator::checked_held(int64_t block) const {
   return in_range;
 }
 
+void BlockAllocator::check_has(BlockOwner owner, int64_t count) const {
+  static constexpr const char* kNames[kNumBlockOwners] = {"sequences", "pins", "transfers"};
+  const int64_t held = references_[index_of(owner)];
+  check(count <= held, count, " references of ", kNames[index_of(owner)],
+        " are freed, but there are ", held);
+}
+
 // The head of the free queue, which must not be empty, as an Active block without content.
-int32_t BlockAllocator::take_head() {
+int32_t BlockAllocator::take_head(BlockOwner owner) {
   const int32_t block = blocks_[num_blocks_].next;
-  activate(block);
+  if (next_tier_ != nullptr && blocks_[block].is_indexed) move_to_next_tier(block);
+  activate(block, owner);
   remove_from_index(blocks_[block]);
   return block;
 }
 
-void BlockAllocator::activate(int32_t block) {
+// The content is lost where the next tier is full of held blocks, or memory for the books is short.
+void BlockAllocator::move_to_next_tier(int32_t block) {
+  BlockAllocator& tier = *next_tier_;
+  const Block& entry = blocks_[block];
+  int32_t there = tier.lookup(entry.parent, tokens_of(block), BlockOwner::kTransfer);
+  if (there == kNoBlock) {
+    if (tier.num_free_ == 0) return;
+    there = tier.allocate(BlockOwner::kTransfer);
+    try {
+      evictions_.push_back({block, there});
+      tier.commit(there, entry.parent, tokens_of(block));
+    } catch (const std::bad_alloc&) {
+      if (!evictions_.empty() && evictions_.back().tier_block == there) evictions_.pop_back();
+    }
+  }
+  tier.free(there, BlockOwner::kTransfer);
+}
+
+void BlockAllocator::activate(int32_t block, BlockOwner owner) {
   Block& entry = blocks_[block];
   blocks_[entry.previous].next = entry.next;
   blocks_[entry.next].previous = entry.previous;
@@ -159,6 +226,7 @@ void BlockAllocator::activate(int32_t block) {
   if (entry.state == BlockState::kCached) --num_cached_;
   entry.state = BlockState::kActive;
   entry.ref_count = 1;
+  ++references_[index_of(owner)];
 }
 
 // An Active block whose last reference is gone joins the free queue: without content at the head,
@@ -216,6 +284,7 @@ void BlockAllocator::check_integrity() const {
   require(num_cached == num_cached_, "num_cached is not the number of Cached blocks", num_cached_);
 
   size_t num_indexed = 0;
+  int64_t num_references = 0;
   for (int32_t block = 0; block < num_blocks_; ++block) {
     const Block& entry = blocks_[block];
     const bool is_active = entry.state == BlockState::kActive;
@@ -225,6 +294,7 @@ void BlockAllocator::check_integrity() const {
             block);
     require(is_active || entry.is_indexed == (entry.state == BlockState::kCached),
             "a Cached block is not indexed, or a Free one is", block);
+    num_references += entry.ref_count;
     if (!entry.is_indexed) continue;
     ++num_indexed;
     const auto found = index_.find(entry.hash);
@@ -233,6 +303,8 @@ void BlockAllocator::check_integrity() const {
     require(hash(entry.parent, tokens_of(block)) == entry.hash,
             "a block's hash is not that of its content", block);
   }
+  for (const int64_t count : references_) num_references -= count;
+  require(num_references == 0, "the references of the owners are not those of the blocks", end);
   require(num_indexed == index_.size(), "the index holds a block that is not marked as indexed",
           end);
 }

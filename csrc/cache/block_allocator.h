@@ -2,6 +2,7 @@
 // finding again.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <unordered_map>
@@ -18,6 +19,21 @@ class OutOfBlocks : public std::runtime_error {
 };
 
 enum class BlockState : uint8_t { kFree, kActive, kCached };
+
+// What a reference is for. References are counted by it, so that who keeps books of its own can
+// compare: a reference too many is one that somebody has lost.
+enum class BlockOwner : uint8_t {
+  kSequence,  // a block table
+  kPin,       // content that shall not be evicted
+  kTransfer,  // a copy under way
+};
+inline constexpr int kNumBlockOwners = 3;
+
+// The content of an evicted block is to be copied into a block of the next tier, before anything is
+// written into it.
+struct Eviction {
+  int32_t block, tier_block;
+};
 
 // A fixed pool of blocks, numbered from 0, of block_size tokens each. It manages numbers alone: the
 // keys and values live elsewhere. Every operation takes constant time for each block it names
@@ -44,6 +60,10 @@ enum class BlockState : uint8_t { kFree, kActive, kCached };
 //   4. The index maps the hash of each indexed block to that block and holds nothing else.
 //   5. An indexed block's hash is that of its parent and tokens. It never changes while the block
 //      is indexed: who writes into a block calls make_writable first.
+//   6. The reference counts add up to the references of all owners.
+//
+// With a next tier, a pool of slower memory, what is evicted here is indexed there, as a Cached
+// block, unless it is there already; and take_evictions says what to copy.
 //
 // std::invalid_argument names a block that is out of range, or that nobody holds where an operation
 // needs a held one (so a block cannot be freed twice); the pool is then unchanged.
@@ -60,27 +80,28 @@ class BlockAllocator {
   int32_t num_free() const { return num_free_; }
   int32_t num_cached() const { return num_cached_; }
   int32_t num_active() const { return num_blocks_ - num_free_; }
+  int64_t num_references(BlockOwner owner) const { return references_[index_of(owner)]; }
 
   // A block with one reference. Throws OutOfBlocks.
-  int32_t allocate();
+  int32_t allocate(BlockOwner owner = BlockOwner::kSequence);
   // That many, or OutOfBlocks and none.
-  std::vector<int32_t> allocate_many(int64_t count);
+  std::vector<int32_t> allocate_many(int64_t count, BlockOwner owner = BlockOwner::kSequence);
 
   // Adds a reference to a held block.
-  void share(int64_t block);
-  // Takes a reference away.
-  void free(int64_t block);
+  void share(int64_t block, BlockOwner owner = BlockOwner::kSequence);
+  // Takes a reference away. Throws std::invalid_argument if the owner has none.
+  void free(int64_t block, BlockOwner owner = BlockOwner::kSequence);
   // Takes away one reference for each mention, of all blocks or, if it throws, of none. A
   // sequence's blocks come in order: its tail is released first, hence evicted first, as it cannot
   // be found without its head.
-  void free_many(const std::vector<int32_t>& blocks);
+  void free_many(const std::vector<int32_t>& blocks, BlockOwner owner = BlockOwner::kSequence);
 
   int32_t ref_count(int64_t block) const;
   BlockState state(int64_t block) const;
 
-  // Copy-on-write. Returns the same block, taken out of the index, if the caller alone holds it;
-  // else a new one, to which the caller's reference has moved and the caller copies the content.
-  // Throws OutOfBlocks.
+  // Copy-on-write, for a sequence. Returns the same block, taken out of the index, if the caller
+  // alone holds it; else a new one, to which the caller's reference has moved and the caller copies
+  // the content. Throws OutOfBlocks.
   int32_t make_writable(int64_t block);
 
   // Of block_size tokens after the parent.
@@ -93,7 +114,16 @@ class BlockAllocator {
 
   // The block of this content with one reference added, or kNoBlock. Tokens and parent are compared
   // as well as the hash: a collision is a miss.
-  int32_t lookup(const BlockHash& parent, const int32_t* token_ids);
+  int32_t lookup(const BlockHash& parent, const int32_t* token_ids,
+                 BlockOwner owner = BlockOwner::kSequence);
+  // Takes a block out of the index, whoever holds it: its content is not what commit was told.
+  void forget(int64_t block);
+
+  // Where evicted content goes: a pool of the same block size and hash key, which must outlive this
+  // one; or null. Throws std::invalid_argument.
+  void set_next_tier(BlockAllocator* tier);
+  // Since the last call, in the order in which the copies are to be made.
+  std::vector<Eviction> take_evictions();
 
   // Throws std::logic_error that names the broken invariant and the block.
   void check_integrity() const;
@@ -111,10 +141,13 @@ class BlockAllocator {
     BlockHash parent;  // of an indexed block
   };
 
+  static size_t index_of(BlockOwner owner) { return static_cast<size_t>(owner); }
   int32_t checked(int64_t block) const;
   int32_t checked_held(int64_t block) const;
-  int32_t take_head();
-  void activate(int32_t block);
+  void check_has(BlockOwner owner, int64_t count) const;
+  int32_t take_head(BlockOwner owner);
+  void move_to_next_tier(int32_t block);
+  void activate(int32_t block, BlockOwner owner);
   void release(int32_t block);
   void link_before(int32_t block, int32_t next);
   void remove_from_index(Block& block);
@@ -130,6 +163,9 @@ class BlockAllocator {
       blocks_;  // one more than num_blocks: the last one closes the free queue's ring
   std::vector<int32_t> tokens_;  // [num_blocks, block_size]; of indexed blocks
   std::unordered_map<BlockHash, int32_t, BlockHash::Bucket> index_;
+  std::array<int64_t, kNumBlockOwners> references_{};
+  BlockAllocator* next_tier_ = nullptr;
+  std::vector<Eviction> evictions_;
 };
 
 }  // namespace nano_vllm

@@ -42,6 +42,7 @@ DecodeRow& DecodeRows::add(DecodeRow row) {
   for (const int32_t token : row.end_token_ids) row.end_token_filter |= uint64_t{1} << (token % 64);
   row.last_block = row.block_table.back();
   ++num_rows_of_head_[row.block_table[0]];
+  num_blocks_ += static_cast<int64_t>(row.block_table.size());
   rows_.push_back(std::move(row));
   return rows_.back();
 }
@@ -52,6 +53,7 @@ void* DecodeRows::remove(int64_t id) {
   check(row != rows_.end() && row->id == id && !row->is_gone, "there is no row ", id);
   row->is_gone = true;
   ++num_gone_;
+  num_blocks_ -= static_cast<int64_t>(row->block_table.size());
   free_table_rows_.push_back(row->table_row);
   const auto head = num_rows_of_head_.find(row->block_table[0]);
   if (--head->second == 0) num_rows_of_head_.erase(head);
@@ -152,6 +154,7 @@ void DecodeRows::compact() {
 int32_t DecodeRows::take_block(DecodeRow& row) {
   row.last_block = allocator_->allocate();
   row.block_table.push_back(row.last_block);
+  ++num_blocks_;
   return row.last_block;
 }
 

@@ -72,6 +72,8 @@ class DecodeRows {
 
   int64_t size() const { return static_cast<int64_t>(rows_.size()) - num_gone_; }
   int64_t max_rows() const { return max_rows_; }
+  // Of all rows' tables.
+  int64_t num_blocks() const { return num_blocks_; }
   std::vector<int64_t> ids() const;
   BlockAllocator& allocator() { return *allocator_; }
 
@@ -169,6 +171,7 @@ class DecodeRows {
   int64_t max_rows_;
   int64_t next_id_ = 1;
   int64_t num_gone_ = 0;
+  int64_t num_blocks_ = 0;
   std::vector<DecodeRow> rows_;
   std::unordered_map<int32_t, int64_t> num_rows_of_head_;  // by the first block of their tables
   std::vector<int32_t> free_table_rows_;

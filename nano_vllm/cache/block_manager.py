@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from nano_vllm._core import BlockAllocator
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nano_vllm._core import BlockAllocator, BlockOwner
+from nano_vllm.batch import Batch
 from nano_vllm.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Leak:
+    """References to a block that nobody has any more, now taken back."""
+
+    block: int
+    num_references: int
+    owner: str
+    """Of whose kind they were, or whose."""
 
 
 class BlockManager:
     """Gives sequences their blocks and takes them back; blocks of equal content are shared.
 
     A block is shared in two ways. A prefix hit is a full block found by its content; nobody writes
-    into it any more. A fork takes all the blocks of a sibling's prompt, the last of which may be
+    into it any more. A fork takes all the blocks of another sequence, the last of which may be
     partly filled: whoever is about to write into it gets a copy first.
+
+    A block can be found as soon as the step that computes it is scheduled: whoever finds it reads
+    it behind that step, or in it, as every layer writes the keys and values of all tokens before it
+    reads any.
+
+    With blocks in host memory, what is evicted is copied there, and copied back where that is
+    quicker than to compute it again. A preempted sequence comes back in this way too.
 
     Args:
         num_blocks: blocks of the pool.
         block_size: tokens per block.
         enable_prefix_caching: find full blocks by their content.
         hash_key: secret of the content hashes, in [0, 2^64).
+        num_host_blocks: blocks in host memory.
     """
 
     def __init__(
@@ -26,10 +50,25 @@ class BlockManager:
         block_size: int,
         enable_prefix_caching: bool = True,
         hash_key: int = 0,
+        num_host_blocks: int = 0,
     ) -> None:
         self.allocator = BlockAllocator(num_blocks, block_size, hash_key)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self._hash_key = hash_key
+        self.host_allocator: BlockAllocator | None = None
+        if num_host_blocks and enable_prefix_caching:
+            self.host_allocator = BlockAllocator(num_host_blocks, block_size, hash_key)
+            self.allocator.set_next_tier(self.host_allocator)
+        self.loads_from_host = True
+        """Whether to copy a block back is quicker than to compute it. Set by Scheduler.observe."""
+        self._found_on_host: dict[Sequence, list[int]] = {}
+        """Host blocks that `share_prefix` found, held until `allocate` or `free`."""
+        self._pins: dict[int, list[int]] = {}
+        self._next_pin = 0
+        self._num_pinned = 0
+        self.num_loaded_tokens = 0
+        """Copied back from host memory so far."""
 
     @property
     def num_blocks(self) -> int:
@@ -42,6 +81,15 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def cache_root(self, salt: str | None) -> bytes:
+        """What stands before the first block of a prompt in its hash: tenants of different salts
+        share nothing, and cannot tell what others have asked.
+        """
+        if salt is None:
+            return b""
+        key = self._hash_key.to_bytes(8, "little")
+        return hashlib.blake2b(salt.encode(), digest_size=16, key=key).digest()
+
     def share_prefix(self, sequence: Sequence, sibling: Sequence | None = None) -> None:
         """Give a sequence without blocks those that already hold its first tokens.
 
@@ -52,44 +100,75 @@ class BlockManager:
             sibling: a sequence that begins with the same tokens and holds them all computed.
         """
         if sibling is not None:
-            self._fork(sibling, sequence)
+            self.fork(sibling, sequence, sequence.num_tokens - 1)
         elif self.enable_prefix_caching:
             self._find_prefix(sequence)
 
-    def can_allocate(self, sequence: Sequence, reserve: int = 0) -> bool:
-        """Whether `allocate` has blocks enough and leaves `reserve` free ones."""
-        missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        return missing + self._must_copy(sequence) + reserve <= self.allocator.num_free
+    def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        """Give a sequence without blocks those of the parent's first tokens, which are computed."""
+        blocks = parent.block_table[: self.num_blocks_for(num_tokens)]
+        for block in blocks:
+            self.allocator.share(block)
+        child.block_table = blocks
+        child.block_hashes = parent.block_hashes[: num_tokens // self.block_size]
+        child.num_computed_tokens = num_tokens
 
-    def allocate(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
-        """Cover all tokens of the sequence with blocks; `can_allocate` says whether that works.
+    def num_missing_blocks(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks that `allocate` takes from the pool for all of them together."""
+        count = 0
+        written: Counter[int] = Counter()
+        for sequence in sequences:
+            table = sequence.block_table
+            count += self.num_blocks_for(sequence.num_tokens) - len(table)
+            if self._writes_into_last(sequence):
+                written[table[-1]] += 1
+        # The last one to write into a block that nobody else has keeps it.
+        for block, writers in written.items():
+            count += writers - (self.allocator.ref_count(block) == writers)
+        return count
+
+    def allocate(self, sequence: Sequence, batch: Batch) -> None:
+        """Cover all tokens of the sequence with blocks; see `num_missing_blocks`.
 
         Args:
-            sequence: behind `share_prefix`.
-            copies: gets the copies (source block, destination block) to make before the step.
+            sequence: behind `share_prefix` or `fork`.
+            batch: gets the copies to make before its step.
         """
         table = sequence.block_table
-        if self._must_copy(sequence):
+        if self._writes_into_last(sequence):
             source = table[-1]
             table[-1] = self.allocator.make_writable(source)
             if table[-1] != source:
-                copies.append((source, table[-1]))
+                batch.block_copies.append((source, table[-1]))
         missing = self.num_blocks_for(sequence.num_tokens) - len(table)
         table += self.allocator.allocate_many(missing)
+        if sequence in self._found_on_host:
+            self._load(sequence, self._found_on_host.pop(sequence), batch)
 
-    def commit(self, sequence: Sequence) -> None:
-        """Let others find the full blocks whose tokens have all been computed."""
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let others find the full blocks of the first tokens, which are computed or scheduled."""
         if self.enable_prefix_caching:
             self.allocator.commit_blocks(
                 sequence.block_table,
                 sequence.block_hashes,
                 sequence.token_ids,
-                sequence.num_computed_tokens,
+                num_tokens,
+                sequence.cache_root,
             )
+
+    def take_evictions(self, batch: Batch) -> None:
+        """What scheduling the batch has evicted, for it to copy to host memory."""
+        if self.host_allocator is not None:
+            batch.swap_outs = self.allocator.take_evictions()
+            # Held until now, so that no eviction took their place before they are copied back.
+            for block, _ in batch.swap_ins:
+                self.host_allocator.free(block, BlockOwner.TRANSFER)
 
     def free(self, sequence: Sequence) -> None:
         """Take the sequence's blocks away; nothing of it counts as computed any more."""
         self.allocator.free_many(sequence.block_table)
+        for block in self._found_on_host.pop(sequence, ()):
+            self._host.free(block, BlockOwner.TRANSFER)
         sequence.block_table = []
         sequence.block_hashes = []
         sequence.num_computed_tokens = 0
@@ -98,31 +177,130 @@ class BlockManager:
         """Free blocks whose content is not to be trusted: nobody shall find them again."""
         for block in sequence.block_table:
             if self.allocator.ref_count(block) == 1:
-                self.allocator.make_writable(block)
+                self.allocator.forget(block)
         self.free(sequence)
 
+    def retract(self, sequence: Sequence) -> None:
+        """Free the blocks of a sequence whose step failed: what it was to write may be missing,
+        whoever shares it.
+        """
+        for block in sequence.block_table:
+            self.allocator.forget(block)
+        self.free(sequence)
+
+    def forget_swap_outs(self, batch: Batch) -> None:
+        """The batch's copies to host memory may not have been made."""
+        for _, block in batch.swap_outs:
+            self._host.forget(block)
+
+    def pin(self, token_ids: list[int], root: bytes, spare: int) -> int:
+        """Keep the blocks that hold the first tokens, as far as there are any, from eviction.
+
+        Args:
+            token_ids: whose blocks are looked for.
+            root: their cache_root.
+            spare: blocks that no pin may take.
+
+        Returns:
+            a number for `unpin`. ValueError where fewer than `spare` blocks would be left.
+        """
+        blocks, _ = self.allocator.lookup_blocks(token_ids, 0, root, BlockOwner.PIN)
+        pinned = {block for pin in self._pins.values() for block in pin} | set(blocks)
+        if self.num_blocks - len(pinned) < spare:
+            self.allocator.free_many(blocks, BlockOwner.PIN)
+            raise ValueError(
+                f"{len(pinned)} pinned blocks of {self.num_blocks} would leave fewer than the "
+                f"{spare} that a sequence may need"
+            )
+        self._next_pin += 1
+        self._pins[self._next_pin] = blocks
+        self._num_pinned += len(blocks)
+        return self._next_pin
+
+    def unpin(self, pin: int) -> None:
+        """Leave a pin's blocks to eviction again."""
+        blocks = self._pins.pop(pin)
+        self._num_pinned -= len(blocks)
+        self.allocator.free_many(blocks, BlockOwner.PIN)
+
+    def num_pinned(self, pin: int) -> int:
+        """Blocks of a pin."""
+        return len(self._pins[pin])
+
+    def is_balanced(self, num_table_blocks: int) -> bool:
+        """Whether every reference has its owner, in constant time.
+
+        Args:
+            num_table_blocks: of the block tables of all sequences.
+        """
+        allocator = self.allocator
+        return (
+            allocator.num_references(BlockOwner.SEQUENCE) == num_table_blocks
+            and allocator.num_references(BlockOwner.PIN) == self._num_pinned
+            and allocator.num_references(BlockOwner.TRANSFER) == 0
+        )
+
+    def reclaim(self, sequences: Iterable[Sequence]) -> list[Leak]:
+        """Take references back that none of these sequences and no pin has.
+
+        Raises:
+            RuntimeError: a block has fewer references than owners.
+        """
+        allocator = self.allocator
+        expected: dict[BlockOwner, Counter[int]] = {
+            BlockOwner.SEQUENCE: Counter(b for s in sequences for b in s.block_table),
+            BlockOwner.PIN: Counter(b for pin in self._pins.values() for b in pin),
+            BlockOwner.TRANSFER: Counter(),
+        }
+        excess = {
+            owner: allocator.num_references(owner) - blocks.total()
+            for owner, blocks in expected.items()
+        }
+        owners = sum(expected.values(), Counter())
+        leaks = []
+        for block in range(allocator.num_blocks):
+            surplus = allocator.ref_count(block) - owners[block]
+            if surplus < 0:
+                raise RuntimeError(f"block {block} has {-surplus} owners more than references")
+            for owner, count in excess.items():
+                taken = min(surplus, max(count, 0))
+                if taken:
+                    # What it holds is not known to be what the index says.
+                    allocator.forget(block)
+                    allocator.free_many([block] * taken, owner)
+                    leaks.append(Leak(block, taken, owner.name.lower()))
+                    surplus -= taken
+                    excess[owner] -= taken
+        return leaks
+
+    @property
+    def _host(self) -> BlockAllocator:
+        assert self.host_allocator is not None
+        return self.host_allocator
+
     def _find_prefix(self, sequence: Sequence) -> None:
-        size = self.block_size
-        parent = b""
-        for index in range((sequence.num_tokens - 1) // size):
-            tokens = sequence.token_ids[index * size : (index + 1) * size]
-            block = self.allocator.lookup(parent, tokens)
-            if block < 0:
-                break
-            parent = self.allocator.hash_block(parent, tokens)
-            sequence.block_table.append(block)
-            sequence.block_hashes.append(parent)
-        sequence.num_computed_tokens = len(sequence.block_table) * size
+        tokens, root = sequence.token_ids[:-1], sequence.cache_root
+        blocks, hashes = self.allocator.lookup_blocks(tokens, 0, root)
+        sequence.block_table, sequence.block_hashes = blocks, hashes
+        num_found = len(blocks)
+        if self.host_allocator is not None and self.loads_from_host:
+            parent = hashes[-1] if hashes else root
+            on_host, _ = self.host_allocator.lookup_blocks(
+                tokens, num_found, parent, BlockOwner.TRANSFER
+            )
+            if on_host:
+                self._found_on_host[sequence] = on_host
+                num_found += len(on_host)
+        sequence.num_computed_tokens = num_found * self.block_size
 
-    def _fork(self, sibling: Sequence, sequence: Sequence) -> None:
-        num_shared = sequence.num_tokens - 1
-        blocks = sibling.block_table[: self.num_blocks_for(num_shared)]
-        for block in blocks:
-            self.allocator.share(block)
-        sequence.block_table = blocks
-        sequence.block_hashes = sibling.block_hashes[: num_shared // self.block_size]
-        sequence.num_computed_tokens = num_shared
+    def _load(self, sequence: Sequence, on_host: list[int], batch: Batch) -> None:
+        """Copy blocks back from host memory into those behind the ones found in the pool."""
+        first = len(sequence.block_hashes)
+        blocks = sequence.block_table[first : first + len(on_host)]
+        batch.swap_ins += zip(on_host, blocks, strict=True)
+        self.num_loaded_tokens += len(blocks) * self.block_size
+        self.commit(sequence, (first + len(blocks)) * self.block_size)
 
-    def _must_copy(self, sequence: Sequence) -> bool:
-        """Whether the next token goes into a block that came by a fork."""
+    def _writes_into_last(self, sequence: Sequence) -> bool:
+        """Whether the next token goes into a block that the sequence has, maybe with others."""
         return sequence.num_computed_tokens < len(sequence.block_table) * self.block_size

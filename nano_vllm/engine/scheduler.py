@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from nano_vllm._core import DecodeRows, DecodeStep
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult
-from nano_vllm.cache.block_manager import BlockManager
+from nano_vllm.cache.block_manager import BlockManager, Leak
+from nano_vllm.engine.beam_group import BeamGroup
+from nano_vllm.engine.waiting_queue import WaitingQueue
 from nano_vllm.sequence import Sequence, SequenceStatus
+
+MAX_PREEMPTIONS = 4
+"""Of a sequence: then it is admitted where it and all that run can grow to their full length."""
 
 
 class Scheduler:
     """Continuous batching: every step is filled anew, up to a budget of tokens.
 
     Running sequences come first, in the order of their admission, then waiting ones, first come
-    first served. A prompt longer than what is left of the budget is computed in chunks over several
-    steps, if allowed. When the pool is dry, the newest running sequence loses its blocks and goes
-    back to the head of the queue with the tokens it has generated; they are computed again as part
-    of its prompt. The completions of one request wait for the first of them to compute the prompt,
-    then fork from it.
+    first served or by priority. A prompt longer than what is left of the budget is computed in
+    chunks over several steps, if allowed. When the pool is dry, the newest running sequence of the
+    lowest priority loses its blocks and goes back to its place in the queue with the tokens it has
+    generated; they are found in the prefix cache, or computed again as part of its prompt. The
+    completions of one request wait for the first of them to compute the prompt, then fork from it.
 
     Pure: no clock, no randomness, no device. Every step that has work computes at least one token
-    of the oldest running sequence, so every sequence ends.
+    of the running sequence that comes first, so every sequence ends.
 
     Those that decode are rows in C++, which a step walks over, takes blocks for and appends tokens
-    to without Python; Python sees to the rows that end, and to all others.
+    to without Python; Python sees to the rows that end, and to all others: prompts, and beams,
+    whose next token depends on all beams of their request.
 
-    Invariants between steps: waiting sequences hold no blocks; at most one running sequence is
-        still in prefill, and it is the newest, with blocks for all of its tokens; no block of a
-        running sequence that is not full is shared; the rows are the other running sequences, in
-        their order.
+    Invariants between steps: waiting sequences hold no blocks; the rows are the running sequences
+        that are not prefilling; those that do have blocks for all of their tokens, but for beams,
+        of which a new token may need one; no block of a row that is not full is shared.
 
     Args:
         block_manager: where blocks come from.
@@ -37,6 +40,7 @@ class Scheduler:
         max_num_batched_tokens: tokens of a step.
         max_model_len: tokens of a sequence, prompt and output together.
         enable_chunked_prefill: whether a prompt may be split over steps.
+        by_priority: whether priorities count.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_chunked_prefill: bool = True,
+        by_priority: bool = False,
     ) -> None:
         if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
             raise ValueError(
@@ -57,14 +62,19 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue(by_priority)
         self._running: dict[Sequence, None] = {}
         """In the order of admission."""
+        self._prefilling: dict[Sequence, None] = {}
+        """Those of them that are no rows."""
         self._rows = DecodeRows(block_manager.allocator, max_num_seqs)
         self._requests: dict[str, list[Sequence]] = {}
         """Sequences of each unfinished request, by index."""
         self._held: dict[str, list[Sequence]] = {}
         """Sequences that wait for the first of their request to compute the prompt."""
+        self._beams: dict[str, BeamGroup] = {}
+        """Of the unfinished requests that search with beams."""
+        self._num_arrivals = 0
 
     @property
     def has_work(self) -> bool:
@@ -83,18 +93,27 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self.waiting) + sum(map(len, self._held.values()))
 
-    def add(self, sequences: list[Sequence]) -> None:
+    def add(self, sequences: list[Sequence], beams: BeamGroup | None = None) -> None:
         """Queue the sequences of one request, of which the first alone may ask for prompt_logprobs.
 
         Raises ValueError, and queues nothing, where one of them could outgrow the whole pool.
+
+        Args:
+            sequences: by index.
+            beams: where they are the beams of a search.
         """
         first = sequences[0]
         self.check_fits(first.num_prompt_tokens, first.params.max_tokens)
         if first.params.prompt_logprobs is not None:
             first.prompt_logprobs = [None]  # nothing predicts the first token
+        self._num_arrivals += 1
+        for sequence in sequences:
+            sequence.arrival = self._num_arrivals
         self._requests[first.request_id] = sequences
-        self.waiting.append(first)
-        if len(sequences) > 1:
+        self.waiting.push(first)
+        if beams is not None:
+            self._beams[first.request_id] = beams
+        elif len(sequences) > 1:
             self._held[first.request_id] = sequences[1:]
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
@@ -122,10 +141,7 @@ class Scheduler:
         self, sequence: Sequence, finish_reason: str, stop_reason: int | str | None = None
     ) -> None:
         """End a sequence and free its blocks; the next step gives its place away."""
-        if sequence in self._running:
-            self._stop_running(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        self._withdraw(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = finish_reason
         sequence.stop_reason = stop_reason
@@ -133,23 +149,23 @@ class Scheduler:
         self._release_held(sequence)
         if all(s.is_finished for s in self._requests[sequence.request_id]):
             del self._requests[sequence.request_id]
+            self._beams.pop(sequence.request_id, None)
 
     def schedule(self) -> Batch | None:
         """The next step; None if nothing is left to do."""
         if not self.has_work:
             return None
         batch = Batch([])
-        decodes, dry = self._schedule_decodes(batch)
-        budget = self.max_num_batched_tokens - len(decodes)
-        if budget > 0 and len(self._rows) < self.num_running:
-            budget -= self._put(batch, next(reversed(self._running)), budget)
-        if not dry:
-            self._admit(batch, budget)
-        if len(decodes) > 0:
-            batch.decodes = decodes
-            others = batch.scheduled
-            batch.scheduled = [*decodes.scheduled, *others] if others else decodes.scheduled
-        assert batch.scheduled, "a step without work"
+        self._fill(batch)
+        while not batch.scheduled and not batch.num_decodes:
+            # All that run are beams that wait for one which has no room.
+            self._preempt(self._last_to_come(), batch)
+            self._fill(batch)
+        if batch.num_decodes:
+            assert batch.decodes is not None
+            rows, others = batch.decodes.scheduled, batch.scheduled
+            batch.scheduled = [*rows, *others] if others else rows
+        self.block_manager.take_evictions(batch)
         return batch
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
@@ -163,14 +179,29 @@ class Scheduler:
         Args:
             batch: the last one that was scheduled; `update` comes after this.
         """
-        if self.waiting and self.num_running < self.max_num_seqs:
+        if self._prefilling or (self.waiting and self.num_running < self.max_num_seqs):
             return None
         if batch.decodes is None or not batch.is_decode:
             return None
         ahead = self._rows.schedule_ahead(batch.decodes)
         if ahead is None:
             return None
-        return Batch(ahead.scheduled, ahead, ahead_rows=ahead.ahead_rows)
+        behind = Batch(ahead.scheduled, ahead, ahead_rows=ahead.ahead_rows)
+        self.block_manager.take_evictions(behind)
+        return behind
+
+    def retract(self, batch: Batch) -> None:
+        """Undo a step that failed: it may have computed all it should have, or nothing.
+
+        The sequences that decode take the step again. The others go back to the queue, and nobody
+        finds what they were to compute.
+        """
+        self.block_manager.forget_swap_outs(batch)
+        for scheduled in batch.scheduled[batch.num_decodes :]:
+            sequence = scheduled.sequence
+            if sequence in self._prefilling:
+                self.block_manager.retract(sequence)
+                self._requeue(sequence)
 
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:
         """Take in a step's result.
@@ -180,7 +211,7 @@ class Scheduler:
         """
         for row, entry in result.logprobs.items():
             sequence = batch.scheduled[row].sequence
-            if not sequence.is_finished:
+            if not sequence.is_finished and sequence.request_id not in self._beams:
                 sequence.output_logprobs.append(entry)
                 sequence.cumulative_logprob += entry[result.token_ids[row]].logprob
         noticed: list[Sequence] = []
@@ -198,6 +229,16 @@ class Scheduler:
             self._update_prefill(batch.scheduled[row], row, result, noticed)
         return noticed
 
+    def reclaim_leaks(self) -> list[Leak]:
+        """Take back references to blocks that no sequence and no pin has any more. There are none
+        to be; that there are none takes constant time.
+        """
+        manager = self.block_manager
+        num_table_blocks = self._rows.num_blocks + sum(len(s.block_table) for s in self._prefilling)
+        if manager.is_balanced(num_table_blocks):
+            return []
+        return manager.reclaim(self._running)
+
     def _update_prefill(
         self, scheduled: ScheduledSequence, row: int, result: StepResult, noticed: list[Sequence]
     ) -> None:
@@ -209,83 +250,158 @@ class Scheduler:
         if row in result.prompt_logprobs:
             entries = result.prompt_logprobs[row]
             sequence.prompt_logprobs[first : first + len(entries)] = entries
-        if row in result.failures:
+        beams = self._beams.get(sequence.request_id)
+        if beams is not None:
+            if scheduled.samples:
+                self._update_beam(beams, sequence, row, result, noticed)
+        elif row in result.failures:
             noticed.append(sequence)
             self._fail(sequence, result.failures[row])
-            return
-        self.block_manager.commit(sequence)
-        if scheduled.samples:
+        elif scheduled.samples:
             noticed.append(sequence)
             self._start_decoding(sequence, result.token_ids[row])
 
-    def _schedule_decodes(self, batch: Batch) -> tuple[DecodeStep, bool]:
+    def _fill(self, batch: Batch) -> None:
+        """Put in what decodes, then what prefills and what waits, whichever comes first."""
+        decodes, beams, dry = self._schedule_decodes(batch)
+        batch.decodes = decodes if len(decodes) else None
+        for beam in beams:
+            self.block_manager.allocate(beam, batch)
+            self._put(batch, beam, 1)
+        budget = self.max_num_batched_tokens - len(decodes) - len(beams)
+        order = self.waiting.order
+        prefilling = sorted(
+            (s for s in self._prefilling if _num_to_compute(s) and s not in beams), key=order
+        )
+        while budget > 0:
+            head = None if dry else self.waiting.head
+            if prefilling and (head is None or order(prefilling[0]) < order(head)):
+                budget -= self._put(batch, prefilling.pop(0), budget)
+            elif head is not None and self._admit(head, batch, budget):
+                budget -= self._put(batch, head, budget)
+            elif head is not None:
+                dry = True  # nobody overtakes it
+            else:
+                return
+
+    def _schedule_decodes(self, batch: Batch) -> tuple[DecodeStep, list[Sequence], bool]:
         """Give the sequences that decode a slot for their last token, oldest first.
 
         Returns:
-            those that have one, and whether the pool was too small.
+            the rows and the beams that have one, and whether the pool was too small.
         """
+        manager, limit = self.block_manager, self.max_num_batched_tokens
+        dry = False
         while True:
-            decodes = self._rows.schedule(self.max_num_batched_tokens)
-            missing = min(len(self._rows), self.max_num_batched_tokens) - len(decodes)
-            if missing == 0:
-                return decodes, bool(batch.preempted)
-            if len(decodes) == self.num_running - 1:
-                # The newest waits with its blocks for an older one to end, or to preempt it.
-                return decodes, True
-            self._preempt_newest(batch)
+            decodes = self._rows.schedule(limit)
+            missing = min(len(self._rows), limit) - len(decodes)
+            beams = self._beams_to_advance(limit - len(decodes)) if not missing else []
+            if not missing and manager.num_missing_blocks(beams) <= manager.num_free_blocks:
+                return decodes, beams, dry
+            last = self._last_to_come()
+            if missing == 1 and last.decode_row == max(s.decode_row for s in self._running):
+                # The one without a slot waits with its blocks for another to end, or to preempt it.
+                return decodes, [], True
+            self._preempt(last, batch)
+            dry = True
 
-    def _admit(self, batch: Batch, budget: int) -> None:
-        """Start waiting sequences while there is budget and room."""
+    def _beams_to_advance(self, limit: int) -> list[Sequence]:
+        if not self._beams:
+            return []
+        beams = [
+            sequence
+            for sequence in self._prefilling
+            if sequence.request_id in self._beams
+            and sequence.num_output_tokens
+            and _num_to_compute(sequence) == 1
+        ]
+        return beams[:limit]
+
+    def _admit(self, sequence: Sequence, batch: Batch, budget: int) -> bool:
+        """Start the head of the queue, if there is room."""
         manager = self.block_manager
-        while (
-            self.waiting
-            and budget > 0
-            and self.num_running < self.max_num_seqs
-            and manager.num_free_blocks > self.num_running
+        if self.num_running >= self.max_num_seqs:
+            return False
+        reserve = self._reserve(sequence)
+        if manager.num_free_blocks <= reserve:
+            return False
+        if not _wants_prompt_logprobs(sequence):
+            manager.share_prefix(sequence, self._computed_sibling(sequence))
+        whole = _num_to_compute(sequence) <= budget
+        missing = manager.num_missing_blocks([sequence])
+        if not (whole or self.enable_chunked_prefill) or (
+            missing + reserve > manager.num_free_blocks
         ):
-            sequence = self.waiting[0]
-            if not _wants_prompt_logprobs(sequence):
-                manager.share_prefix(sequence, self._computed_sibling(sequence))
-            whole = sequence.num_tokens - sequence.num_computed_tokens <= budget
-            # A spare block for each running sequence, which will soon want one: else the new one
-            # would have to leave again.
-            if not (whole or self.enable_chunked_prefill) or not manager.can_allocate(
-                sequence, reserve=self.num_running
-            ):
-                manager.free(sequence)
-                return
-            if sequence.num_preemptions == 0:
-                sequence.num_cached_tokens = sequence.num_computed_tokens
-            manager.allocate(sequence, batch.block_copies)
-            self.waiting.popleft()
-            self._running[sequence] = None
-            sequence.status = SequenceStatus.PREFILL
-            budget -= self._put(batch, sequence, budget)
+            manager.free(sequence)
+            return False
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        manager.allocate(sequence, batch)
+        self.waiting.pop()
+        self._run(sequence)
+        return True
+
+    def _reserve(self, sequence: Sequence) -> int:
+        """Blocks to leave free when the sequence is admitted.
+
+        A spare one for each that runs, which will soon want it: else the new one would have to
+        leave again. One that has left too often waits for so many that it never has to.
+        """
+        if sequence.num_preemptions < MAX_PREEMPTIONS:
+            return self.num_running
+        size = self.block_manager.num_blocks_for
+        growing = [sequence, *self._running]
+        grown = sum(size(self._max_num_tokens(s)) for s in growing)
+        return grown - size(sequence.num_tokens) - sum(len(s.block_table) for s in self._running)
 
     def _put(self, batch: Batch, sequence: Sequence, budget: int) -> int:
-        remaining = sequence.num_tokens - sequence.num_computed_tokens
+        remaining = _num_to_compute(sequence)
         num_tokens = min(remaining, budget)
         batch.scheduled.append(ScheduledSequence(sequence, num_tokens, num_tokens == remaining))
+        self.block_manager.commit(sequence, sequence.num_computed_tokens + num_tokens)
         return num_tokens
 
-    def _preempt_newest(self, batch: Batch) -> None:
-        sequence = next(reversed(self._running))
-        self._stop_running(sequence)
-        sequence.status = SequenceStatus.WAITING
-        self.block_manager.free(sequence)
-        sequence.num_preemptions += 1
-        self.waiting.appendleft(sequence)
-        batch.preempted.append(sequence)
+    def _last_to_come(self) -> Sequence:
+        """The running sequence that has to go first."""
+        return max(self._running, key=self.waiting.order)
 
-    def _stop_running(self, sequence: Sequence) -> None:
-        del self._running[sequence]
-        if sequence.status is SequenceStatus.RUNNING:
-            self._rows.remove(sequence.decode_row)
+    def _preempt(self, sequence: Sequence, batch: Batch) -> None:
+        sequence.num_preemptions += 1
+        sequence.is_protected |= sequence.num_preemptions >= MAX_PREEMPTIONS
+        batch.preempted.append(sequence)
+        self._requeue(sequence)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue, without its blocks."""
+        is_waiting_for_others = _num_to_compute(sequence) == 0
+        self._withdraw(sequence)
+        self.block_manager.free(sequence)
+        if not is_waiting_for_others:
+            self.waiting.push(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
+        self._running[sequence] = self._prefilling[sequence] = None
+        sequence.status = SequenceStatus.PREFILL
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """Take a sequence from where it runs or waits; it keeps its blocks."""
+        if sequence in self._running:
+            del self._running[sequence]
+            if sequence in self._prefilling:
+                del self._prefilling[sequence]
+            else:
+                self._rows.remove(sequence.decode_row)
+                sequence.num_computed_tokens = sequence.num_tokens - 1
+                sequence.decode_row = -1
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.WAITING
 
     def _start_decoding(self, sequence: Sequence, token_id: int) -> None:
         """Take in the token behind the last one that was known when the sequence was admitted."""
         params = sequence.params
         sequence.token_ids.append(token_id)
+        del self._prefilling[sequence]
         sequence.status = SequenceStatus.RUNNING
         sequence.decode_row = self._rows.add(
             ScheduledSequence(sequence, 1, True),
@@ -296,6 +412,7 @@ class Scheduler:
             sequence.num_prompt_tokens + params.min_tokens,
             sequence.end_token_ids,
             sequence.is_followed,
+            sequence.cache_root,
         )
         self._release_held(sequence)
         self._finish_if_ended(sequence)
@@ -322,7 +439,19 @@ class Scheduler:
     def _release_held(self, sequence: Sequence) -> None:
         """Queue those who waited for this sequence to compute the prompt, next in line."""
         if sequence.index == 0:
-            self.waiting.extendleft(reversed(self._held.pop(sequence.request_id, [])))
+            for sibling in self._held.pop(sequence.request_id, ()):
+                self.waiting.push(sibling)
+
+    def _update_beam(
+        self,
+        beams: BeamGroup,
+        sequence: Sequence,
+        row: int,
+        result: StepResult,
+        noticed: list[Sequence],
+    ) -> None:
+        """Take in what may follow a beam; once that is known of all beams, choose the next ones."""
+        raise NotImplementedError
 
     def _computed_sibling(self, sequence: Sequence) -> Sequence | None:
         """A sequence of the same request to fork a fresh one from."""
@@ -332,6 +461,10 @@ class Scheduler:
             if sibling.num_computed_tokens >= sequence.num_prompt_tokens:
                 return sibling
         return None
+
+
+def _num_to_compute(sequence: Sequence) -> int:
+    return sequence.num_tokens - sequence.num_computed_tokens
 
 
 def _wants_prompt_logprobs(sequence: Sequence) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from nano_vllm.batch import Batch
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
@@ -17,14 +18,13 @@ def start(manager: BlockManager, token_ids: list[int], sibling: Sequence | None 
     """Admit a sequence."""
     sequence = make_sequence(token_ids)
     manager.share_prefix(sequence, sibling)
-    assert manager.can_allocate(sequence)
-    manager.allocate(sequence, [])
+    manager.allocate(sequence, Batch([]))
     return sequence
 
 
 def compute(manager: BlockManager, sequence: Sequence, num_tokens: int | None = None) -> None:
     sequence.num_computed_tokens = sequence.num_tokens if num_tokens is None else num_tokens
-    manager.commit(sequence)
+    manager.commit(sequence, sequence.num_computed_tokens)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,29 @@ def test_nothing_is_found_without_prefix_caching() -> None:
     assert manager.allocator.num_cached == 0
 
 
-def test_can_allocate_counts_what_is_missing_and_the_reserve() -> None:
-    manager = BlockManager(5, SIZE)
-    compute(manager, start(manager, list(range(24))))
+def test_missing_blocks_are_those_that_allocate_takes() -> None:
+    manager = BlockManager(16, SIZE)
+    first = start(manager, list(range(20)))
+    compute(manager, first)
     sequence = make_sequence(list(range(32)))
-    assert not manager.can_allocate(sequence)
+    assert manager.num_missing_blocks([sequence]) == 4
     manager.share_prefix(sequence)
-    assert manager.can_allocate(sequence, reserve=1)
-    assert not manager.can_allocate(sequence, reserve=2)
+    assert manager.num_missing_blocks([sequence]) == 2
+    manager.free(sequence)
+    # Three that write into one block of which first is the fourth holder, and then the third.
+    forks = [make_sequence(list(range(21))) for _ in range(3)]
+    for fork in forks:
+        manager.fork(first, fork, 20)
+    assert manager.num_missing_blocks(forks) == 3
+    first.token_ids.append(20)
+    together = [first, *forks]
+    assert manager.num_missing_blocks(together) == 3
+    free, batch = manager.num_free_blocks, Batch([])
+    for fork in together:
+        manager.allocate(fork, batch)
+    assert free - manager.num_free_blocks == len(batch.block_copies) == 3
+    assert len({fork.block_table[-1] for fork in together}) == 4
+    manager.allocator.check_integrity()
 
 
 @pytest.mark.parametrize("caching", [True, False])
@@ -110,13 +125,12 @@ def test_a_fork_shares_all_but_the_block_it_writes(num_tokens: int, caching: boo
     fork = make_sequence(list(range(num_tokens)))
     manager.share_prefix(fork, first)
     assert fork.num_computed_tokens == num_tokens - 1
-    copies: list[tuple[int, int]] = []
-    assert manager.can_allocate(fork)
-    manager.allocate(fork, copies)
+    batch = Batch([])
+    manager.allocate(fork, batch)
     last = (num_tokens - 1) // SIZE
     assert fork.block_table[:last] == first.block_table[:last]
     if (num_tokens - 1) % SIZE:
-        assert copies == [(first.block_table[last], fork.block_table[last])]
+        assert batch.block_copies == [(first.block_table[last], fork.block_table[last])]
     assert fork.block_table[last] != first.block_table[last]
     assert len(fork.block_table) == len(first.block_table)
     compute(manager, fork)

@@ -180,6 +180,8 @@ def check_invariants(engine: Engine) -> None:
     for sequence in scheduler.waiting:
         assert not sequence.block_table
         assert not sequence.num_computed_tokens
-    for sequence in scheduler.running[:-1]:
-        assert sequence.num_computed_tokens == sequence.num_tokens - 1
+    size = allocator.block_size
+    for sequence in scheduler.running:
+        assert sequence.num_computed_tokens <= len(sequence.block_table) * size
+    assert not scheduler.reclaim_leaks()
     assert len(scheduler.running) <= scheduler.max_num_seqs

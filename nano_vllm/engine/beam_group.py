@@ -1,0 +1,5 @@
+"""The beams of one request, as sequences."""
+
+
+class BeamGroup:
+    pass
