@@ -50,6 +50,11 @@ class EngineConfig:
     """Bytes of KV cache; by default what is left on a GPU, a few full contexts on a CPU."""
     num_blocks: int | None = None
     """Blocks of KV cache; overrides kv_cache_memory."""
+    host_cache_memory: int | None = None
+    """Bytes of host memory for blocks that are evicted from the KV cache: what was computed once, a
+    preempted sequence's tokens too, comes back by a copy where that is quicker than to compute it
+    again. None for none.
+    """
     block_size: int = 16
     """Tokens per block: a multiple of 8 in [8, 256]."""
     max_model_len: int | None = None
@@ -66,6 +71,10 @@ class EngineConfig:
     """
     enable_chunked_prefill: bool = True
     """Split long prompts over steps, so that they do not stall running sequences."""
+    scheduling_policy: str = "fcfs"
+    """fcfs: first come, first served. priority: requests of the lowest priority number first; one
+    that has waited long goes before all.
+    """
     enforce_eager: bool = False
     """Launch every kernel by itself, also where a step could be one CUDA graph."""
     async_scheduling: bool = True
@@ -78,6 +87,11 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "fp8_e4m3"))
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
+        _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        if self.host_cache_memory is not None and not self.enable_prefix_caching:
+            raise ValueError(
+                f"host_cache_memory needs enable_prefix_caching, got {self.host_cache_memory!r}"
+            )
         if self.quantization is not None:
             _check_choice("quantization", self.quantization, ("gguf",))
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
@@ -90,6 +104,7 @@ class EngineConfig:
             )
         for name in (
             "kv_cache_memory",
+            "host_cache_memory",
             "num_blocks",
             "max_model_len",
             "max_num_seqs",

@@ -24,15 +24,24 @@ class EngineMetrics:
     num_prompt_tokens: int = 0
     """Of finished requests, as are the next two."""
     num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
+    """Prompt tokens that came from the prefix cache: what was saved."""
     num_output_tokens: int = 0
     num_preemptions: int = 0
     num_running: int = 0
     """Sequences that hold blocks."""
     num_waiting: int = 0
+    num_loaded_tokens: int = 0
+    """Copied back from host memory."""
+    num_leaked_blocks: int = 0
+    """References to blocks that somebody lost and the engine took back: should be 0."""
     num_blocks: int = 0
     num_free_blocks: int = 0
     """Blocks that no sequence holds; some of them may serve as prefix cache."""
+
+    @property
+    def prefix_cache_hit_rate(self) -> float:
+        """Share of the prompt tokens that came from the prefix cache; 0 where there are none."""
+        return self.num_cached_tokens / max(self.num_prompt_tokens, 1)
 
 
 class LapTimer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from nano_vllm.engine.output_processor import OutputProcessor
 from nano_vllm.engine.request import Completion, Request
 from nano_vllm.engine.scheduler import Scheduler
 from nano_vllm.engine.stop_strings import StopStrings
-from nano_vllm.engine.validation import RequestLimits
+from nano_vllm.engine.validation import RequestLimits, check_cache_salt, check_priority
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.sampling_params import SamplingParams
@@ -28,6 +29,8 @@ from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nano_vllm.runner.model_runner import LaunchedStep, ModelRunner
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -57,11 +60,13 @@ class Engine:
                 runner.block_size,
                 config.enable_prefix_caching,
                 hash_key=secrets.randbits(64),
+                num_host_blocks=runner.num_host_blocks,
             ),
             config.max_num_seqs,
             runner.max_num_batched_tokens,
             runner.max_model_len,
             config.enable_chunked_prefill,
+            by_priority=config.scheduling_policy == "priority",
         )
         vocab_size = runner.model_config.vocab_size
         eos = {*runner.model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
@@ -115,12 +120,16 @@ class Engine:
         params: SamplingParams,
         prompt: str | None = None,
         stream: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Request:
-        """A request that passed the gate; nothing is queued yet.
+        """A request that passed the gate; nothing is queued yet. `add_request` says what it takes.
 
         Raises ValueError, with the value and what is allowed, for one that cannot be served.
         """
         self._limits.check(prompt_token_ids, params)
+        check_priority(priority)
+        cache_root = self.scheduler.block_manager.cache_root(check_cache_salt(cache_salt))
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
         end_token_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
@@ -138,6 +147,7 @@ class Engine:
                 -1, request_id, index, prompt_token_ids, own, end_token_ids, bad_words
             )
             sequence.is_followed = stream or bool(params.stop)
+            sequence.priority, sequence.cache_root = priority, cache_root
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
@@ -167,6 +177,8 @@ class Engine:
         params: SamplingParams,
         prompt: str | None = None,
         stream: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
         """Check a request and queue it.
 
@@ -176,8 +188,14 @@ class Engine:
             params: how to sample.
             prompt: the text the tokens come from, for the result.
             stream: report the progress of every step, not the final result alone.
+            priority: the lowest goes first, under scheduling_policy priority.
+            cache_salt: prompts find the cached blocks of others with the same salt alone.
         """
-        self.add(self.make_request(request_id, prompt_token_ids, params, prompt, stream))
+        self.add(
+            self.make_request(
+                request_id, prompt_token_ids, params, prompt, stream, priority, cache_salt
+            )
+        )
 
     def step(self) -> list[RequestOutput]:
         """Advance the requests under way by one step; what is to be reported of them."""
@@ -185,18 +203,22 @@ class Engine:
         if launched is None:
             return []
         batch, step = launched
-        if self.config.async_scheduling and self.runner.runs_ahead:
-            self._launched = self._launch(behind=batch)
         try:
+            if self.config.async_scheduling and self.runner.runs_ahead:
+                self._launched = self._launch(behind=batch)
             with step_range("wait", self._recorder):
                 result = step.result()
         except BaseException:
             # What came behind it is computed again, with the step itself.
-            self._launched = None
+            if self._launched is not None:
+                self.scheduler.retract(self._launched[0])
+                self._launched = None
+            self.scheduler.retract(batch)
             raise
         with step_range("update", self._recorder):
             noticed = self.scheduler.update(batch, result)
             self._metrics.num_steps += 1
+            self._reclaim_leaks()
             return self._report(noticed)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -218,6 +240,7 @@ class Engine:
             num_waiting=self.scheduler.num_waiting,
             num_blocks=manager.num_blocks,
             num_free_blocks=manager.num_free_blocks,
+            num_loaded_tokens=manager.num_loaded_tokens,
         )
 
     def record_steps(self, recorder: StepRecorder | None) -> None:
@@ -248,7 +271,22 @@ class Engine:
         if batch is None:
             return None
         self._note_start(batch)
-        return batch, self.runner.launch(batch)
+        try:
+            return batch, self.runner.launch(batch)
+        except BaseException:
+            self.scheduler.retract(batch)
+            raise
+
+    def _reclaim_leaks(self) -> None:
+        leaks = self.scheduler.reclaim_leaks()
+        self._metrics.num_leaked_blocks += len(leaks)
+        for leak in leaks:
+            _log.warning(
+                "%d references of a %s to block %d were lost, and are taken back",
+                leak.num_references,
+                leak.owner,
+                leak.block,
+            )
 
     def _note_start(self, batch: Batch) -> None:
         now = self._clock()

@@ -8,7 +8,13 @@ from typing import Any
 
 from nano_vllm.config import DEFAULT_MODEL, EngineConfig
 from nano_vllm.engine.engine import Engine
-from nano_vllm.engine.prompts import Prompt, as_prompt_list, join_prompts, parse_prompt
+from nano_vllm.engine.prompts import (
+    Prompt,
+    as_prompt_list,
+    cache_salt_of,
+    join_prompts,
+    parse_prompt,
+)
 from nano_vllm.engine.request import Request
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput, ScoreOutput
@@ -47,6 +53,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt.
 
@@ -55,20 +62,28 @@ class LLM:
 
         Args:
             prompts: one or a list; each a string, a list of token ids, {"prompt": str} or
-                {"prompt_token_ids": [int, ...]}. A list of integers is one prompt.
+                {"prompt_token_ids": [int, ...]}. A list of integers is one prompt. With a
+                "cache_salt" beside it, a prompt finds the cached blocks of equal salts alone.
             sampling_params: for all, or a list with one for each; by default SamplingParams().
             use_tqdm: show a progress bar.
+            priority: one for each prompt, the lowest first, under scheduling_policy priority.
 
         Returns:
             one result per prompt, in their order.
         """
         prompt_list = as_prompt_list(prompts)
+        priorities = [0] * len(prompt_list) if priority is None else list(priority)
+        if len(priorities) != len(prompt_list):
+            raise ValueError(
+                f"priority must have one entry for each of the {len(prompt_list)} prompts, "
+                f"got {len(priorities)}"
+            )
         requests = []
-        for index, (prompt, params) in enumerate(
-            zip(prompt_list, _one_each(sampling_params, len(prompt_list)), strict=True)
+        for index, (prompt, params, rank) in enumerate(
+            zip(prompt_list, _one_each(sampling_params, len(prompt_list)), priorities, strict=True)
         ):
             try:
-                requests.append(self.make_request(prompt, params))
+                requests.append(self.make_request(prompt, params, priority=rank))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
         return self.run(requests, use_tqdm)
@@ -140,10 +155,12 @@ class LLM:
             for output, start in zip(self.run(requests, use_tqdm), starts, strict=True)
         ]
 
-    def make_request(self, prompt: Prompt, params: SamplingParams, stream: bool = False) -> Request:
+    def make_request(
+        self, prompt: Prompt, params: SamplingParams, stream: bool = False, priority: int = 0
+    ) -> Request:
         """A checked request for `run`; ValueError if it cannot be served."""
         text, token_ids = parse_prompt(prompt, self.engine.tokenizer)
-        return self._request(text, token_ids, params, stream)
+        return self._request(text, token_ids, params, stream, priority, cache_salt_of(prompt))
 
     def make_chat_request(
         self,
@@ -222,10 +239,18 @@ class LLM:
         self.close()
 
     def _request(
-        self, text: str | None, token_ids: list[int], params: SamplingParams, stream: bool
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        stream: bool,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Request:
         request_id = str(self._num_requests)
-        request = self.engine.make_request(request_id, token_ids, params, text, stream)
+        request = self.engine.make_request(
+            request_id, token_ids, params, text, stream, priority, cache_salt
+        )
         self._num_requests += 1
         return request
 

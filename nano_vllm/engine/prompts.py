@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+"""A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; these two with a "cache_salt"
+too.
+"""
 
 _FORMS = 'a string, a list of token ids, {"prompt": str} or {"prompt_token_ids": [int, ...]}'
 
@@ -28,11 +30,10 @@ def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | Non
     """
     value: object = prompt
     if isinstance(value, Mapping):
-        if set(value) == {"prompt"} and isinstance(value["prompt"], str):
+        names = set(value) - {"cache_salt"}
+        if names == {"prompt"} and isinstance(value["prompt"], str):
             value = value["prompt"]
-        elif set(value) == {"prompt_token_ids"} and isinstance(
-            value["prompt_token_ids"], (list, tuple)
-        ):
+        elif names == {"prompt_token_ids"} and isinstance(value["prompt_token_ids"], (list, tuple)):
             value = value["prompt_token_ids"]
     if isinstance(value, str):
         if tokenizer is None:
@@ -46,6 +47,11 @@ def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | Non
     if isinstance(value, (list, tuple)):
         return None, list(value)
     raise ValueError(f"a prompt must be {_FORMS}, got {prompt!r}")
+
+
+def cache_salt_of(prompt: Prompt) -> str | None:
+    """The salt that comes with a prompt; not checked yet."""
+    return prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
 
 
 def join_prompts(

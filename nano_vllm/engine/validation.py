@@ -7,6 +7,24 @@ from dataclasses import dataclass
 
 from nano_vllm.sampling_params import SamplingParams
 
+MAX_SALT_LENGTH = 1024
+
+
+def check_priority(priority: int) -> None:
+    """Raise ValueError for what is no priority."""
+    # type(), as True is an int
+    if type(priority) is not int or not -(2**31) <= priority < 2**31:
+        raise ValueError(f"priority must be an integer in [-2^31, 2^31), got {priority!r}")
+
+
+def check_cache_salt(salt: str | None) -> str | None:
+    """The salt; ValueError for what is none."""
+    if salt is not None and (not isinstance(salt, str) or not 1 <= len(salt) <= MAX_SALT_LENGTH):
+        raise ValueError(
+            f"cache_salt must be a string of 1 to {MAX_SALT_LENGTH} characters, got {salt!r:.100}"
+        )
+    return salt
+
 
 @dataclass(frozen=True)
 class RequestLimits:

@@ -59,6 +59,19 @@ def num_kv_blocks(
     return blocks
 
 
+def num_host_blocks(config: EngineConfig, model: ModelConfig, cache_dtype: torch.dtype) -> int:
+    """Blocks in host memory that host_cache_memory holds; ValueError where it is less than one."""
+    if config.host_cache_memory is None:
+        return 0
+    block_bytes = bytes_per_block(model, config.block_size, cache_dtype)
+    if config.host_cache_memory < block_bytes:
+        raise ValueError(
+            f"host_cache_memory must hold at least one block of {block_bytes} bytes, "
+            f"got {config.host_cache_memory}"
+        )
+    return config.host_cache_memory // block_bytes
+
+
 def _activation_bytes(
     config: EngineConfig,
     model: ModelConfig,

@@ -12,6 +12,7 @@ import torch
 
 from nano_vllm import ops
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult
+from nano_vllm.cache.host_cache import HostCache
 from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
 from nano_vllm.metrics import LapTimer
@@ -20,7 +21,7 @@ from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
 from nano_vllm.runner.cuda_graphs import StepGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
-from nano_vllm.runner.memory import LOGPROB_ROWS, num_kv_blocks
+from nano_vllm.runner.memory import LOGPROB_ROWS, num_host_blocks, num_kv_blocks
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.sequence import Sequence
@@ -98,6 +99,13 @@ class ModelRunner:
             self.kv_cache: KVCache | None = KVCache(
                 self.model_config, self.num_blocks, self.block_size, self.cache_dtype, self.device
             )
+            self.host_cache: HostCache | None = None
+            self.num_host_blocks = num_host_blocks(config, self.model_config, self.cache_dtype)
+            self.host_block_seconds: float | None = None
+            """To copy a block back from host memory."""
+            if self.num_host_blocks:
+                self.host_cache = HostCache(self.kv_cache, self.num_host_blocks)
+                self.host_block_seconds = self.host_cache.measure_copy_in()
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
                 self.graphs = StepGraphs(self.max_num_batched_tokens, config.max_num_seqs)
@@ -126,6 +134,9 @@ class ModelRunner:
         assert self.kv_cache is not None, "the runner is closed"
         recorder = self.recorder
         with step_range("prepare", recorder):
+            if self.host_cache is not None:
+                self.host_cache.copy_out(batch.swap_outs)
+                self.host_cache.copy_in(batch.swap_ins)
             if batch.block_copies:
                 mapping = torch.tensor(batch.block_copies, dtype=torch.int64, device=self.device)
                 ops.copy_blocks(self.kv_cache.pool, mapping)
@@ -231,7 +242,7 @@ class ModelRunner:
         """Give all memory back; the runner cannot execute any more."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.kv_cache = None
+        self.kv_cache = self.host_cache = None
         self.graphs = None
         del self.model, self.input_batch
         if self.device.type == "cuda":

@@ -55,6 +55,10 @@ def reference_tokens(
             return tokens[len(prompt) :]
 
 
+class StepBroke(RuntimeError):
+    """What a step raises that was told to."""
+
+
 class FakeRunner:
     """Keeps one number per cache slot, as a real one keeps keys and values.
 
@@ -62,6 +66,7 @@ class FakeRunner:
         num_blocks, block_size, max_model_len, max_num_batched_tokens: as the real runner's.
         script: tokens to give out instead, by request and completion; for tests of what follows.
         failing: requests whose logits are not finite.
+        num_host_blocks: as the real runner's.
         runs_ahead: whether steps may be launched before the tokens of the one before are known.
     """
 
@@ -74,6 +79,7 @@ class FakeRunner:
         script: dict[tuple[str, int], list[int]] | None = None,
         failing: Iterable[str] = (),
         runs_ahead: bool = True,
+        num_host_blocks: int = 0,
     ) -> None:
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
         self.num_blocks = num_blocks
@@ -85,12 +91,22 @@ class FakeRunner:
         self.runs_ahead = runs_ahead
         self.batches: list[Batch] = []
         self._sampled: list[int] = []
+        self.breaks: str | None = None
+        """"before" or "after": the next step raises, ahead of what it computes or behind it."""
         self.is_closed = False
+        self.num_host_blocks = num_host_blocks
+        self.host_block_seconds = 1e-6
         self._slots: list[int | None] = [None] * (num_blocks * block_size)
+        self._host_blocks: dict[int, list[int | None]] = {}
 
     def launch(self, batch: Batch) -> SimpleNamespace:
         """Computes at once, as if by a device that takes one step after the other."""
+        breaks, self.breaks = self.breaks, None
+        if breaks == "before":
+            raise StepBroke
         result = self._execute(batch)
+        if breaks == "after":
+            raise StepBroke
         self._sampled = result.token_ids
         return SimpleNamespace(result=lambda: result)
 
@@ -101,6 +117,10 @@ class FakeRunner:
             given = [self._sampled[row] for row in batch.ahead_rows]
             known = [[*tokens, max(token, 0)] for tokens, token in zip(known, given, strict=True)]
         size = self.block_size
+        for block, host_block in batch.swap_outs:
+            self._host_blocks[host_block] = self._slots[block * size : (block + 1) * size]
+        for host_block, block in batch.swap_ins:
+            self._slots[block * size : (block + 1) * size] = self._host_blocks[host_block]
         sources = {source for source, _ in batch.block_copies}
         destinations = [destination for _, destination in batch.block_copies]
         assert len(set(destinations)) == len(destinations)

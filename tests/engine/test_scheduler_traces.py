@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from nano_vllm.engine.scheduler import MAX_PREEMPTIONS
 from nano_vllm.sampling_params import SamplingParams
 from tests.engine.fake_runner import (
     VOCAB_SIZE,
     FakeRunner,
+    StepBroke,
     check_invariants,
     make_engine,
     reference_tokens,
@@ -40,6 +42,7 @@ def run_trace(seed: int) -> dict[str, int]:
         block_size=block_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=draw.choice([5, 16, 64]) if chunked else max_model_len,
+        num_host_blocks=draw.choice([0, 1, 5, 40]),
     )
     engine = make_engine(
         runner,
@@ -47,6 +50,7 @@ def run_trace(seed: int) -> dict[str, int]:
         max_num_seqs=draw.choice([1, 3, 16]),
         enable_chunked_prefill=chunked,
         enable_prefix_caching=draw.random() < 0.7,
+        scheduling_policy=draw.choice(["fcfs", "priority"]),
     )
     heads = [[draw.randrange(VOCAB_SIZE) for _ in range(max_model_len)] for _ in range(2)]
     # Blocks of equal tokens, which differ in what comes before them alone
@@ -54,7 +58,7 @@ def run_trace(seed: int) -> dict[str, int]:
     heads.append(heads[1][:block_size] + heads[0][:block_size] * 10)
     params: dict[str, SamplingParams] = {}
     prompts: dict[str, list[int]] = {}
-    finished, aborted = {}, set()
+    finished, aborted, broken = {}, set(), 0
     to_come = draw.randrange(5, 25)
     while to_come or engine.has_work:
         while to_come and draw.random() < (0.4 if engine.has_work else 1.0):
@@ -72,12 +76,27 @@ def run_trace(seed: int) -> dict[str, int]:
                 max_tokens=draw.choice([1, 4, 30, None]),
                 ignore_eos=draw.random() < 0.5,
             )
-            engine.add_request(request_id, prompts[request_id], params[request_id])
-        for output in engine.step():
+            engine.add_request(
+                request_id,
+                prompts[request_id],
+                params[request_id],
+                priority=draw.randrange(3),
+                cache_salt=draw.choice([None, None, "salt"]),
+            )
+        if draw.random() < 0.03:
+            runner.breaks = draw.choice(["before", "after"])
+        try:
+            outputs = engine.step()
+        except StepBroke:
+            broken += 1
+            outputs = []
+        else:
+            check_batch(engine, runner)
+        for output in outputs:
             assert output.finished
             finished[output.request_id] = output
+            assert output.metrics.num_preemptions <= len(output.outputs) * MAX_PREEMPTIONS
         check_invariants(engine)
-        check_batch(engine, runner)
         if draw.random() < 0.05:
             request_id = draw.choice(list(prompts))
             if engine.abort(request_id) is not None:
@@ -100,6 +119,9 @@ def run_trace(seed: int) -> dict[str, int]:
         "copied": sum(len(batch.block_copies) for batch in runner.batches),
         "ahead": sum(batch.lead for batch in runner.batches),
         "aborted": len(aborted),
+        "broken": broken,
+        "loaded": metrics.num_loaded_tokens,
+        "swapped out": sum(len(batch.swap_outs) for batch in runner.batches),
         "chunked": sum(not s.samples for batch in runner.batches for s in batch.scheduled),
     }
 
