@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from nano_vllm.config import EngineConfig
     from nano_vllm.engine.llm import LLM
     from nano_vllm.outputs import CompletionOutput, RequestOutput, ScoreOutput
-    from nano_vllm.sampling_params import SamplingParams
+    from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "RequestOutput",
@@ -22,6 +23,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "nano_vllm.engine.llm",
+    "BeamSearchParams": "nano_vllm.sampling_params",
     "CompletionOutput": "nano_vllm.outputs",
     "EngineConfig": "nano_vllm.config",
     "RequestOutput": "nano_vllm.outputs",

@@ -113,6 +113,56 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """How to search for the likeliest completions of one prompt.
+
+    Raises ValueError, naming the value and what is allowed, for anything out of range.
+    """
+
+    beam_width: int
+    """Beams that are followed at a time; one is greedy search."""
+    max_tokens: int
+    """Tokens to generate at the most."""
+    temperature: float = 0.0
+    """Only 0: beams are compared by the log-probabilities of the raw logits."""
+    length_penalty: float = 1.0
+    """A completion's score is its log-probability divided by its number of tokens to this power;
+    above 0 favours long ones, below 0 short ones; in [-10, 10].
+    """
+    early_stopping: bool | str = False
+    """When to stop, once beam_width completions have ended: True at once; False when the likeliest
+    beam, scored as if it ended now, is no better than the worst of them; "never" when it cannot
+    become better, for which a length_penalty above 0 counts max_tokens as its length.
+    """
+    ignore_eos: bool = False
+    """Go on after the end-of-sequence token."""
+    n: int | None = None
+    """Completions to return, the best ones; None for all beam_width."""
+    stop_token_ids: list[int] | None = None
+    """Tokens that end a completion."""
+
+    def __post_init__(self) -> None:
+        _check_int("beam_width", self.beam_width, 1, 1024)
+        _check_int("max_tokens", self.max_tokens, 1)
+        if self.temperature != 0:
+            raise ValueError(
+                f"temperature must be 0 in a beam search, which draws nothing, "
+                f"got {self.temperature!r}"
+            )
+        _check_float("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(
+                f"early_stopping must be True, False or 'never', got {self.early_stopping!r}"
+            )
+        if self.n is not None:
+            _check_int("n", self.n, 1)
+            if self.n > self.beam_width:
+                raise ValueError(f"n must be at most beam_width = {self.beam_width}, got {self.n}")
+        for token_id in self.stop_token_ids or ():
+            _check_int("stop_token_ids", token_id, 0)
+
+
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
     allowed = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
     if (

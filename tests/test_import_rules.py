@@ -49,6 +49,7 @@ LIGHT = (
     "server.server_config",
     "bench.__main__",
     "engine.scheduler",
+    "sampling.beam_search",
 )
 TORCH_FREE = (
     *LIGHT,
