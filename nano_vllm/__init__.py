@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nano_vllm.config import EngineConfig
     from nano_vllm.engine.llm import LLM
+    from nano_vllm.engine.session import Session
     from nano_vllm.outputs import CompletionOutput, RequestOutput, ScoreOutput
     from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -19,6 +20,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "Session",
 ]
 
 _HOME = {
@@ -29,6 +31,7 @@ _HOME = {
     "RequestOutput": "nano_vllm.outputs",
     "SamplingParams": "nano_vllm.sampling_params",
     "ScoreOutput": "nano_vllm.outputs",
+    "Session": "nano_vllm.engine.session",
 }
 
 

@@ -17,6 +17,8 @@ class SamplingParams:
 
     n: int = 1
     """Completions per prompt."""
+    best_of: int | None = None
+    """Completions to generate, of which the n likeliest are returned; None for n."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 1.0
@@ -66,6 +68,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, 1024)
+        if self.best_of is not None:
+            _check_int("best_of", self.best_of, 1, 1024)
+            if self.best_of < self.n:
+                raise ValueError(f"best_of must be at least n = {self.n}, got {self.best_of}")
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_int("top_k", self.top_k, -1)

@@ -30,7 +30,7 @@ FLOORS = (
     ("quantization", "distributed"),
     ("layers",),
     ("cache", "models", "sampling", "weights"),
-    ("tokenizer", "speculative"),
+    ("tokenizer", "speculative", "engine.waiting_queue", "engine.beam_group"),
     ("engine.scheduler", "runner"),
     ("engine",),
     ("server",),
@@ -49,6 +49,8 @@ LIGHT = (
     "server.server_config",
     "bench.__main__",
     "engine.scheduler",
+    "engine.waiting_queue",
+    "engine.beam_group",
     "sampling.beam_search",
 )
 TORCH_FREE = (

@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING
 from nano_vllm.batch import Batch
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.config import EngineConfig
-from nano_vllm.engine.bad_words import bad_word_token_ids
 from nano_vllm.engine.output_processor import OutputProcessor
-from nano_vllm.engine.request import Completion, Request
+from nano_vllm.engine.request import Request
+from nano_vllm.engine.request_factory import RequestFactory
 from nano_vllm.engine.scheduler import Scheduler
-from nano_vllm.engine.stop_strings import StopStrings
-from nano_vllm.engine.validation import RequestLimits, check_cache_salt, check_priority
+from nano_vllm.engine.validation import RequestLimits
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence
 from nano_vllm.step_record import StepRecorder, step_range
-from nano_vllm.tokenizer.detokenizer import Detokenizer
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -70,8 +68,12 @@ class Engine:
         )
         vocab_size = runner.model_config.vocab_size
         eos = {*runner.model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
-        self._eos_token_ids = frozenset(i for i in eos if i < vocab_size)
-        self._limits = RequestLimits(vocab_size, runner.max_model_len, tokenizer is not None)
+        self._factory = RequestFactory(
+            RequestLimits(vocab_size, runner.max_model_len, tokenizer is not None),
+            self.scheduler,
+            frozenset(i for i in eos if i < vocab_size),
+            tokenizer,
+        )
         self._processor = OutputProcessor(tokenizer)
         self._requests: dict[str, Request] = {}
         self._next_seq_id = 0
@@ -127,33 +129,23 @@ class Engine:
 
         Raises ValueError, with the value and what is allowed, for one that cannot be served.
         """
-        self._limits.check(prompt_token_ids, params)
-        check_priority(priority)
-        cache_root = self.scheduler.block_manager.cache_root(check_cache_salt(cache_salt))
-        self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
-        end_token_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            end_token_ids |= self._eos_token_ids
-        bad_words: tuple[tuple[int, ...], ...] = ()
-        if params.bad_words and self.tokenizer is not None:
-            bad_words = bad_word_token_ids(
-                params.bad_words, self.tokenizer, self._limits.vocab_size
-            )
-        completions = []
-        for index in range(params.n):
-            # The prompt's log-probabilities are the same for all: the first alone reports them.
-            own = replace(params, prompt_logprobs=None) if index else params
-            sequence = Sequence(
-                -1, request_id, index, prompt_token_ids, own, end_token_ids, bad_words
-            )
-            sequence.is_followed = stream or bool(params.stop)
-            sequence.priority, sequence.cache_root = priority, cache_root
-            detokenizer = None
-            if self.tokenizer is not None and params.detokenize:
-                detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
-            text = StopStrings(list(params.stop or ()), params.include_stop_str_in_output)
-            completions.append(Completion(sequence, detokenizer, text))
-        return Request(request_id, prompt, prompt_token_ids, params, completions, stream)
+        return self._factory.make(
+            request_id, prompt_token_ids, params, prompt, stream, priority, cache_salt
+        )
+
+    def make_beam_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: BeamSearchParams,
+        prompt: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Request:
+        """The same for a beam search: one result, with the best completions first."""
+        return self._factory.make_beams(
+            request_id, prompt_token_ids, params, prompt, priority, cache_salt
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if one of the same id is under way."""
@@ -166,7 +158,7 @@ class Engine:
         for sequence in request.sequences:
             sequence.seq_id = self._next_seq_id
             self._next_seq_id += 1
-        self.scheduler.add(request.sequences)
+        self.scheduler.add(request.sequences, request.beams)
         request.metrics.arrival_time = self._clock()
         self._requests[request.request_id] = request
 
@@ -230,6 +222,23 @@ class Engine:
         for completion in request.completions:
             self._processor.advance(completion)
         return self._finish(request, self._clock())
+
+    def pin(self, token_ids: list[int], cache_salt: str | None = None) -> int:
+        """Keep the full blocks that hold these tokens, as far as they are computed, from eviction.
+
+        Returns:
+            a number for `unpin`. ValueError without prefix caching, and where a sequence of
+            max_model_len would not fit beside what is pinned.
+        """
+        if not self.config.enable_prefix_caching:
+            raise ValueError("to pin blocks needs enable_prefix_caching")
+        manager = self.scheduler.block_manager
+        spare = manager.num_blocks_for(self.scheduler.max_model_len)
+        return manager.pin(token_ids, manager.cache_root(cache_salt), spare)
+
+    def unpin(self, pin: int) -> None:
+        """Leave a pin's blocks to eviction again."""
+        self.scheduler.block_manager.unpin(pin)
 
     def get_metrics(self) -> EngineMetrics:
         """Counters since the start, and how full the engine is now."""

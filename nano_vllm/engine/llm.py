@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,9 +16,10 @@ from nano_vllm.engine.prompts import (
     parse_prompt,
 )
 from nano_vllm.engine.request import Request
+from nano_vllm.engine.session import Session
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput, ScoreOutput
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -84,6 +85,40 @@ class LLM:
         ):
             try:
                 requests.append(self.make_request(prompt, params, priority=rank))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        return self.run(requests, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The likeliest completions of each prompt that a beam search finds.
+
+        Every prompt is checked before any work begins: ValueError names the first that cannot be
+        served, and none is.
+
+        Args:
+            prompts: one or a list, in the forms of `generate`.
+            params: for all.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            one result per prompt, in their order; its outputs, params.n at the most, best first,
+            with their cumulative_logprob.
+        """
+        requests = []
+        for index, prompt in enumerate(as_prompt_list(prompts)):
+            try:
+                text, token_ids = parse_prompt(prompt, self.engine.tokenizer)
+                salt = cache_salt_of(prompt)
+                requests.append(
+                    self.engine.make_beam_request(
+                        self._next_id(), token_ids, params, text, cache_salt=salt
+                    )
+                )
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
         return self.run(requests, use_tqdm)
@@ -155,6 +190,56 @@ class LLM:
             for output, start in zip(self.run(requests, use_tqdm), starts, strict=True)
         ]
 
+    def session(self, prompt: Prompt) -> Session:
+        """A text to go on from again and again: grow it, fork it, roll it back.
+
+        Args:
+            prompt: how it begins, in the forms of `generate`.
+        """
+        _, token_ids = parse_prompt(prompt, self.engine.tokenizer)
+        session = Session(self, token_ids, cache_salt_of(prompt))
+        self._session_request(session, SamplingParams(max_tokens=1))  # checks the tokens
+        return session
+
+    def generate_sessions(
+        self,
+        sessions: Sequence[Session],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Go on with each session, all in one batch; each then ends with what was generated.
+
+        Every session is checked before any work begins: ValueError names the first that cannot be
+        served, and none is.
+
+        Args:
+            sessions: each comes once.
+            sampling_params: for all, or a list with one for each; n is 1.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            one result per session, in their order.
+        """
+        if len(set(map(id, sessions))) < len(sessions):
+            raise ValueError("a session comes twice; fork it")
+        requests = []
+        for index, (session, params) in enumerate(
+            zip(sessions, _one_each(sampling_params, len(sessions)), strict=True)
+        ):
+            try:
+                requests.append(self._session_request(session, params))
+            except ValueError as error:
+                raise ValueError(f"session {index}: {error}") from None
+        grown = {r.request_id: s for r, s in zip(requests, sessions, strict=True)}
+        return self.run(
+            requests, use_tqdm, lambda o: grown[o.request_id].extend(o.outputs[0].token_ids)
+        )
+
+    def compute(self, token_ids: list[int], cache_salt: str | None = None) -> None:
+        """Fill the prefix cache with a prompt."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        self.run([self._request(None, token_ids, params, False, 0, cache_salt)], use_tqdm=False)
+
     def make_request(
         self, prompt: Prompt, params: SamplingParams, stream: bool = False, priority: int = 0
     ) -> Request:
@@ -177,8 +262,19 @@ class LLM:
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         return self._request(text, token_ids, params, stream)
 
-    def run(self, requests: list[Request], use_tqdm: bool = True) -> list[RequestOutput]:
-        """Work on all requests until they are done; results in their order."""
+    def run(
+        self,
+        requests: list[Request],
+        use_tqdm: bool = True,
+        on_finish: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Work on all requests until they are done; results in their order.
+
+        Args:
+            requests: from `make_request`.
+            use_tqdm: show a progress bar.
+            on_finish: called with each result as it comes.
+        """
         from tqdm import tqdm
 
         results: dict[str, RequestOutput] = {}
@@ -189,6 +285,8 @@ class LLM:
             for output in self.stream(requests):
                 if output.finished:
                     results[output.request_id] = output
+                    if on_finish is not None:
+                        on_finish(output)
                     num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
                     bar.set_postfix_str(f"{num_output_tokens} tokens", refresh=False)
                     bar.update()
@@ -247,12 +345,19 @@ class LLM:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Request:
-        request_id = str(self._num_requests)
-        request = self.engine.make_request(
-            request_id, token_ids, params, text, stream, priority, cache_salt
+        return self.engine.make_request(
+            self._next_id(), token_ids, params, text, stream, priority, cache_salt
         )
+
+    def _session_request(self, session: Session, params: SamplingParams) -> Request:
+        session.check_open()
+        if (params.best_of or params.n) > 1:
+            raise ValueError(f"a session has one completion: n must be 1, got {params.n}")
+        return self._request(None, session.token_ids, params, False, 0, session.cache_salt)
+
+    def _next_id(self) -> str:
         self._num_requests += 1
-        return request
+        return str(self._num_requests - 1)
 
 
 def _one_each(

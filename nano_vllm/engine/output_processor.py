@@ -58,7 +58,10 @@ class OutputProcessor:
             request.prompt,
             request.prompt_token_ids,
             request.prompt_logprobs,
-            [_completion_output(completion) for completion in request.completions],
+            [
+                _completion_output(request, index, completion)
+                for index, completion in enumerate(request.results)
+            ],
             request.is_finished,
             replace(request.metrics),
             request.completions[0].sequence.num_cached_tokens,
@@ -73,14 +76,15 @@ class OutputProcessor:
                 )
 
 
-def _completion_output(completion: Completion) -> CompletionOutput:
+def _completion_output(request: Request, index: int, completion: Completion) -> CompletionOutput:
     sequence, text = completion.sequence, completion.text
-    with_logprobs = sequence.params.logprobs is not None
+    searched = request.beams is not None
+    with_logprobs = request.params.logprobs is not None and not searched
     return CompletionOutput(
-        sequence.index,
+        index,
         text.text if sequence.is_finished else text.settled_text,
         sequence.output_token_ids,
-        sequence.cumulative_logprob if with_logprobs else None,
+        sequence.cumulative_logprob if with_logprobs or searched else None,
         list(sequence.output_logprobs) if with_logprobs else None,
         sequence.finish_reason,
         sequence.stop_reason,

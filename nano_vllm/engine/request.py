@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nano_vllm.engine.beam_group import BeamGroup
 from nano_vllm.engine.stop_strings import StopStrings
 from nano_vllm.outputs import Logprob, RequestMetrics
 from nano_vllm.sampling_params import SamplingParams
@@ -34,6 +35,8 @@ class Request:
     completions: list[Completion]
     stream: bool
     """Whether every step's progress is reported, not the final result alone."""
+    beams: BeamGroup | None = None
+    """Where the completions are the beams of a search."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     @property
@@ -43,6 +46,19 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return all(completion.sequence.is_finished for completion in self.completions)
+
+    @property
+    def results(self) -> list[Completion]:
+        """The completions to report, in order: of more than n, the likeliest."""
+        if self.beams is not None:
+            found = max(1, len(self.beams.hypotheses))
+            return self.completions[: min(found, self.params.n)]
+        if not self.is_finished:
+            return self.completions[: self.params.n]
+        by_logprob = sorted(
+            self.completions, key=lambda completion: -completion.sequence.cumulative_logprob
+        )
+        return by_logprob[: self.params.n]
 
     @property
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:

@@ -271,7 +271,8 @@ class Scheduler:
         budget = self.max_num_batched_tokens - len(decodes) - len(beams)
         order = self.waiting.order
         prefilling = sorted(
-            (s for s in self._prefilling if _num_to_compute(s) and s not in beams), key=order
+            (s for s in self._prefilling if _num_to_compute(s) and not self._is_grown_beam(s)),
+            key=order,
         )
         while budget > 0:
             head = None if dry else self.waiting.head
@@ -306,16 +307,15 @@ class Scheduler:
             dry = True
 
     def _beams_to_advance(self, limit: int) -> list[Sequence]:
-        if not self._beams:
-            return []
-        beams = [
-            sequence
-            for sequence in self._prefilling
-            if sequence.request_id in self._beams
-            and sequence.num_output_tokens
+        return [sequence for sequence in self._prefilling if self._is_grown_beam(sequence)][:limit]
+
+    def _is_grown_beam(self, sequence: Sequence) -> bool:
+        """Whether it is a beam whose last token alone is to be computed, maybe without a slot."""
+        return (
+            sequence.request_id in self._beams
+            and sequence.num_output_tokens > 0
             and _num_to_compute(sequence) == 1
-        ]
-        return beams[:limit]
+        )
 
     def _admit(self, sequence: Sequence, batch: Batch, budget: int) -> bool:
         """Start the head of the queue, if there is room."""
@@ -451,7 +451,44 @@ class Scheduler:
         noticed: list[Sequence],
     ) -> None:
         """Take in what may follow a beam; once that is known of all beams, choose the next ones."""
-        raise NotImplementedError
+        candidates = []
+        if row not in result.failures:
+            candidates = [(token, entry.logprob) for token, entry in result.logprobs[row].items()]
+        if not beams.take(sequence, candidates):
+            return
+        moves = beams.advance()
+        if not moves:
+            noticed += self._requests[sequence.request_id]
+            self._finish_search(beams, self._requests[sequence.request_id])
+            return
+        going_on = {move.parent for move in moves}
+        for other in self._requests[sequence.request_id]:
+            if other not in going_on:
+                self._withdraw(other)
+                self.block_manager.free(other)
+        for parent, child, _ in moves:
+            if child is not parent:
+                child.token_ids = list(parent.token_ids)
+                if parent in self._running and self.num_running < self.max_num_seqs:
+                    self.block_manager.fork(parent, child, parent.num_computed_tokens)
+                    self._run(child)
+        for _, child, token_id in moves:
+            child.token_ids.append(token_id)
+            if child not in self._running:
+                self.waiting.push(child)
+
+    def _finish_search(self, beams: BeamGroup, sequences: list[Sequence]) -> None:
+        """The best hypotheses become the first sequences; the others are of no use."""
+        hypotheses = beams.hypotheses
+        for place, sequence in enumerate(list(sequences)):
+            if place < len(hypotheses):
+                found = hypotheses[place]
+                del sequence.token_ids[sequence.num_prompt_tokens :]
+                sequence.token_ids += found.token_ids
+                sequence.cumulative_logprob = found.cumulative_logprob
+                self.finish(sequence, found.finish_reason)
+            else:
+                self.finish(sequence, "abort", "no beam is left")
 
     def _computed_sibling(self, sequence: Sequence) -> Sequence | None:
         """A sequence of the same request to fork a fresh one from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import random
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -13,31 +13,36 @@ from tokenizers import decoders, models, pre_tokenizers
 from nano_vllm.batch import Batch, StepResult
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.engine import Engine
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.outputs import Logprob
+from nano_vllm.sampling.beam_search import BeamSearch, Hypothesis
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence
 from nano_vllm.tokenizer.detokenizer import byte_level_alphabet
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
+EMPTY = -1
+"""What a slot holds that nobody has written to."""
 VOCAB_SIZE = 300
 EOS = 299
 
 
-def digest(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+def digest(*parts: int) -> int:
+    """The same in every process: hashes of integers are not salted."""
+    return hash(parts) & (2**63 - 1)
 
 
 def next_token(cached: list[int], params: SamplingParams, index: int, num_output: int) -> int:
     """A token made of everything the cache holds of a sequence, and of its sampling."""
-    seed = None if params.seed is None else params.seed + index
+    seed = -1 if params.seed is None else params.seed + index
     ends = num_output >= params.min_tokens and not params.ignore_eos
-    return digest(cached, seed) % (VOCAB_SIZE if ends else EOS)
+    return digest(*cached, seed) % (VOCAB_SIZE if ends else EOS)
 
 
 def cached_values(token_ids: Iterable[int]) -> list[int]:
     """What the cache must hold: like keys and values, each entry depends on all tokens before."""
     values: list[int] = []
     for token_id in token_ids:
-        values.append(digest(values[-1] if values else None, token_id))
+        values.append(digest(values[-1] if values else EMPTY, token_id))
     return values
 
 
@@ -53,6 +58,32 @@ def reference_tokens(
         num_output = len(tokens) - len(prompt)
         if tokens[-1] == EOS or num_output == params.max_tokens or len(tokens) == max_model_len:
             return tokens[len(prompt) :]
+
+
+def likeliest_tokens(cached: list[int], count: int) -> list[tuple[int, float]]:
+    """As many tokens, the end of the sequence often among them, and their log-probabilities."""
+    draw = random.Random(digest(*cached))
+    tokens = draw.sample(range(EOS), count)
+    if draw.random() < 0.4:
+        tokens[draw.randrange(count)] = EOS
+    logprobs = sorted((-5 * draw.random() for _ in tokens), reverse=True)
+    return list(zip(tokens, logprobs, strict=True))
+
+
+def reference_beams(
+    prompt: list[int], params: BeamSearchParams, max_model_len: int
+) -> list[Hypothesis]:
+    """What a search finds that is alone in the world."""
+    ends = frozenset(() if params.ignore_eos else (EOS,))
+    search = BeamSearch(params, ends, min(params.max_tokens, max_model_len - len(prompt)))
+    beams = [prompt]
+    while beams:
+        candidates = [
+            likeliest_tokens(cached_values(beam), search.num_candidates) for beam in beams
+        ]
+        steps = search.advance(candidates)
+        beams = [[*beams[step.parent], step.token_id] for step in steps]
+    return search.hypotheses(params.n)
 
 
 class StepBroke(RuntimeError):
@@ -96,8 +127,8 @@ class FakeRunner:
         self.is_closed = False
         self.num_host_blocks = num_host_blocks
         self.host_block_seconds = 1e-6
-        self._slots: list[int | None] = [None] * (num_blocks * block_size)
-        self._host_blocks: dict[int, list[int | None]] = {}
+        self._slots = [EMPTY] * (num_blocks * block_size)
+        self._host_blocks: dict[int, list[int]] = {}
 
     def launch(self, batch: Batch) -> SimpleNamespace:
         """Computes at once, as if by a device that takes one step after the other."""
@@ -134,7 +165,7 @@ class FakeRunner:
             sequence = scheduled.sequence
             first = sequence.num_computed_tokens + batch.lead
             for position in range(first, first + scheduled.num_tokens):
-                before = self._read(sequence, position - 1) if position else None
+                before = self._slots[self._slot(sequence, position - 1)] if position else EMPTY
                 slot = self._slot(sequence, position)
                 self._slots[slot] = digest(before, token_ids[position])
         result = StepResult([-1] * len(batch.scheduled))
@@ -146,6 +177,12 @@ class FakeRunner:
                 result.failures[row] = "not finite"
                 continue
             result.token_ids[row] = self._sample(sequence, batch.lead)
+            if sequence.params.logprobs:
+                cached = self._cached(sequence, 0)
+                result.logprobs[row] = {
+                    token: Logprob(logprob)
+                    for token, logprob in likeliest_tokens(cached, sequence.params.logprobs)
+                }
         return result
 
     def close(self) -> None:
@@ -156,15 +193,18 @@ class FakeRunner:
         script = self.script.get((sequence.request_id, sequence.index))
         if script is not None:
             return script[num_output] if num_output < len(script) else 0
-        cached = [self._read(sequence, position) for position in range(sequence.num_tokens + lead)]
+        cached = self._cached(sequence, lead)
         return next_token(cached, sequence.params, sequence.index, num_output)
+
+    def _cached(self, sequence: Sequence, lead: int) -> list[int]:
+        cached: list[int] = []
+        for block in sequence.block_table:
+            cached += self._slots[block * self.block_size : (block + 1) * self.block_size]
+        return cached[: sequence.num_tokens + lead]
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         block, row = divmod(position, self.block_size)
         return sequence.block_table[block] * self.block_size + row
-
-    def _read(self, sequence: Sequence, position: int) -> Any:
-        return self._slots[self._slot(sequence, position)]
 
 
 def make_engine(runner: FakeRunner, tokenizer: Tokenizer | None = None, **options: Any) -> Engine:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from nano_vllm.engine.scheduler import MAX_PREEMPTIONS
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from tests.engine.fake_runner import (
     VOCAB_SIZE,
     FakeRunner,
     StepBroke,
     check_invariants,
     make_engine,
+    reference_beams,
     reference_tokens,
 )
 
@@ -58,6 +59,7 @@ def run_trace(seed: int) -> dict[str, int]:
     heads.append(heads[1][:block_size] + heads[0][:block_size] * 10)
     params: dict[str, SamplingParams] = {}
     prompts: dict[str, list[int]] = {}
+    beams: dict[str, BeamSearchParams] = {}
     finished, aborted, broken = {}, set(), 0
     to_come = draw.randrange(5, 25)
     while to_come or engine.has_work:
@@ -70,6 +72,20 @@ def run_trace(seed: int) -> dict[str, int]:
             prompts[request_id] = head + [
                 draw.randrange(VOCAB_SIZE) for _ in range(length - len(head))
             ]
+            urgency, salt = draw.randrange(3), draw.choice([None, None, "salt"])
+            if draw.random() < 0.2:
+                beams[request_id] = BeamSearchParams(
+                    beam_width=draw.randrange(1, 1 + min(5, engine.scheduler.max_num_seqs)),
+                    max_tokens=draw.choice([1, 4, 12]),
+                    early_stopping=draw.choice([True, False, "never"]),
+                    length_penalty=draw.choice([-1.0, 0.0, 1.0]),
+                    ignore_eos=draw.random() < 0.3,
+                )
+                request = engine.make_beam_request(
+                    request_id, prompts[request_id], beams[request_id], None, urgency, salt
+                )
+                engine.add(request)
+                continue
             params[request_id] = SamplingParams(
                 n=draw.choice([1, 1, 1, 2, 4]),
                 seed=draw.randrange(100),
@@ -80,8 +96,8 @@ def run_trace(seed: int) -> dict[str, int]:
                 request_id,
                 prompts[request_id],
                 params[request_id],
-                priority=draw.randrange(3),
-                cache_salt=draw.choice([None, None, "salt"]),
+                priority=urgency,
+                cache_salt=salt,
             )
         if draw.random() < 0.03:
             runner.breaks = draw.choice(["before", "after"])
@@ -95,7 +111,9 @@ def run_trace(seed: int) -> dict[str, int]:
         for output in outputs:
             assert output.finished
             finished[output.request_id] = output
-            assert output.metrics.num_preemptions <= len(output.outputs) * MAX_PREEMPTIONS
+            if output.request_id in params:
+                most = len(output.outputs) * MAX_PREEMPTIONS
+                assert output.metrics.num_preemptions <= most
         check_invariants(engine)
         if draw.random() < 0.05:
             request_id = draw.choice(list(prompts))
@@ -105,6 +123,11 @@ def run_trace(seed: int) -> dict[str, int]:
 
     assert set(finished) | aborted == set(prompts)
     for request_id, output in finished.items():
+        if request_id in beams:
+            found = [(o.token_ids, o.cumulative_logprob) for o in output.outputs]
+            expected = reference_beams(prompts[request_id], beams[request_id], max_model_len)
+            assert found == [(h.token_ids, h.cumulative_logprob) for h in expected]
+            continue
         for completion in output.outputs:
             assert completion.token_ids == reference_tokens(
                 prompts[request_id], params[request_id], completion.index, max_model_len
@@ -120,6 +143,7 @@ def run_trace(seed: int) -> dict[str, int]:
         "ahead": sum(batch.lead for batch in runner.batches),
         "aborted": len(aborted),
         "broken": broken,
+        "searched": sum(request_id in finished for request_id in beams),
         "loaded": metrics.num_loaded_tokens,
         "swapped out": sum(len(batch.swap_outs) for batch in runner.batches),
         "chunked": sum(not s.samples for batch in runner.batches for s in batch.scheduled),
