@@ -55,6 +55,7 @@ class BlockManager:
         self.allocator = BlockAllocator(num_blocks, block_size, hash_key)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.num_host_blocks = num_host_blocks
         self._hash_key = hash_key
         self.host_allocator: BlockAllocator | None = None
         if num_host_blocks and enable_prefix_caching:

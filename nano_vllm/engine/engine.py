@@ -14,6 +14,7 @@ from nano_vllm.batch import Batch
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.bad_words import bad_word_token_ids
+from nano_vllm.engine.event_log import RecordedScheduler, record_to_file
 from nano_vllm.engine.output_processor import OutputProcessor
 from nano_vllm.engine.request import Completion, Request
 from nano_vllm.engine.scheduler import Scheduler
@@ -54,7 +55,7 @@ class Engine:
         self.config = config
         self.runner = runner
         self.tokenizer = tokenizer
-        self.scheduler = Scheduler(
+        self.scheduler: Scheduler | RecordedScheduler = Scheduler(
             BlockManager(
                 runner.num_blocks,
                 runner.block_size,
@@ -68,6 +69,8 @@ class Engine:
             config.enable_chunked_prefill,
             by_priority=config.scheduling_policy == "priority",
         )
+        if config.record is not None:
+            self.scheduler = record_to_file(self.scheduler, config.record, clock)
         vocab_size = runner.model_config.vocab_size
         eos = {*runner.model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
         self._eos_token_ids = frozenset(i for i in eos if i < vocab_size)
@@ -102,6 +105,8 @@ class Engine:
         if not config.skip_tokenizer_init:
             # Ahead of the weights: what is wrong with it is said at once.
             tokenizer = Tokenizer.from_path(_tokenizer_path(config))
+        if config.record is not None:
+            open(config.record, "a").close()  # ahead of the weights too
         runner = ModelRunner(config, progress, clock)
         try:
             return cls(config, runner, tokenizer, clock)
@@ -260,6 +265,8 @@ class Engine:
             self.abort(request_id)
         self._launched = None
         self.runner.close()
+        if isinstance(self.scheduler, RecordedScheduler):
+            self.scheduler.close()
 
     def _launch(self, behind: Batch | None = None) -> tuple[Batch, LaunchedStep] | None:
         """Start the next step: one behind a batch that is still computed, or None where its tokens

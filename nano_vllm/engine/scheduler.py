@@ -62,6 +62,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
+        self.by_priority = by_priority
         self.waiting = WaitingQueue(by_priority)
         self._running: dict[Sequence, None] = {}
         """In the order of admission."""
