@@ -81,6 +81,10 @@ class EngineConfig:
     """On a GPU, launch a decode step while the one before is still computed, where its tokens
     cannot change what is launched. Outputs are the same.
     """
+    record: str | None = None
+    """A file that gets what is scheduled, step by step, with the prompts' token ids, for `python -m
+    nano_vllm.bench replay`.
+    """
 
     def __post_init__(self) -> None:
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))

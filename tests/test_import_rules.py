@@ -60,8 +60,11 @@ TORCH_FREE = (
     "server",
     "engine.async_llm",
     "engine.engine_process",
+    "engine.event_log",
     "engine.messages",
     "engine.output_stream",
+    "bench.replay",
+    "bench.replay_picture",
 )
 HEAVY = {
     "torch",

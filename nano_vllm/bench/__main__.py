@@ -13,6 +13,7 @@ BENCHMARKS = {
     "startup": "seconds from the start of a process to its first token, by part",
     "host": "microseconds of a step beside the model: scheduling, preparation, taking tokens in",
     "serve": "times to tokens and goodput of an OpenAI server under load",
+    "replay": "what an engine with --record scheduled, decided again without a model, and drawn",
     "kernels": "GB/s and TFLOP/s of the kernels, against the device's ceilings and torch",
 }
 

@@ -55,6 +55,7 @@ class BlockManager:
         self.allocator = BlockAllocator(num_blocks, block_size, hash_key)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.num_host_blocks = num_host_blocks
         self._hash_key = hash_key
         self.host_allocator: BlockAllocator | None = None
         if num_host_blocks and enable_prefix_caching:
@@ -223,9 +224,10 @@ class BlockManager:
         self._num_pinned -= len(blocks)
         self.allocator.free_many(blocks, BlockOwner.PIN)
 
-    def num_pinned(self, pin: int) -> int:
-        """Blocks of a pin."""
-        return len(self._pins[pin])
+    @property
+    def pins(self) -> dict[int, list[int]]:
+        """Blocks of each pin."""
+        return {pin: list(blocks) for pin, blocks in self._pins.items()}
 
     def is_balanced(self, num_table_blocks: int) -> bool:
         """Whether every reference has its owner, in constant time.

@@ -26,7 +26,7 @@ class BeamGroup:
     """
 
     def __init__(self, search: BeamSearch, sequences: list[Sequence]) -> None:
-        self._search = search
+        self.search = search
         self._sequences = sequences
         self._live = sequences[:1]
         self._candidates: dict[Sequence, list[tuple[int, float]]] = {}
@@ -46,7 +46,7 @@ class BeamGroup:
 
     def advance(self) -> list[BeamMove]:
         """The beams of the next step, once `take` has returned True; none when the search ends."""
-        steps = self._search.advance([self._candidates[sequence] for sequence in self._live])
+        steps = self.search.advance([self._candidates[sequence] for sequence in self._live])
         self._candidates = {}
         parents = [self._live[step.parent] for step in steps]
         idle = [sequence for sequence in self._sequences if sequence not in parents]
@@ -60,4 +60,4 @@ class BeamGroup:
     @property
     def hypotheses(self) -> list[Hypothesis]:
         """What has been found so far, best first."""
-        return self._search.hypotheses()
+        return self.search.hypotheses()

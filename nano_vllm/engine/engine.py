@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nano_vllm.batch import Batch
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.config import EngineConfig
+from nano_vllm.engine.event_log import RecordedScheduler, record_to_file
 from nano_vllm.engine.output_processor import OutputProcessor
 from nano_vllm.engine.request import Request
 from nano_vllm.engine.request_factory import RequestFactory
@@ -52,7 +53,7 @@ class Engine:
         self.config = config
         self.runner = runner
         self.tokenizer = tokenizer
-        self.scheduler = Scheduler(
+        scheduler = Scheduler(
             BlockManager(
                 runner.num_blocks,
                 runner.block_size,
@@ -66,11 +67,14 @@ class Engine:
             config.enable_chunked_prefill,
             by_priority=config.scheduling_policy == "priority",
         )
+        self.scheduler: Scheduler | RecordedScheduler = scheduler
+        if config.record is not None:
+            self.scheduler = record_to_file(scheduler, config.record, clock)
         vocab_size = runner.model_config.vocab_size
         eos = {*runner.model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
         self._factory = RequestFactory(
             RequestLimits(vocab_size, runner.max_model_len, tokenizer is not None),
-            self.scheduler,
+            scheduler,
             frozenset(i for i in eos if i < vocab_size),
             tokenizer,
         )
@@ -104,6 +108,8 @@ class Engine:
         if not config.skip_tokenizer_init:
             # Ahead of the weights: what is wrong with it is said at once.
             tokenizer = Tokenizer.from_path(_tokenizer_path(config))
+        if config.record is not None:
+            open(config.record, "a").close()  # ahead of the weights too
         runner = ModelRunner(config, progress, clock)
         try:
             return cls(config, runner, tokenizer, clock)
@@ -232,13 +238,12 @@ class Engine:
         """
         if not self.config.enable_prefix_caching:
             raise ValueError("to pin blocks needs enable_prefix_caching")
-        manager = self.scheduler.block_manager
-        spare = manager.num_blocks_for(self.scheduler.max_model_len)
-        return manager.pin(token_ids, manager.cache_root(cache_salt), spare)
+        root = self.scheduler.block_manager.cache_root(cache_salt)
+        return self.scheduler.pin(token_ids, root)
 
     def unpin(self, pin: int) -> None:
         """Leave a pin's blocks to eviction again."""
-        self.scheduler.block_manager.unpin(pin)
+        self.scheduler.unpin(pin)
 
     def get_metrics(self) -> EngineMetrics:
         """Counters since the start, and how full the engine is now."""
@@ -269,6 +274,8 @@ class Engine:
             self.abort(request_id)
         self._launched = None
         self.runner.close()
+        if isinstance(self.scheduler, RecordedScheduler):
+            self.scheduler.close()
 
     def _launch(self, behind: Batch | None = None) -> tuple[Batch, LaunchedStep] | None:
         """Start the next step: one behind a batch that is still computed, or None where its tokens

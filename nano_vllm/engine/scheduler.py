@@ -62,6 +62,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
+        self.by_priority = by_priority
         self.waiting = WaitingQueue(by_priority)
         self._running: dict[Sequence, None] = {}
         """In the order of admission."""
@@ -228,6 +229,24 @@ class Scheduler:
         for row in range(batch.num_decodes, len(batch.scheduled)):
             self._update_prefill(batch.scheduled[row], row, result, noticed)
         return noticed
+
+    def pin(self, token_ids: list[int], cache_root: bytes) -> int:
+        """Keep the full blocks that hold these tokens, as far as they are computed, from eviction.
+
+        Returns:
+            a number for `unpin`. ValueError where a sequence of max_model_len would not fit beside
+            what is pinned.
+        """
+        manager = self.block_manager
+        return manager.pin(token_ids, cache_root, manager.num_blocks_for(self.max_model_len))
+
+    def unpin(self, pin: int) -> None:
+        """Leave a pin's blocks to eviction again."""
+        self.block_manager.unpin(pin)
+
+    def searches(self, sequence: Sequence) -> bool:
+        """Whether it is a beam."""
+        return sequence.request_id in self._beams
 
     def reclaim_leaks(self) -> list[Leak]:
         """Take back references to blocks that no sequence and no pin has any more. There are none

@@ -56,9 +56,9 @@ class BeamSearch:
     def __init__(
         self, params: BeamSearchParams, end_token_ids: frozenset[int], max_tokens: int
     ) -> None:
-        self._params = params
-        self._end_token_ids = end_token_ids
-        self._max_tokens = max_tokens
+        self.params = params
+        self.end_token_ids = end_token_ids
+        self.max_tokens = max_tokens
         self.num_candidates = max(2, 1 + len(end_token_ids)) * params.beam_width
         """Likeliest tokens to look at for each beam: if all the beams' end tokens are among them,
         beam_width others are too.
@@ -85,13 +85,13 @@ class BeamSearch:
             the beams of the next step, likeliest first; none when the search is over.
         """
         assert len(candidates) == self.num_live > 0, (len(candidates), self.num_live)
-        beam_width = self._params.beam_width
+        beam_width = self.params.beam_width
         self.num_tokens += 1
         live: list[_Beam] = []
         steps: list[BeamStep] = []
         for rank, (logprob, parent, token_id) in enumerate(self._ranked(candidates)):
-            ends = token_id in self._end_token_ids
-            if not ends and self.num_tokens < self._max_tokens:
+            ends = token_id in self.end_token_ids
+            if not ends and self.num_tokens < self.max_tokens:
                 if len(live) < beam_width:
                     live.append(_Beam([*self._live[parent].token_ids, token_id], logprob))
                     steps.append(BeamStep(parent, token_id))
@@ -127,7 +127,7 @@ class BeamSearch:
 
     def _is_over(self) -> bool:
         """Whether nothing is left to follow, or not worth it: early_stopping."""
-        params = self._params
+        params = self.params
         if not self._live:
             return True
         if len(self._hypotheses) < params.beam_width:
@@ -135,8 +135,8 @@ class BeamSearch:
         if params.early_stopping is True or params.beam_width == 1:
             return True
         hopes_for_length = params.early_stopping == "never" and params.length_penalty > 0
-        length = self._max_tokens if hopes_for_length else self.num_tokens
+        length = self.max_tokens if hopes_for_length else self.num_tokens
         return self._live[0].logprob / self._penalty(length) <= self._hypotheses[-1].score
 
     def _penalty(self, num_tokens: int) -> float:
-        return float(num_tokens) ** self._params.length_penalty
+        return float(num_tokens) ** self.params.length_penalty
