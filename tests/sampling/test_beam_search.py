@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,13 @@ class Float64Torch:
 
 
 @pytest.fixture(autouse=True)
-def _float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def _oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In float64, and on one thread: on a busy machine tiny tensors wait long for a second one."""
     monkeypatch.setattr(transformers.generation.utils, "torch", Float64Torch())
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @dataclass
