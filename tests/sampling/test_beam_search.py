@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,13 @@ class Float64Torch:
 
 
 @pytest.fixture(autouse=True)
-def _float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def _oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In float64, and on one thread: on a busy machine tiny tensors wait long for a second one."""
     monkeypatch.setattr(transformers.generation.utils, "torch", Float64Torch())
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Setting:
 def random_setting(draw: random.Random, beam_width: int, early_stopping: bool | str) -> Setting:
     params = BeamSearchParams(
         beam_width=beam_width,
-        max_tokens=draw.choice([1, 2, 3, 5, 8, 13, 21]),
+        max_tokens=draw.choice([1, 2, 4, 7, 11, 16]),
         length_penalty=draw.choice([-1.0, 0.0, 0.5, 1.0, 2.0]),
         early_stopping=early_stopping,
         n=draw.choice([None, *range(1, beam_width + 1)]),
@@ -221,6 +227,48 @@ def test_equals_rank_by_beam() -> None:
     assert beams.advance([[(3, -1.0), (2, -1.0), (1, -1.0)]]) == [(0, 3), (0, 2)]
     same = [(5, -1.0), (4, -1.0)]
     assert beams.advance([same, same]) == [(0, 5), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty", "max_tokens", "logprob", "goes_on"),
+    [
+        (True, 1.0, 100, -2.9, False),
+        (False, 1.0, 100, -2.9, True),  # -1.45 is better than -1.5
+        (False, 1.0, 100, -3.0, False),
+        ("never", 1.0, 3, -4.5, False),  # -4.5 / 3 is no better than -1.5
+        ("never", 1.0, 4, -4.5, True),
+        ("never", 0.0, 100, -2.9, True),  # better than -3
+        ("never", 0.0, 100, -3.0, False),
+        ("never", -1.0, 100, -2.9, True),  # -2.9 * 2 is better than -6, -2.9 * 100 is not
+        ("never", -1.0, 100, -3.0, False),
+    ],
+)
+def test_stops_where_nothing_better_can_come(
+    early_stopping: bool | str,
+    length_penalty: float,
+    max_tokens: int,
+    logprob: float,
+    goes_on: bool,
+) -> None:
+    """Hypotheses of one token, at -1, and of two, at -3; the likeliest beam of two at logprob."""
+    beams = start(
+        max_tokens=max_tokens, early_stopping=early_stopping, length_penalty=length_penalty
+    )
+    beams.advance([[(END, -1.0), (1, -2.0), (2, -5.0), (3, -9.0)]])
+    likely = sorted([(END, -1.0), (4, logprob + 2.0)], key=lambda candidate: -candidate[1])
+    steps = beams.advance([[*likely, (5, -9.0), (6, -9.0)], [(7, -3.0), (8, -4.0)]])
+    assert [h.cumulative_logprob for h in beams.hypotheses()] in ([-1.0, -3.0], [-3.0, -1.0])
+    assert steps == ([(0, 4), (1, 7)] if goes_on else [])
+
+
+def test_ends_do_not_crowd_out_beams() -> None:
+    """Twice beam_width candidates would be ends alone."""
+    params = BeamSearchParams(2, 5, length_penalty=2.0, early_stopping="never")
+    beams = BeamSearch(params, frozenset({7, 8, 9}), 5)
+    assert beams.num_candidates == 8
+    likely = [(7, -1.0), (8, -2.0), (9, -3.0), (1, -4.0), (2, -5.0)]
+    beams.advance([[(1, -0.5), (2, -0.75), *likely[:3]]])
+    assert beams.advance([likely, likely[:3]]) == [(0, 1), (0, 2)]
 
 
 def test_fewer_tokens_where_the_context_ends() -> None:
