@@ -92,10 +92,6 @@ class EngineConfig:
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "fp8_e4m3"))
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
-        if self.host_cache_memory is not None and not self.enable_prefix_caching:
-            raise ValueError(
-                f"host_cache_memory needs enable_prefix_caching, got {self.host_cache_memory!r}"
-            )
         if self.quantization is not None:
             _check_choice("quantization", self.quantization, ("gguf",))
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

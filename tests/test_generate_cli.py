@@ -167,6 +167,7 @@ def test_every_option_is_a_flag(capsys: Any, loaded: dict[str, Any]) -> None:
         "load_format": "dummy",
         "quantization": "gguf",
         "kv_cache_dtype": "fp8",
+        "scheduling_policy": "priority",
     }
     argv, expected = [], {}
     for field in fields(EngineConfig):

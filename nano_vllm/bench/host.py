@@ -160,6 +160,7 @@ class ModelLessRunner:
         self.max_num_batched_tokens = MAX_BATCHED_TOKENS
         max_blocks_per_seq = MAX_MODEL_LEN // BLOCK_SIZE
         self.num_blocks = num_seqs * max_blocks_per_seq
+        self.num_host_blocks = 0
         self.input_batch = InputBatch(
             heads,  # type: ignore[arg-type]
             MAX_BATCHED_TOKENS,

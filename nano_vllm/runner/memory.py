@@ -60,9 +60,15 @@ def num_kv_blocks(
 
 
 def num_host_blocks(config: EngineConfig, model: ModelConfig, cache_dtype: torch.dtype) -> int:
-    """Blocks in host memory that host_cache_memory holds; ValueError where it is less than one."""
+    """Blocks in host memory that host_cache_memory holds; ValueError where it is less than one, or
+    nothing could be found there.
+    """
     if config.host_cache_memory is None:
         return 0
+    if not config.enable_prefix_caching:
+        raise ValueError(
+            f"host_cache_memory needs enable_prefix_caching, got {config.host_cache_memory}"
+        )
     block_bytes = bytes_per_block(model, config.block_size, cache_dtype)
     if config.host_cache_memory < block_bytes:
         raise ValueError(

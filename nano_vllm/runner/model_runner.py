@@ -58,6 +58,7 @@ class ModelRunner:
             0 if config.enable_chunked_prefill else self.max_model_len,
         )
         _check_quantization(config, self.model_path, self.device)
+        self.num_host_blocks = num_host_blocks(config, self.model_config, self.cache_dtype)
         cls = model_class(self.model_config.architecture)
         _check_head_dim(self.model_config, self.device)
         timer.lap("config")
@@ -100,7 +101,6 @@ class ModelRunner:
                 self.model_config, self.num_blocks, self.block_size, self.cache_dtype, self.device
             )
             self.host_cache: HostCache | None = None
-            self.num_host_blocks = num_host_blocks(config, self.model_config, self.cache_dtype)
             self.host_block_seconds: float | None = None
             """To copy a block back from host memory."""
             if self.num_host_blocks:
