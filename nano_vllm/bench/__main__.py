@@ -10,6 +10,8 @@ BENCHMARKS = {
     "throughput": "output tokens per second over many requests, against peers",
     "latency": "time to the first token and time per output token, by batch size",
     "prefill": "prompt tokens per second and TFLOP/s over long prompts",
+    "prefix": "what the prefix cache saves of prompts that begin alike",
+    "pace": "time between the tokens of streams while a long prompt is computed",
     "startup": "seconds from the start of a process to its first token, by part",
     "host": "microseconds of a step beside the model: scheduling, preparation, taking tokens in",
     "serve": "times to tokens and goodput of an OpenAI server under load",

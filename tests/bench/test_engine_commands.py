@@ -221,3 +221,24 @@ def test_host(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     for row in result["rows"]:
         assert row["step us"] > row["to launch us"] >= row["least us"] > 0
+
+
+def test_prefix(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    lengths = ("--num-prompts", "3", "--prefix-len", "40", "--suffix-len", "2-9")
+    rows = run(capsys, model, "prefix", *lengths)["rows"]
+    assert [row["prompts"] for row in rows] == ["apart", "alike", "again"]
+    assert [row["cached tokens"] for row in rows[:2]] == [0, 2 * 32]
+    assert rows[2]["cached tokens"] >= 3 * 32
+    assert rows[1]["times as fast"] == pytest.approx(rows[0]["wall s"] / rows[1]["wall s"])
+
+
+def test_pace(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    argv = ("--num-streams", "1", "2", "--context", "3", "--input-len", "40", "--idle-tokens", "4")
+    options = ("--device", "cpu", "--load-format", "dummy", "--model", model)
+    assert main(["pace", *argv, *options]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["streams"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 < row["idle p50 ms"] <= row["idle p99 ms"]
+        assert 0 < row["beside p50 ms"] <= row["beside p99 ms"] <= row["beside max ms"]
+        assert row["prompt tok/s"] == pytest.approx(40e3 / row["first token ms"])
