@@ -235,6 +235,9 @@ def check_invariants(engine: Engine) -> None:
     for sequence in scheduler.running:
         for block in sequence.block_table:
             held[block] = held.get(block, 0) + 1
+    for pinned in scheduler.block_manager.pins.values():
+        for block in pinned:
+            held[block] = held.get(block, 0) + 1
     assert allocator.num_active == len(held)
     assert all(allocator.ref_count(block) == count for block, count in held.items())
     for sequence in scheduler.waiting:

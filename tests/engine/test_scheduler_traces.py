@@ -4,6 +4,8 @@ of a sequence which runs alone.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 from typing import Any
 
@@ -20,6 +22,10 @@ from tests.engine.fake_runner import (
     reference_beams,
     reference_tokens,
 )
+
+NUM_TRACES = int(os.environ.get("NANO_VLLM_TEST_TRACES", "2000"))
+"""Of some 170 steps each. At night: 10000."""
+NUM_GROUPS = 8
 
 
 def check_batch(engine: Any, runner: FakeRunner) -> None:
@@ -61,6 +67,8 @@ def run_trace(seed: int) -> dict[str, int]:
     prompts: dict[str, list[int]] = {}
     beams: dict[str, BeamSearchParams] = {}
     finished, aborted, broken = {}, set(), 0
+    pins: list[int] = []
+    pinned = 0
     to_come = draw.randrange(5, 25)
     while to_come or engine.has_work:
         while to_come and draw.random() < (0.4 if engine.has_work else 1.0):
@@ -99,6 +107,12 @@ def run_trace(seed: int) -> dict[str, int]:
                 priority=urgency,
                 cache_salt=salt,
             )
+        if engine.config.enable_prefix_caching and draw.random() < 0.05:
+            if pins and draw.random() < 0.5:
+                engine.unpin(pins.pop(draw.randrange(len(pins))))
+            with contextlib.suppress(ValueError):
+                pins.append(engine.pin(draw.choice(heads), draw.choice([None, "salt"])))
+            pinned += sum(map(len, engine.scheduler.block_manager.pins.values()))
         if draw.random() < 0.03:
             runner.breaks = draw.choice(["before", "after"])
         try:
@@ -132,6 +146,8 @@ def run_trace(seed: int) -> dict[str, int]:
             assert completion.token_ids == reference_tokens(
                 prompts[request_id], params[request_id], completion.index, max_model_len
             )
+    for pin in pins:
+        engine.unpin(pin)
     allocator = engine.scheduler.block_manager.allocator
     assert allocator.num_active == 0
     assert allocator.num_free == runner.num_blocks
@@ -143,6 +159,7 @@ def run_trace(seed: int) -> dict[str, int]:
         "ahead": sum(batch.lead for batch in runner.batches),
         "aborted": len(aborted),
         "broken": broken,
+        "pinned": pinned,
         "searched": sum(request_id in finished for request_id in beams),
         "loaded": metrics.num_loaded_tokens,
         "swapped out": sum(len(batch.swap_outs) for batch in runner.batches),
@@ -150,10 +167,10 @@ def run_trace(seed: int) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("group", range(8))
+@pytest.mark.parametrize("group", range(NUM_GROUPS))
 def test_every_stream_is_that_of_a_sequence_alone(group: int) -> None:
     happened: dict[str, int] = {}
-    for seed in range(250 * group, 250 * group + 250):
+    for seed in range(NUM_TRACES * group // NUM_GROUPS, NUM_TRACES * (group + 1) // NUM_GROUPS):
         for name, count in run_trace(seed).items():
             happened[name] = happened.get(name, 0) + count
     assert all(happened.values()), f"the traces lack variety: {happened}"
