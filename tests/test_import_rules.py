@@ -65,6 +65,7 @@ TORCH_FREE = (
     "engine.output_stream",
     "bench.replay",
     "bench.replay_picture",
+    "engine.step_cost",
 )
 HEAVY = {
     "torch",
