@@ -172,7 +172,7 @@ class PrefillPace:
         if limit is None:
             limit = 2.0 * self.cost.predict(StepWork(num_decodes, decode_context, 0, 0))
         # Steps vary, and the promise is about the slow ones.
-        limit *= 1.0 - min(0.5 * self.cost.error, 0.1)
+        limit *= 1.0 - min(1.2 * self.cost.error, 0.1)
         return self.cost.max_prefill_tokens(limit, num_decodes, decode_context, prefill_context)
 
 

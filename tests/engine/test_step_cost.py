@@ -192,7 +192,7 @@ def test_the_promise_is_kept_and_prompts_get_what_it_leaves(
     name: str, num_streams: int, context: int, limit: float | None
 ) -> None:
     device = DEVICES[name]
-    length = 4096 if device is CPU else 32_768
+    length = 8192 if device is CPU else 32_768
     idle = device.seconds(prefill(num_streams, num_streams * context, 0, 0))
     if limit is not None and limit < 1.2 * idle:
         pytest.skip("no chunk keeps this promise")
