@@ -81,7 +81,7 @@ class Scheduler:
         self._beams: dict[str, BeamGroup] = {}
         """Of the unfinished requests that search with beams."""
         self._num_arrivals = 0
-        self._pace = prefill_pace
+        self.prefill_pace = prefill_pace
         self._num_streams = 0
         """Rows that are streamed."""
 
@@ -219,7 +219,7 @@ class Scheduler:
             batch: the step.
             seconds: from the result of the step before to its own.
         """
-        if self._pace is None:
+        if self.prefill_pace is None:
             return
         num_decodes, context = batch.num_decodes, self._decode_context()
         num_tokens = num_pairs = 0
@@ -231,7 +231,7 @@ class Scheduler:
             else:
                 num_tokens += num
                 num_pairs += num * computed + num * (num + 1) // 2
-        self._pace.observe(StepWork(num_decodes, context, num_tokens, num_pairs), seconds)
+        self.prefill_pace.observe(StepWork(num_decodes, context, num_tokens, num_pairs), seconds)
 
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:
         """Take in a step's result.
@@ -366,10 +366,10 @@ class Scheduler:
         """
         budget = self.max_num_batched_tokens - num_decodes
         has_prompts = first is not None or bool(self.waiting)
-        if self._pace is None or not (self._num_streams and num_decodes and has_prompts):
+        if self.prefill_pace is None or not (self._num_streams and num_decodes and has_prompts):
             return budget
         computed = 0 if first is None else first.num_computed_tokens
-        pace = self._pace.max_prefill_tokens(num_decodes, self._decode_context(), computed)
+        pace = self.prefill_pace.max_prefill_tokens(num_decodes, self._decode_context(), computed)
         return min(budget, pace)
 
     def _decode_context(self) -> int:

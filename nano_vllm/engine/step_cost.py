@@ -151,7 +151,7 @@ class PrefillPace:
 
     def __init__(self, limit: float | None = None) -> None:
         self.cost = StepCost()
-        self._limit = limit
+        self.limit = limit
         self._num_steps = 0
 
     def observe(self, work: StepWork, seconds: float) -> None:
@@ -168,7 +168,7 @@ class PrefillPace:
         """As `StepCost.max_prefill_tokens`, but 0 once every MAX_STEPS."""
         if self._num_steps >= self.MAX_STEPS:
             return 0
-        limit = self._limit
+        limit = self.limit
         if limit is None:
             limit = 2.0 * self.cost.predict(StepWork(num_decodes, decode_context, 0, 0))
         # Steps vary, and the promise is about the slow ones.

@@ -149,7 +149,7 @@ class Observed:
     def __init__(self, engine: Engine) -> None:
         self.works: list[StepWork] = []
         self.seconds: list[float] = []
-        pace = engine.scheduler._pace
+        pace = engine.scheduler.prefill_pace
         assert pace is not None
         self._observe = pace.observe
         pace.observe = self  # type: ignore[method-assign, assignment]
