@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nano_vllm.batch import Batch, StepResult, StepWork
+from nano_vllm.bench.replay import Replay, Trace
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.engine import Engine
 from nano_vllm.sampling_params import SamplingParams
@@ -208,6 +210,17 @@ def test_a_cached_prefix_counts_as_context() -> None:
         chunks[cached] = works[-1]
     assert chunks[LONG].prefill_pairs > LONG * chunks[LONG].prefill_tokens
     assert chunks[LONG].prefill_tokens < 0.7 * chunks[0].prefill_tokens
+
+
+def test_a_recorded_pace_is_kept_again(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    bench = Bench(SMALL, 2, record=str(path))
+    bench.prompt("a", 3000)
+    bench.engine.close()
+    trace = Trace(str(path))
+    replay = Replay(trace.header)
+    for number, event in enumerate(trace.events(), 1):
+        replay.check(number, event)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
