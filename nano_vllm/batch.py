@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nano_vllm.outputs import Logprob
 from nano_vllm.sequence import Sequence
@@ -66,6 +66,17 @@ class Batch:
     def lead(self) -> int:
         """Tokens that each sequence is ahead of what it knows."""
         return 0 if self.ahead_rows is None else 1
+
+
+class StepWork(NamedTuple):
+    """What a step has to do, as far as its time goes by it."""
+
+    num_decodes: int
+    decode_context: int
+    """Tokens that the decodes attend over, of all of them together."""
+    prefill_tokens: int
+    prefill_pairs: int
+    """Of a prompt's token in the step and one that it attends over."""
 
 
 @dataclass(slots=True)

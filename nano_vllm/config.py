@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -75,6 +76,11 @@ class EngineConfig:
     """fcfs: first come, first served. priority: requests of the lowest priority number first; one
     that has waited long goes before all.
     """
+    itl_slo: float | None = None
+    """Milliseconds between two tokens of a stream (inter-token latency) that prompts beside it are
+    held to, by what steps were measured to take; by default twice what it is without prompts. 0 for
+    no promise: prompts fill max_num_batched_tokens, as they do where nobody streams.
+    """
     enforce_eager: bool = False
     """Launch every kernel by itself, also where a step could be one CUDA graph."""
     async_scheduling: bool = True
@@ -102,6 +108,10 @@ class EngineConfig:
             raise ValueError(
                 f"block_size must be a multiple of 8 in [8, 256], got {self.block_size!r}"
             )
+        if self.itl_slo is not None and not 0.0 <= self.itl_slo < math.inf:
+            raise ValueError(f"itl_slo must be milliseconds, 0 or more, got {self.itl_slo!r}")
+        if self.itl_slo and not self.enable_chunked_prefill:
+            raise ValueError(f"itl_slo = {self.itl_slo!r} needs enable_chunked_prefill")
         for name in (
             "kv_cache_memory",
             "host_cache_memory",

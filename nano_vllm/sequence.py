@@ -37,6 +37,7 @@ class Sequence:
         "end_token_ids",
         "bad_words",
         "is_followed",
+        "is_streamed",
         "priority",
         "cache_root",
         "arrival",
@@ -75,6 +76,8 @@ class Sequence:
         """Token sequences that the output never completes."""
         self.is_followed = True  # set by Engine
         """Whether somebody looks at each of its tokens, and not at all of them at its end."""
+        self.is_streamed = False  # set by Engine
+        """Whether somebody waits for each of its tokens."""
         self.priority = 0  # set by Engine, as is the next
         """The lowest number goes first, where priorities count."""
         self.cache_root = b""

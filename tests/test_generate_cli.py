@@ -182,6 +182,8 @@ def test_every_option_is_a_flag(capsys: Any, loaded: dict[str, Any]) -> None:
     expected |= chosen
     for name, value in chosen.items():
         argv += ["--" + name.replace("_", "-"), value]
+    argv += ["--itl-slo", "0"]  # any other needs chunked prefill
+    expected["itl_slo"] = 0.0
     assert run(capsys, "--prompt", "a", *argv)[0] == 0
     assert loaded == expected
 

@@ -30,7 +30,7 @@ FLOORS = (
     ("quantization", "distributed"),
     ("layers",),
     ("cache", "models", "sampling", "weights"),
-    ("tokenizer", "speculative", "engine.waiting_queue", "engine.beam_group"),
+    ("tokenizer", "speculative", "engine.waiting_queue", "engine.beam_group", "engine.step_cost"),
     ("engine.scheduler", "runner"),
     ("engine",),
     ("server",),
@@ -65,6 +65,7 @@ TORCH_FREE = (
     "engine.output_stream",
     "bench.replay",
     "bench.replay_picture",
+    "engine.step_cost",
 )
 HEAVY = {
     "torch",

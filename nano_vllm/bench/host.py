@@ -161,6 +161,7 @@ class ModelLessRunner:
         max_blocks_per_seq = MAX_MODEL_LEN // BLOCK_SIZE
         self.num_blocks = num_seqs * max_blocks_per_seq
         self.num_host_blocks = 0
+        self.host_block_seconds = None
         self.input_batch = InputBatch(
             heads,  # type: ignore[arg-type]
             MAX_BATCHED_TOKENS,

@@ -125,6 +125,7 @@ class Replay:
             "schedule_ahead": self._schedule_ahead,
             "update": self._update,
             "retract": self._retract,
+            "observe": self._observe,
             "pin": self._pin,
             "unpin": self._unpin,
             "reclaim_leaks": self._reclaim_leaks,
@@ -186,6 +187,9 @@ class Replay:
 
     def _retract(self, event: dict[str, Any]) -> None:
         self._recorded.retract(self._recorded.batches[event["step"]])
+
+    def _observe(self, event: dict[str, Any]) -> None:
+        self._recorded.observe(self._recorded.batches[event["step"]], event["seconds"])
 
     def _pin(self, event: dict[str, Any]) -> None:
         from nano_vllm.engine.event_log import make_root

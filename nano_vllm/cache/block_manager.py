@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from nano_vllm._core import BlockAllocator, BlockOwner
@@ -61,8 +61,6 @@ class BlockManager:
         if num_host_blocks and enable_prefix_caching:
             self.host_allocator = BlockAllocator(num_host_blocks, block_size, hash_key)
             self.allocator.set_next_tier(self.host_allocator)
-        self.loads_from_host = True
-        """Whether to copy a block back is quicker than to compute it. Set by Scheduler.observe."""
         self._found_on_host: dict[Sequence, list[int]] = {}
         """Host blocks that `share_prefix` found, held until `allocate` or `free`."""
         self._pins: dict[int, list[int]] = {}
@@ -91,7 +89,12 @@ class BlockManager:
         key = self._hash_key.to_bytes(8, "little")
         return hashlib.blake2b(salt.encode(), digest_size=16, key=key).digest()
 
-    def share_prefix(self, sequence: Sequence, sibling: Sequence | None = None) -> None:
+    def share_prefix(
+        self,
+        sequence: Sequence,
+        sibling: Sequence | None = None,
+        may_load: Callable[[int, int], bool] = lambda num_blocks, num_before: True,
+    ) -> None:
         """Give a sequence without blocks those that already hold its first tokens.
 
         At least its last token stays to be computed, as somebody wants its logits.
@@ -99,11 +102,12 @@ class BlockManager:
         Args:
             sequence: gets block_table, block_hashes and num_computed_tokens.
             sibling: a sequence that begins with the same tokens and holds them all computed.
+            may_load: whether to copy so many blocks back from host memory, behind so many found.
         """
         if sibling is not None:
             self.fork(sibling, sequence, sequence.num_tokens - 1)
         elif self.enable_prefix_caching:
-            self._find_prefix(sequence)
+            self._find_prefix(sequence, may_load)
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
         """Give a sequence without blocks those of the parent's first tokens, which are computed."""
@@ -280,17 +284,19 @@ class BlockManager:
         assert self.host_allocator is not None
         return self.host_allocator
 
-    def _find_prefix(self, sequence: Sequence) -> None:
+    def _find_prefix(self, sequence: Sequence, may_load: Callable[[int, int], bool]) -> None:
         tokens, root = sequence.token_ids[:-1], sequence.cache_root
         blocks, hashes = self.allocator.lookup_blocks(tokens, 0, root)
         sequence.block_table, sequence.block_hashes = blocks, hashes
         num_found = len(blocks)
-        if self.host_allocator is not None and self.loads_from_host:
+        if self.host_allocator is not None:
             parent = hashes[-1] if hashes else root
             on_host, _ = self.host_allocator.lookup_blocks(
                 tokens, num_found, parent, BlockOwner.TRANSFER
             )
-            if on_host:
+            if not on_host or not may_load(len(on_host), num_found):
+                self.host_allocator.free_many(on_host, BlockOwner.TRANSFER)
+            else:
                 self._found_on_host[sequence] = on_host
                 num_found += len(on_host)
         sequence.num_computed_tokens = num_found * self.block_size

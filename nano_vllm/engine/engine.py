@@ -18,6 +18,7 @@ from nano_vllm.engine.output_processor import OutputProcessor
 from nano_vllm.engine.request import Request
 from nano_vllm.engine.request_factory import RequestFactory
 from nano_vllm.engine.scheduler import Scheduler
+from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.engine.validation import RequestLimits
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput
@@ -66,6 +67,8 @@ class Engine:
             runner.max_model_len,
             config.enable_chunked_prefill,
             by_priority=config.scheduling_policy == "priority",
+            prefill_pace=_prefill_pace(config),
+            host_block_seconds=runner.host_block_seconds,
         )
         self.scheduler: Scheduler | RecordedScheduler = scheduler
         if config.record is not None:
@@ -86,6 +89,9 @@ class Engine:
         self._closed = False
         self._launched: tuple[Batch, LaunchedStep] | None = None
         """The step that was launched ahead."""
+        self._launch_time = 0.0
+        self._result_time: float | None = None
+        """Of the last step, where the next one follows at once."""
         self._recorder: StepRecorder | None = None
 
     @classmethod
@@ -164,6 +170,9 @@ class Engine:
         for sequence in request.sequences:
             sequence.seq_id = self._next_seq_id
             self._next_seq_id += 1
+            sequence.is_streamed = request.stream
+        if not self.has_work:
+            self._result_time = None
         self.scheduler.add(request.sequences, request.beams)
         request.metrics.arrival_time = self._clock()
         self._requests[request.request_id] = request
@@ -197,7 +206,13 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Advance the requests under way by one step; what is to be reported of them."""
-        launched, self._launched = self._launched or self._launch(), None
+        start, self._result_time = self._result_time, None
+        if self._launched is None:
+            launched = self._launch()
+            start = self._launch_time if start is None else start
+        else:
+            # Behind a pause it has been ready for who knows how long: there is no start.
+            launched, self._launched = self._launched, None
         if launched is None:
             return []
         batch, step = launched
@@ -214,10 +229,13 @@ class Engine:
             self.scheduler.retract(batch)
             raise
         with step_range("update", self._recorder):
+            now = self._result_time = self._clock()
+            if start is not None:
+                self.scheduler.observe(batch, now - start)
             noticed = self.scheduler.update(batch, result)
             self._metrics.num_steps += 1
             self._reclaim_leaks()
-            return self._report(noticed)
+            return self._report(noticed, now)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request where it is; None if there is none of that id."""
@@ -305,14 +323,13 @@ class Engine:
             )
 
     def _note_start(self, batch: Batch) -> None:
-        now = self._clock()
+        now = self._launch_time = self._clock()
         for scheduled in batch.scheduled[batch.num_decodes :]:
             metrics = self._requests[scheduled.sequence.request_id].metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
 
-    def _report(self, noticed: list[Sequence]) -> list[RequestOutput]:
-        now = self._clock()
+    def _report(self, noticed: list[Sequence], now: float) -> list[RequestOutput]:
         touched: dict[str, Request] = {}
         for sequence in noticed:
             request = touched[sequence.request_id] = self._requests[sequence.request_id]
@@ -357,6 +374,12 @@ def _check_pool(runner: ModelRunner) -> None:
             f"tokens cannot hold one sequence of max_model_len = {runner.max_model_len}: lower "
             f"max_model_len or give the cache more memory"
         )
+
+
+def _prefill_pace(config: EngineConfig) -> PrefillPace:
+    if not config.enable_chunked_prefill:
+        return PrefillPace(0.0)
+    return PrefillPace(None if config.itl_slo is None else config.itl_slo / 1e3)
 
 
 def _tokenizer_path(config: EngineConfig) -> Path:

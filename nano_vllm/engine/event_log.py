@@ -21,6 +21,7 @@ from nano_vllm.batch import Batch, ScheduledSequence, StepResult
 from nano_vllm.cache.block_manager import BlockManager, Leak
 from nano_vllm.engine.beam_group import BeamGroup
 from nano_vllm.engine.scheduler import Scheduler
+from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.outputs import Logprob
 from nano_vllm.sampling.beam_search import BeamSearch
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
@@ -90,6 +91,11 @@ class RecordedScheduler:
         ahead = self._scheduler.schedule_ahead(batch)
         self._write("schedule_ahead", behind=self._number(batch), **self._decision(ahead))
         return ahead
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        self._scheduler.observe(batch, seconds)
+        if self._scheduler.prefill_pace is not None:
+            self._write("observe", step=self._number(batch), seconds=seconds)
 
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:
         searching = [row for row in result.logprobs if self.searches(batch.scheduled[row].sequence)]
@@ -189,16 +195,22 @@ class TableChanges:
 
 
 def header_fields(scheduler: Scheduler) -> dict[str, Any]:
+    settings = _settings(scheduler, leave_out="block_manager")
+    if scheduler.prefill_pace is not None:
+        settings["prefill_pace"] = {"limit": scheduler.prefill_pace.limit}
     return {
         "format": FORMAT,
         "version": VERSION,
         "pool": _settings(scheduler.block_manager, leave_out="hash_key"),
-        "scheduler": _settings(scheduler, leave_out="block_manager"),
+        "scheduler": settings,
     }
 
 
 def make_scheduler(header: dict[str, Any]) -> Scheduler:
-    return Scheduler(BlockManager(**header["pool"]), **header["scheduler"])
+    settings = dict(header["scheduler"])
+    if settings.get("prefill_pace") is not None:
+        settings["prefill_pace"] = PrefillPace(**settings["prefill_pace"])
+    return Scheduler(BlockManager(**header["pool"]), **settings)
 
 
 def _settings(made: object, leave_out: str) -> dict[str, Any]:
@@ -216,6 +228,7 @@ def sequence_fields(sequence: Sequence, roots: dict[bytes, int]) -> dict[str, An
         "prompt": sequence.token_ids[: sequence.num_prompt_tokens],
         "ends": sorted(sequence.end_token_ids),
         "followed": sequence.is_followed,
+        "streamed": sequence.is_streamed,
         "priority": sequence.priority,
         "root": roots.setdefault(sequence.cache_root, len(roots)),
         "params": {name: getattr(sequence.params, name) for name in SCHEDULING_PARAMS},
@@ -232,6 +245,7 @@ def make_sequence(fields: dict[str, Any]) -> Sequence:
         frozenset(fields["ends"]),
     )
     sequence.is_followed = fields["followed"]
+    sequence.is_streamed = fields.get("streamed", False)
     sequence.priority = fields["priority"]
     sequence.cache_root = make_root(fields["root"])
     return sequence

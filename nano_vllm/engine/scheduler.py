@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from nano_vllm._core import DecodeRows, DecodeStep
-from nano_vllm.batch import Batch, ScheduledSequence, StepResult
+from nano_vllm.batch import Batch, ScheduledSequence, StepResult, StepWork
 from nano_vllm.cache.block_manager import BlockManager, Leak
 from nano_vllm.engine.beam_group import BeamGroup
+from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.engine.waiting_queue import WaitingQueue
 from nano_vllm.sequence import Sequence, SequenceStatus
 
@@ -18,7 +19,8 @@ class Scheduler:
 
     Running sequences come first, in the order of their admission, then waiting ones, first come
     first served or by priority. A prompt longer than what is left of the budget is computed in
-    chunks over several steps, if allowed. When the pool is dry, the newest running sequence of the
+    chunks over several steps, if allowed. Beside sequences that are streamed, the budget of prompts
+    is what the pace of these allows. When the pool is dry, the newest running sequence of the
     lowest priority loses its blocks and goes back to its place in the queue with the tokens it has
     generated; they are found in the prefix cache, or computed again as part of its prompt. The
     completions of one request wait for the first of them to compute the prompt, then fork from it.
@@ -41,6 +43,9 @@ class Scheduler:
         max_model_len: tokens of a sequence, prompt and output together.
         enable_chunked_prefill: whether a prompt may be split over steps.
         by_priority: whether priorities count.
+        prefill_pace: how many tokens of prompts go into a step beside sequences that are streamed;
+            None for as many as into any.
+        host_block_seconds: what copying a block back from host memory takes; None for nothing.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class Scheduler:
         max_model_len: int,
         enable_chunked_prefill: bool = True,
         by_priority: bool = False,
+        prefill_pace: PrefillPace | None = None,
+        host_block_seconds: float | None = None,
     ) -> None:
         if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
             raise ValueError(
@@ -76,6 +83,10 @@ class Scheduler:
         self._beams: dict[str, BeamGroup] = {}
         """Of the unfinished requests that search with beams."""
         self._num_arrivals = 0
+        self.prefill_pace = prefill_pace
+        self.host_block_seconds = host_block_seconds
+        self._num_streams = 0
+        """Rows that are streamed."""
 
     @property
     def has_work(self) -> bool:
@@ -204,6 +215,27 @@ class Scheduler:
                 self.block_manager.retract(sequence)
                 self._requeue(sequence)
 
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Tell the pace of the prompts how long a step took; before `update`.
+
+        Args:
+            batch: the step.
+            seconds: from the result of the step before to its own.
+        """
+        if self.prefill_pace is None:
+            return
+        num_decodes, context = batch.num_decodes, self._decode_context()
+        num_tokens = num_pairs = 0
+        for scheduled in batch.scheduled[num_decodes:]:
+            num, computed = scheduled.num_tokens, scheduled.sequence.num_computed_tokens
+            if num == 1:  # a beam, or at the cost of one
+                num_decodes += 1
+                context += computed + 1
+            else:
+                num_tokens += num
+                num_pairs += num * computed + num * (num + 1) // 2
+        self.prefill_pace.observe(StepWork(num_decodes, context, num_tokens, num_pairs), seconds)
+
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:
         """Take in a step's result.
 
@@ -287,17 +319,20 @@ class Scheduler:
         for beam in beams:
             self.block_manager.allocate(beam, batch)
             self._put(batch, beam, 1)
-        budget = self.max_num_batched_tokens - len(decodes) - len(beams)
+        num_decodes = len(decodes) + len(beams)
         order = self.waiting.order
         prefilling = sorted(
             (s for s in self._prefilling if _num_to_compute(s) and not self._is_grown_beam(s)),
             key=order,
         )
+        budget = self._prefill_budget(num_decodes, prefilling[0] if prefilling else None)
         while budget > 0:
             head = None if dry else self.waiting.head
             if prefilling and (head is None or order(prefilling[0]) < order(head)):
                 budget -= self._put(batch, prefilling.pop(0), budget)
             elif head is not None and self._admit(head, batch, budget):
+                if head.num_computed_tokens and len(batch.scheduled) == len(beams):
+                    budget = self._prefill_budget(num_decodes, head)
                 budget -= self._put(batch, head, budget)
             elif head is not None:
                 dry = True  # nobody overtakes it
@@ -325,6 +360,28 @@ class Scheduler:
             self._preempt(last, batch)
             dry = True
 
+    def _prefill_budget(self, num_decodes: int, first: Sequence | None) -> int:
+        """Tokens of prompts that go into a step.
+
+        Args:
+            num_decodes: of the step.
+            first: the prompt that comes first; None for one of which nothing is computed.
+        """
+        budget = self.max_num_batched_tokens - num_decodes
+        has_prompts = first is not None or bool(self.waiting)
+        if self.prefill_pace is None or not (self._num_streams and num_decodes and has_prompts):
+            return budget
+        computed = 0 if first is None else first.num_computed_tokens
+        pace = self.prefill_pace.max_prefill_tokens(num_decodes, self._decode_context(), computed)
+        return min(budget, pace)
+
+    def _decode_context(self) -> int:
+        """Tokens that the rows attend over, to a block; one that they share counts once."""
+        manager = self.block_manager
+        num_blocks = manager.num_blocks - manager.num_free_blocks
+        num_blocks -= sum(len(sequence.block_table) for sequence in self._prefilling)
+        return max(num_blocks, 0) * manager.block_size
+
     def _beams_to_advance(self, limit: int) -> list[Sequence]:
         return [sequence for sequence in self._prefilling if self._is_grown_beam(sequence)][:limit]
 
@@ -345,7 +402,7 @@ class Scheduler:
         if manager.num_free_blocks <= reserve:
             return False
         if not _wants_prompt_logprobs(sequence):
-            manager.share_prefix(sequence, self._computed_sibling(sequence))
+            manager.share_prefix(sequence, self._computed_sibling(sequence), self._may_load)
         whole = _num_to_compute(sequence) <= budget
         missing = manager.num_missing_blocks([sequence])
         if not (whole or self.enable_chunked_prefill) or (
@@ -359,6 +416,16 @@ class Scheduler:
         self.waiting.pop()
         self._run(sequence)
         return True
+
+    def _may_load(self, num_blocks: int, num_before: int) -> bool:
+        """Whether copying blocks back from host memory is quicker than to compute them, behind
+        `num_before` others.
+        """
+        if self.prefill_pace is None or self.host_block_seconds is None:
+            return True
+        size = self.block_manager.block_size
+        seconds = self.prefill_pace.cost.prompt_seconds(num_blocks * size, num_before * size)
+        return num_blocks * self.host_block_seconds < seconds
 
     def _reserve(self, sequence: Sequence) -> int:
         """Blocks to leave free when the sequence is admitted.
@@ -410,6 +477,7 @@ class Scheduler:
                 del self._prefilling[sequence]
             else:
                 self._rows.remove(sequence.decode_row)
+                self._num_streams -= sequence.is_streamed
                 sequence.num_computed_tokens = sequence.num_tokens - 1
                 sequence.decode_row = -1
         elif sequence in self.waiting:
@@ -422,6 +490,7 @@ class Scheduler:
         sequence.token_ids.append(token_id)
         del self._prefilling[sequence]
         sequence.status = SequenceStatus.RUNNING
+        self._num_streams += sequence.is_streamed
         sequence.decode_row = self._rows.add(
             ScheduledSequence(sequence, 1, True),
             sequence.token_ids,

@@ -70,6 +70,7 @@ def run(seed: int, path: Path | None) -> tuple[dict[str, Any], dict[str, int]]:
     engine = make_engine(
         runner,
         TOKENIZER,
+        clock=lambda: float(len(runner.batches)),  # recording reads the clock too
         record=None if path is None else str(path),
         max_num_seqs=draw.choice([2, 16]),
         enable_chunked_prefill=runner.max_num_batched_tokens < 64 or draw.random() < 0.5,

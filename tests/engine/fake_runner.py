@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,10 +208,16 @@ class FakeRunner:
         return sequence.block_table[block] * self.block_size + row
 
 
-def make_engine(runner: FakeRunner, tokenizer: Tokenizer | None = None, **options: Any) -> Engine:
-    """An engine whose clock counts its own readings."""
-    ticks = iter(range(10**9))
-    return Engine(EngineConfig(**options), runner, tokenizer, clock=lambda: float(next(ticks)))
+def make_engine(
+    runner: FakeRunner,
+    tokenizer: Tokenizer | None = None,
+    clock: Callable[[], float] | None = None,
+    **options: Any,
+) -> Engine:
+    """An engine whose clock, if none is given, counts its own readings."""
+    ticks = itertools.count()
+    clock = clock or (lambda: float(next(ticks)))
+    return Engine(EngineConfig(**options), runner, tokenizer, clock=clock)
 
 
 def make_tokenizer(*words: str) -> Tokenizer:
