@@ -287,6 +287,16 @@ class DecodeRows:
     @property
     def num_blocks(self) -> int:
         """Of all block tables together."""
+    def peak_growth(self, horizon: int, others: list[tuple[int, int, int]]) -> int:
+        """The most blocks that the rows will have taken beyond what those of them have given back
+        that reach max_num_tokens, at any of the next steps. Blocks that a row shared with others
+        when it was added are not given back.
+
+        Args:
+            horizon: steps to look ahead.
+            others: sequences that are no rows yet, but take part: num_tokens, max_num_tokens and
+                number of blocks of each.
+        """
     def add(
         self,
         scheduled: Any,

@@ -2,6 +2,8 @@
 // up to date.
 #include <algorithm>
 #include <memory>
+#include <tuple>
+#include <vector>
 
 #include "bindings/core_arguments.h"
 #include "cache/decode_rows.h"
@@ -59,6 +61,18 @@ int64_t add(Rows& rows, py::object scheduled, py::list token_ids, py::list block
   DecodeRow& added = rows.add(std::move(row));
   added.owner = owner.release();
   return added.id;
+}
+
+int64_t peak_growth(const Rows& rows, int64_t horizon, const py::list& others) {
+  std::vector<GrowingSequence> growing;
+  for (const py::handle each : others) {
+    const auto [num_tokens, max_num_tokens, num_blocks] =
+        each.cast<std::tuple<int64_t, int64_t, int64_t>>();
+    check(num_tokens > 0 && num_blocks >= 0, "a growing sequence must have tokens, got ",
+          num_tokens, " in ", num_blocks, " blocks");
+    growing.push_back({num_tokens, max_num_tokens, num_blocks});
+  }
+  return rows.peak_growth(horizon, growing);
 }
 
 void on_block(const DecodeRow& row, int32_t block) {
@@ -188,6 +202,7 @@ void bind_decode_rows(py::module_& module) {
       .def(py::init<py::object, int64_t>(), py::arg("allocator"), py::arg("max_rows"))
       .def("__len__", &Rows::size)
       .def_property_readonly("num_blocks", &Rows::num_blocks)
+      .def("peak_growth", &peak_growth, py::arg("horizon"), py::arg("others"))
       .def("add", &add, py::arg("scheduled"), py::arg("token_ids"), py::arg("block_table"),
            py::arg("block_hashes"), py::arg("max_num_tokens"), py::arg("min_num_tokens"),
            py::arg("end_token_ids"), py::arg("is_followed"), py::arg("root") = py::bytes())

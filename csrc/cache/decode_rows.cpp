@@ -41,10 +41,39 @@ DecodeRow& DecodeRows::add(DecodeRow row) {
   free_table_rows_.pop_back();
   for (const int32_t token : row.end_token_ids) row.end_token_filter |= uint64_t{1} << (token % 64);
   row.last_block = row.block_table.back();
+  const auto is_shared = [&](int32_t block) { return allocator_->ref_count(block) > 1; };
+  row.num_shared = static_cast<int32_t>(
+      std::find_if_not(row.block_table.begin(), row.block_table.end(), is_shared) -
+      row.block_table.begin());
   ++num_rows_of_head_[row.block_table[0]];
   num_blocks_ += static_cast<int64_t>(row.block_table.size());
   rows_.push_back(std::move(row));
   return rows_.back();
+}
+
+int64_t DecodeRows::peak_growth(int64_t horizon, const std::vector<GrowingSequence>& others) const {
+  check(horizon >= 0 && horizon < INT32_MAX, "horizon must be in [0, ", INT32_MAX, "), got ",
+        horizon);
+  std::vector<int64_t> change(static_cast<size_t>(horizon) + 1);
+  const auto grow = [&](GrowingSequence sequence, int64_t num_kept) {
+    // It takes part in so many steps; step `slots` is the first without a slot for it.
+    const int64_t end = std::max<int64_t>(sequence.max_num_tokens - sequence.num_tokens, 0);
+    int64_t slots = sequence.num_blocks * block_size_ - (sequence.num_tokens - 1);
+    for (; slots <= horizon && slots < end; slots += block_size_) {
+      ++change[static_cast<size_t>(std::max<int64_t>(slots, 0))];
+      ++sequence.num_blocks;
+    }
+    if (end <= horizon) change[static_cast<size_t>(end)] -= sequence.num_blocks - num_kept;
+  };
+  for (const DecodeRow& row : rows_) {
+    if (row.is_gone) continue;
+    grow({row.num_tokens, row.max_num_tokens, static_cast<int64_t>(row.block_table.size())},
+         row.num_shared);
+  }
+  for (const GrowingSequence& sequence : others) grow(sequence, 0);
+  int64_t growth = 0, peak = 0;
+  for (const int64_t step : change) peak = std::max(peak, growth += step);
+  return peak;
 }
 
 void* DecodeRows::remove(int64_t id) {

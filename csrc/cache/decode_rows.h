@@ -22,6 +22,7 @@ struct DecodeRow {
   int32_t min_num_tokens = 0;  // an end token counts only beyond so many
   bool is_followed = false;    // somebody looks at each of its tokens
   bool is_gone = false;
+  int32_t num_shared = 0;  // leading blocks that others had too when the row was added
   int32_t last_block = 0;  // of block_table, here so that most steps read nothing but the row
   std::vector<int32_t> block_table;
   uint64_t end_token_filter = 0;  // bit `token % 64` of each end token: most others are none
@@ -60,6 +61,11 @@ struct TableChange {
   int32_t place, block;
 };
 
+// A sequence that is no row yet: it takes its blocks as a row of so many tokens does.
+struct GrowingSequence {
+  int64_t num_tokens, max_num_tokens, num_blocks;
+};
+
 // Steps are taken in the order in which they were scheduled, and prepared before the next one is
 // taken in. Rows may go at any time: what comes of them in a step under way is dropped.
 //
@@ -74,6 +80,9 @@ class DecodeRows {
   int64_t max_rows() const { return max_rows_; }
   // Of all rows' tables.
   int64_t num_blocks() const { return num_blocks_; }
+  // The most blocks that the rows, and these others, will have taken beyond what those of them have
+  // given back that reach their length, at any of the next `horizon` steps.
+  int64_t peak_growth(int64_t horizon, const std::vector<GrowingSequence>& others) const;
   std::vector<int64_t> ids() const;
   BlockAllocator& allocator() { return *allocator_; }
 

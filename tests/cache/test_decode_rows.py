@@ -348,3 +348,30 @@ def test_refusals() -> None:
         step.write_table_changes(2, sent, np.zeros(1, np.int64), changes)
     with pytest.raises(ValueError, match="sent and out_changes must be contiguous"):
         step.write_table_changes(2, sent, row, np.zeros((9, 4), np.int32)[:, :2])
+
+
+def test_peak_growth_counts_what_is_taken_and_given_back() -> None:
+    allocator = BlockAllocator(100, 4)
+    rows = DecodeRows(allocator, 8)
+
+    def add(num_tokens: int, max_num_tokens: int, table: list[int]) -> None:
+        rows.add(None, [1] * num_tokens, table, [], max_num_tokens, 0, (), False)
+
+    def growth(horizon: int, others: list[tuple[int, int, int]] | None = None) -> int:
+        return rows.peak_growth(horizon, others or [])
+
+    assert growth(64) == 0
+    first = allocator.allocate_many(2)
+    add(7, 30, first)  # two slots left, of which one is for the token known last
+    assert [growth(h) for h in (0, 1, 2, 5, 6, 10, 64)] == [0, 0, 1, 1, 2, 3, 6]
+    # Ends with its third token, before it needs a block; of two blocks it shares one.
+    allocator.share(first[0])
+    add(4, 7, [first[0], allocator.allocate()])
+    assert [growth(h) for h in (0, 2, 3, 6, 10)] == [0, 1, 1, 1, 2]
+    # The same as a row of its own would.
+    assert [growth(h, [(7, 30, 2)]) for h in (1, 2, 6)] == [0, 2, 3]
+    assert growth(6, [(9, 30, 2)]) == 2 + 2 - 1
+    with pytest.raises(ValueError, match="horizon must be in"):
+        growth(-1)
+    with pytest.raises(ValueError, match="a growing sequence must have tokens, got 0"):
+        growth(1, [(0, 4, 1)])

@@ -15,7 +15,12 @@ BLOCK_SIZE = 8
 
 
 def make_scheduler(num_blocks: int = 64, **options: int) -> Scheduler:
-    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
+    settings = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 64,
+        "admission_horizon": BLOCK_SIZE,
+    }
     return Scheduler(BlockManager(num_blocks, BLOCK_SIZE), **(settings | options))
 
 
@@ -156,7 +161,7 @@ def test_the_newest_is_preempted_and_comes_back_first() -> None:
     scheduler = make_scheduler(num_blocks=8)
     a, b, c = (add(scheduler, name, 14) for name in "abc")
     d = add(scheduler, "d", 1)
-    # Two blocks each; one spare for each that runs is left at admission.
+    # Two blocks each; one for each that runs, which will soon want it, is left at admission.
     assert step(scheduler) == [("a", 14), ("b", 14), ("c", 14)]
     assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1)]
     assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1)]

@@ -59,6 +59,7 @@ def run_trace(seed: int) -> dict[str, int]:
         enable_prefix_caching=draw.random() < 0.7,
         scheduling_policy=draw.choice(["fcfs", "priority"]),
     )
+    engine.scheduler.admission_horizon = draw.choice([0, 8, 64])
     heads = [[draw.randrange(VOCAB_SIZE) for _ in range(max_model_len)] for _ in range(2)]
     # Blocks of equal tokens, which differ in what comes before them alone
     heads.append(heads[0][: 2 * block_size] + heads[0][:block_size] * 10)
