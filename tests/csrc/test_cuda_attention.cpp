@@ -109,12 +109,16 @@ void test_large_cases() {
 }  // namespace
 }  // namespace nano_vllm::test
 
+// test_cuda_attention [capability, 0 for both [rounds [seed]]]
 int main(int argc, char** argv) {
   using namespace nano_vllm::test;
-  const int count = argc > 1 ? std::atoi(argv[1]) : 4;
-  generator.seed(std::random_device()());
-  if (argc > 2) generator.seed(static_cast<unsigned>(std::atoi(argv[2])));
+  const auto argument = [&](int i, int otherwise) {
+    return argc > i ? std::atoi(argv[i]) : otherwise;
+  };
+  const int only = argument(1, 0), count = argument(2, 4);
+  generator.seed(argc > 3 ? static_cast<unsigned>(argument(3, 0)) : std::random_device()());
   for (int capability : {90, 80}) {
+    if (only != 0 && only != capability) continue;
     cuda_on_cpu::capability = capability;
     test_random_cases(count);
     test_large_cases();

@@ -14,8 +14,9 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kMaxIdleRounds = 3;  // in which no thread gets on: none will
+constexpr size_t kStackBytes = 64 * 1024;  // AddressSanitizer goes over all of it at every switch
+constexpr unsigned char kUnused = 0x5c;    // at the end of a stack
+constexpr int kMaxIdleRounds = 3;          // in which no thread gets on: none will
 
 struct Fiber {
   ucontext_t context;
@@ -56,6 +57,7 @@ void run_block() {
   for (size_t i = 0; i < num_threads; ++i) {
     Fiber& fiber = grid.fibers[i];
     if (fiber.stack == nullptr) fiber.stack.reset(new unsigned char[kStackBytes]);
+    fiber.stack[0] = kUnused;
     fiber.index = dim3(static_cast<unsigned>(i), 0, 0);
     fiber.is_done = false, fiber.waits_for = nullptr;
     getcontext(&fiber.context);
@@ -74,6 +76,10 @@ void run_block() {
       grid.current = &fiber;
       threadIdx = fiber.index;
       swapcontext(&grid.scheduler, &fiber.context);
+      if (fiber.stack[0] != kUnused) {
+        std::fprintf(stderr, "a thread's stack is full\n");
+        std::abort();
+      }
       num_done += fiber.is_done;
       has_moved = true;
     }
