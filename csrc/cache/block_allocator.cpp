@@ -96,6 +96,7 @@ BlockState BlockAllocator::state(int64_t block) const { return blocks_[checked(b
 
 int32_t BlockAllocator::make_writable(int64_t block) {
   Block& entry = blocks_[checked_held(block)];
+  check_has(BlockOwner::kSequence, 1);
   if (entry.ref_count == 1) {
     remove_from_index(entry);
     return static_cast<int32_t>(block);

@@ -101,7 +101,7 @@ class BlockAllocator {
 
   // Copy-on-write, for a sequence. Returns the same block, taken out of the index, if the caller
   // alone holds it; else a new one, to which the caller's reference has moved and the caller copies
-  // the content. Throws OutOfBlocks.
+  // the content. Throws OutOfBlocks; std::invalid_argument if sequences have no references.
   int32_t make_writable(int64_t block);
 
   // Of block_size tokens after the parent.
