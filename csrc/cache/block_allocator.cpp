@@ -163,6 +163,7 @@ void BlockAllocator::set_next_tier(BlockAllocator* tier) {
   if (tier != nullptr) {
     check(tier != this && tier->block_size_ == block_size_ && tier->hash_key_ == hash_key_,
           "the next tier must be another pool of the same block size and hash key");
+    check(tier->next_tier_ == nullptr, "the next tier must have no next tier itself");
   }
   next_tier_ = tier;
 }

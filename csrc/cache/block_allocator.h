@@ -120,7 +120,7 @@ class BlockAllocator {
   void forget(int64_t block);
 
   // Where evicted content goes: a pool of the same block size and hash key, which must outlive this
-  // one; or null. Throws std::invalid_argument.
+  // one and have no next tier itself; or null. Throws std::invalid_argument.
   void set_next_tier(BlockAllocator* tier);
   // Since the last call, in the order in which the copies are to be made.
   std::vector<Eviction> take_evictions();
