@@ -209,11 +209,12 @@ void BlockAllocator::move_to_next_tier(int32_t block) {
   if (there == kNoBlock) {
     if (tier.num_free_ == 0) return;
     there = tier.allocate(BlockOwner::kTransfer);
+    const size_t num_evictions = evictions_.size();
     try {
       evictions_.push_back({block, there});
       tier.commit(there, entry.parent, tokens_of(block));
     } catch (const std::bad_alloc&) {
-      if (!evictions_.empty() && evictions_.back().tier_block == there) evictions_.pop_back();
+      evictions_.resize(num_evictions);
     }
   }
   tier.free(there, BlockOwner::kTransfer);
