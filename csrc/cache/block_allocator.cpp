@@ -306,7 +306,10 @@ void BlockAllocator::check_integrity() const {
     require(hash(entry.parent, tokens_of(block)) == entry.hash,
             "a block's hash is not that of its content", block);
   }
-  for (const int64_t count : references_) num_references -= count;
+  for (const int64_t count : references_) {
+    require(count >= 0, "an owner has fewer than no references", end);
+    num_references -= count;
+  }
   require(num_references == 0, "the references of the owners are not those of the blocks", end);
   require(num_indexed == index_.size(), "the index holds a block that is not marked as indexed",
           end);
