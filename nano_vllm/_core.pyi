@@ -105,6 +105,7 @@ class BlockAllocator:
 
         Raises:
             OutOfBlocks: a new block is needed and every block is held.
+            ValueError: sequences have no references at all.
         """
     def hash_block(
         self, parent: bytes, token_ids: Sequence[int] | npt.NDArray[np.integer]

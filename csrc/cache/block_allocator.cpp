@@ -96,6 +96,7 @@ BlockState BlockAllocator::state(int64_t block) const { return blocks_[checked(b
 
 int32_t BlockAllocator::make_writable(int64_t block) {
   Block& entry = blocks_[checked_held(block)];
+  check_has(BlockOwner::kSequence, 1);
   if (entry.ref_count == 1) {
     remove_from_index(entry);
     return static_cast<int32_t>(block);
@@ -162,6 +163,7 @@ void BlockAllocator::set_next_tier(BlockAllocator* tier) {
   if (tier != nullptr) {
     check(tier != this && tier->block_size_ == block_size_ && tier->hash_key_ == hash_key_,
           "the next tier must be another pool of the same block size and hash key");
+    check(tier->next_tier_ == nullptr, "the next tier must have no next tier itself");
   }
   next_tier_ = tier;
 }
@@ -207,11 +209,12 @@ void BlockAllocator::move_to_next_tier(int32_t block) {
   if (there == kNoBlock) {
     if (tier.num_free_ == 0) return;
     there = tier.allocate(BlockOwner::kTransfer);
+    const size_t num_evictions = evictions_.size();
     try {
       evictions_.push_back({block, there});
       tier.commit(there, entry.parent, tokens_of(block));
     } catch (const std::bad_alloc&) {
-      if (!evictions_.empty() && evictions_.back().tier_block == there) evictions_.pop_back();
+      evictions_.resize(num_evictions);
     }
   }
   tier.free(there, BlockOwner::kTransfer);
@@ -303,7 +306,10 @@ void BlockAllocator::check_integrity() const {
     require(hash(entry.parent, tokens_of(block)) == entry.hash,
             "a block's hash is not that of its content", block);
   }
-  for (const int64_t count : references_) num_references -= count;
+  for (const int64_t count : references_) {
+    require(count >= 0, "an owner has fewer than no references", end);
+    num_references -= count;
+  }
   require(num_references == 0, "the references of the owners are not those of the blocks", end);
   require(num_indexed == index_.size(), "the index holds a block that is not marked as indexed",
           end);

@@ -101,7 +101,7 @@ class BlockAllocator {
 
   // Copy-on-write, for a sequence. Returns the same block, taken out of the index, if the caller
   // alone holds it; else a new one, to which the caller's reference has moved and the caller copies
-  // the content. Throws OutOfBlocks.
+  // the content. Throws OutOfBlocks; std::invalid_argument if sequences have no references.
   int32_t make_writable(int64_t block);
 
   // Of block_size tokens after the parent.
@@ -120,7 +120,7 @@ class BlockAllocator {
   void forget(int64_t block);
 
   // Where evicted content goes: a pool of the same block size and hash key, which must outlive this
-  // one; or null. Throws std::invalid_argument.
+  // one and have no next tier itself; or null. Throws std::invalid_argument.
   void set_next_tier(BlockAllocator* tier);
   // Since the last call, in the order in which the copies are to be made.
   std::vector<Eviction> take_evictions();
