@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from nano_vllm import LLM, BeamSearchParams, RequestOutput, SamplingParams
@@ -110,6 +111,14 @@ def test_best_of_returns_the_likeliest(server: RunningServer, llm: LLM, n: int) 
 def test_best_of_as_many_as_n_is_streamed(server: RunningServer) -> None:
     body = {"prompt": "a", "n": 2, "best_of": 2, "stream": True, "max_tokens": 2}
     assert server.post(COMPLETIONS, body).text.endswith("data: [DONE]\n\n")
+
+
+def test_a_client_that_leaves_ends_its_search(server: RunningServer) -> None:
+    body = {"use_beam_search": True, "n": 128, "max_tokens": 2000, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post(server.url + COMPLETIONS, json={"prompt": "a", **body}, timeout=1)
+    server.wait_until_idle(5)
+    assert server.metric("nano_vllm:leaked_blocks_total") == 0
 
 
 def test_more_beams_than_sequences_are_refused(tiny_model: Path, log_path: Path) -> None:
