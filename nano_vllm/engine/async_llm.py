@@ -26,12 +26,13 @@ from nano_vllm.engine.messages import (
     Ready,
     Refused,
     RequestDelta,
+    Search,
     ToEngine,
     encode,
     from_engine_decoder,
 )
 from nano_vllm.engine.output_stream import EngineError, OutputStream
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
 PING_SECONDS = 1.0
 KILL_SECONDS = 5.0
@@ -91,13 +92,19 @@ class AsyncLLM:
         return first
 
     def submit(
-        self, prompts: Sequence[tuple[list[int], SamplingParams]], stream: bool = False
+        self,
+        prompts: Sequence[tuple[list[int], SamplingParams | BeamSearchParams]],
+        stream: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> OutputStream:
         """Queue prompts that passed the gate.
 
         Args:
-            prompts: token ids of each, and how to sample.
-            stream: report every step, not the final results alone.
+            prompts: token ids of each, and how to sample or to search.
+            stream: report every step, not the final results alone; a beam search has no others.
+            priority: the lowest goes first, under scheduling_policy priority.
+            cache_salt: prompts find the cached blocks of others with the same salt alone.
 
         Returns:
             their progress; `abort` it when it is not read to its end.
@@ -108,14 +115,21 @@ class AsyncLLM:
         output = OutputStream(ids)
         for place, (request_id, (token_ids, params)) in enumerate(zip(ids, prompts, strict=True)):
             self._streams[request_id] = output, place
-            self._send(Add(request_id, token_ids, params, stream))
+            if isinstance(params, BeamSearchParams):
+                self._send(Search(request_id, token_ids, params, priority, cache_salt))
+            else:
+                self._send(Add(request_id, token_ids, params, stream, priority, cache_salt))
         return output
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams | BeamSearchParams,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[RequestDelta]:
         """What one prompt's completions gain, as it comes; leaving the loop aborts them."""
-        output = self.submit([(prompt_token_ids, params)], stream=True)
+        output = self.submit([(prompt_token_ids, params)], True, priority, cache_salt)
         try:
             while (deltas := await output.next()) is not None:
                 for _, delta in deltas:

@@ -36,6 +36,7 @@ from nano_vllm.engine.messages import (
     Ready,
     Refused,
     RequestDelta,
+    Search,
     StepNote,
     ToEngine,
     encode,
@@ -44,6 +45,7 @@ from nano_vllm.engine.messages import (
 
 if TYPE_CHECKING:
     from nano_vllm.engine.engine import Engine
+    from nano_vllm.engine.request import Request
     from nano_vllm.outputs import RequestOutput
 
 PICTURE_BLOCKS = 2048
@@ -109,14 +111,9 @@ class EngineLoop:
 
     def _handle(self, message: ToEngine | None) -> None:
         engine = self._engine
-        if isinstance(message, Add):
+        if isinstance(message, (Add, Search)):
             try:
-                engine.add_request(
-                    message.request_id,
-                    message.prompt_token_ids,
-                    message.params,
-                    stream=message.stream,
-                )
+                engine.add(self._request(message))
             except ValueError as error:
                 self._send(Refused(message.request_id, str(error)))
         elif isinstance(message, Abort):
@@ -127,6 +124,24 @@ class EngineLoop:
             self._send(self._pong(message.with_picture))
         elif message is None:
             self._is_stopped = True
+
+    def _request(self, message: Add | Search) -> Request:
+        if isinstance(message, Search):
+            return self._engine.make_beam_request(
+                message.request_id,
+                message.prompt_token_ids,
+                message.params,
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+            )
+        return self._engine.make_request(
+            message.request_id,
+            message.prompt_token_ids,
+            message.params,
+            stream=message.stream,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+        )
 
     def _delta(self, output: RequestOutput) -> RequestDelta:
         is_first = output.request_id not in self._sent

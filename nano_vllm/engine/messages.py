@@ -12,7 +12,7 @@ import msgspec
 from nano_vllm.config import EngineConfig
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import Logprob, RequestMetrics
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
 LENGTH = struct.Struct(">I")
 """Of the message that follows, in bytes."""
@@ -31,6 +31,18 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     stream: bool
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class Search(msgspec.Struct, tag=True, array_like=True):
+    """A beam search that passed the gate."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: BeamSearchParams
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
@@ -159,7 +171,7 @@ class Pong(msgspec.Struct, tag=True, array_like=True):
     picture: Picture | None = None
 
 
-ToEngine = Load | Add | Abort | Ping
+ToEngine = Load | Add | Search | Abort | Ping
 FromEngine = Ready | Failed | Refused | Deltas | Pong
 
 _encoder = msgspec.msgpack.Encoder()

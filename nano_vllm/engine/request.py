@@ -53,7 +53,8 @@ class Request:
         if self.beams is not None:
             found = max(1, len(self.beams.hypotheses))
             return self.completions[: min(found, self.params.n)]
-        if not self.is_finished:
+        # A stream has told their places.
+        if not self.is_finished or len(self.completions) == self.params.n:
             return self.completions[: self.params.n]
         by_logprob = sorted(
             self.completions, key=lambda completion: -completion.sequence.cumulative_logprob

@@ -11,7 +11,7 @@ from nano_vllm.engine.scheduler import Scheduler
 from nano_vllm.engine.stop_strings import StopStrings
 from nano_vllm.engine.validation import RequestLimits, check_cache_salt, check_priority
 from nano_vllm.sampling.beam_search import BeamSearch
-from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
+from nano_vllm.sampling_params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence
 from nano_vllm.tokenizer.detokenizer import Detokenizer
 from nano_vllm.tokenizer.tokenizer import Tokenizer
@@ -83,6 +83,12 @@ class RequestFactory:
         end_token_ids = self._end_token_ids(params.stop_token_ids, params.ignore_eos)
         longest = self._limits.max_model_len - len(prompt_token_ids)
         search = BeamSearch(params, end_token_ids, min(params.max_tokens, longest))
+        if search.num_candidates > MAX_LOGPROBS:
+            raise ValueError(
+                f"beam_width = {width} with {len(end_token_ids)} tokens that end a completion "
+                f"needs {search.num_candidates} candidates for a beam, but {MAX_LOGPROBS} are the "
+                f"most"
+            )
         own = SamplingParams(
             n=params.n or width,
             best_of=width,

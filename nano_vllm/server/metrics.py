@@ -149,6 +149,14 @@ class _EngineCollector(Collector):
                 "Prompt tokens that came from the prefix cache.",
                 metrics.num_cached_tokens,
             ),
+            "nano_vllm:loaded_tokens": (
+                "Tokens whose blocks came back from host memory.",
+                metrics.num_loaded_tokens,
+            ),
+            "nano_vllm:leaked_blocks": (
+                "References to blocks that were lost and taken back; should be 0.",
+                metrics.num_leaked_blocks,
+            ),
             "nano_vllm:steps": ("Steps of the engine.", metrics.num_steps),
             "nano_vllm:step_seconds": ("Time in steps.", pong.step_seconds),
             "nano_vllm:step_gap_seconds": (

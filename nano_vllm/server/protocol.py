@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from nano_vllm.engine.validation import MAX_SALT_LENGTH
+
 MAX_COUNT = 2**31 - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
@@ -71,6 +73,19 @@ class SamplingRequest(Request, kw_only=True):
     """With the tokens of prompt and output."""
     timings: bool | None = None
     """With the milliseconds that the parts of the request took."""
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    """The lowest goes first; other than 0 only with --scheduling-policy priority."""
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
+    """Cached blocks are shared with requests of the same salt alone."""
+    use_beam_search: bool | None = None
+    """Return the n likeliest completions that n beams find; nothing is drawn or streamed."""
+    length_penalty: Annotated[float, Meta(ge=-10, le=10)] | None = None
+    """Of beams: log-probabilities are divided by the number of tokens to this power; 1 by default.
+    """
+    early_stopping: bool | Literal["never"] | None = None
+    """Of beams: whether n that have ended are enough, false by default; "never" goes on until no
+    better one can come.
+    """
     # They tell whose request it is, and change nothing.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -80,8 +95,6 @@ class SamplingRequest(Request, kw_only=True):
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     # Not supported, but for what asks for nothing.
-    priority: Annotated[int, Meta(ge=0, le=0)] | None = None
-    cache_salt: None = None
     response_format: TextFormat | None = None
     structured_outputs: None = None
     guided_json: None = None
@@ -90,8 +103,6 @@ class SamplingRequest(Request, kw_only=True):
     guided_grammar: None = None
     logits_processors: NoList | None = None
     truncate_prompt_tokens: None = None
-    use_beam_search: Literal[False] | None = None
-    length_penalty: Annotated[float, Meta(ge=1, le=1)] | None = None
     spaces_between_special_tokens: bool | None = None
     kv_transfer_params: None = None
     vllm_xargs: None = None
@@ -112,7 +123,9 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     add_special_tokens: bool | None = None
     """Whether the tokenizer puts what the model expects around a text, such as BOS."""
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
-    """Only as many as n."""
+    """Completions to generate, of which the n likeliest are returned; n by default. Not streamed
+    where it is more than n.
+    """
     suffix: Literal[""] | None = None
     prompt_embeds: None = None
 

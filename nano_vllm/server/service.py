@@ -56,7 +56,7 @@ class Service:
         engine = asyncio.create_task(self.llm.start())
         self._loading = [engine, asyncio.create_task(asyncio.to_thread(self._load_tokenizer))]
         await asyncio.gather(*self._loading)
-        self.gate = Gate(self.tokenizer, engine.result(), self.defaults)
+        self.gate = Gate(self.tokenizer, engine.result(), self.engine_config, self.defaults)
 
     def _load_tokenizer(self) -> None:
         config = self.engine_config
@@ -116,11 +116,14 @@ class Service:
 
     def submit(self, answer: Answer) -> OutputStream:
         """Queue an answer's prompts; ApiError where there is no room for them all."""
-        prompts = [(p.token_ids, p.params) for p in answer.prompts if p.needs_engine]
+        request = answer.request
+        prompts = [(p.token_ids, p.beams or p.params) for p in answer.prompts if p.needs_engine]
         if self.llm.num_unfinished and self.llm.num_unfinished + len(prompts) > self.capacity:
             self.metrics.refused.inc()
             raise ApiError(429, "too many requests are waiting; try again later")
-        return self.llm.submit(prompts, stream=bool(answer.request.stream))
+        return self.llm.submit(
+            prompts, bool(request.stream), request.priority or 0, request.cache_salt
+        )
 
     async def close(self) -> None:
         for task in self._loading:

@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
+from nano_vllm.config import EngineConfig
 from nano_vllm.engine.messages import Ready
 from nano_vllm.engine.validation import RequestLimits
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
+from nano_vllm.server.beams import beam_search_params
 from nano_vllm.server.errors import ApiError, invalid
 from nano_vllm.server.protocol import (
     MAX_PROMPTS,
@@ -59,6 +61,8 @@ class GatedPrompt:
     params: SamplingParams
     max_tokens: int
     """What was asked for: 0 where `params`, which knows no 0, says 1."""
+    beams: BeamSearchParams | None = None
+    """How to search, where that is wanted; `params` then has n and logprobs alone to say."""
 
     @property
     def needs_engine(self) -> bool:
@@ -73,29 +77,40 @@ class Gate:
     Args:
         tokenizer: None where the engine runs on token ids alone.
         ready: what the engine said of itself.
+        config: its options.
         defaults: of the model's generation_config.json, by SamplingParams's names.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, ready: Ready, defaults: Mapping[str, Any]
+        self,
+        tokenizer: Tokenizer | None,
+        ready: Ready,
+        config: EngineConfig,
+        defaults: Mapping[str, Any],
     ) -> None:
         self._tokenizer = tokenizer
         self.max_model_len = ready.max_model_len
         self._capacity = ready.num_blocks * ready.block_size
         self._vocab_size = ready.vocab_size
         self._limits = RequestLimits(ready.vocab_size, ready.max_model_len, tokenizer is not None)
+        self._max_num_seqs = config.max_num_seqs
+        self._by_priority = config.scheduling_policy == "priority"
         self._defaults = dict(defaults)
 
     def completion(self, request: CompletionRequest) -> list[GatedPrompt]:
         """The prompts of a completion request, in their order."""
         n = request.n or 1
-        if request.best_of is not None and request.best_of != n:
-            raise invalid(f"best_of must be n = {n}, got {request.best_of}", "best_of")
-        _check_stream(request)
+        if request.stream and (request.best_of or n) > n:
+            raise invalid(
+                f"best_of must be n = {n} with stream, as the likeliest are known at the end "
+                f"alone, got {request.best_of}",
+                "best_of",
+            )
+        self._check(request)
         max_tokens = request.max_tokens
         if max_tokens is None:
             max_tokens = DEFAULT_COMPLETION_TOKENS
-        options: dict[str, Any] = {"logprobs": request.logprobs}
+        options: dict[str, Any] = {"logprobs": request.logprobs, "best_of": request.best_of}
         if request.echo and request.logprobs is not None:
             if request.prompt_logprobs not in (None, request.logprobs):
                 raise invalid("prompt_logprobs must be logprobs, with echo", "prompt_logprobs")
@@ -116,7 +131,7 @@ class Gate:
 
     def chat(self, request: ChatRequest) -> GatedPrompt:
         """The prompt of a conversation."""
-        _check_stream(request)
+        self._check(request)
         if request.top_logprobs and not request.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         max_tokens = request.max_completion_tokens
@@ -192,6 +207,19 @@ class Gate:
             raise invalid("this server has no tokenizer: give token ids as prompt", field)
         return self._tokenizer
 
+    def _check(self, request: SamplingRequest) -> None:
+        """What can be said ahead of the prompts."""
+        if request.stream_options is not None and not request.stream:
+            raise invalid("stream_options needs stream: true", "stream_options")
+        if request.stream and request.prompt_logprobs is not None:
+            raise invalid("prompt_logprobs cannot be streamed", "prompt_logprobs")
+        if request.priority and not self._by_priority:
+            raise invalid(
+                f"priority needs a server with --scheduling-policy priority, "
+                f"got {request.priority}",
+                "priority",
+            )
+
     def _gated(
         self,
         request: SamplingRequest,
@@ -227,7 +255,8 @@ class Gate:
             self._limits.check(token_ids, params)
         except ValueError as error:
             raise _named(error) from None
-        return GatedPrompt(text, token_ids, params, max_tokens)
+        beams = beam_search_params(request, params, self._max_num_seqs)
+        return GatedPrompt(text, token_ids, params, max_tokens, beams)
 
 
 def _as_list(prompt: str | list[Any]) -> list[str | list[int]]:
@@ -243,13 +272,6 @@ def _as_list(prompt: str | list[Any]) -> list[str | list[int]]:
             f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}", "prompt"
         )
     return prompt
-
-
-def _check_stream(request: SamplingRequest) -> None:
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options needs stream: true", "stream_options")
-    if request.stream and request.prompt_logprobs is not None:
-        raise invalid("prompt_logprobs cannot be streamed", "prompt_logprobs")
 
 
 def _biases(biases: dict[str, float] | None) -> dict[int, float] | None:

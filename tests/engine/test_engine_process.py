@@ -17,13 +17,21 @@ from nano_vllm.engine.messages import (
     Pong,
     Refused,
     RequestDelta,
+    Search,
     encode,
     from_engine_decoder,
+    to_engine_decoder,
 )
 from nano_vllm.engine.output_stream import OutputStream
 from nano_vllm.outputs import RequestMetrics
-from nano_vllm.sampling_params import SamplingParams
-from tests.engine.fake_runner import FakeRunner, make_engine, make_tokenizer, reference_tokens
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
+from tests.engine.fake_runner import (
+    FakeRunner,
+    make_engine,
+    make_tokenizer,
+    reference_beams,
+    reference_tokens,
+)
 
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, seed=1)
 
@@ -48,11 +56,13 @@ class Scripted:
         return message
 
 
-def run(script: dict[int, list[Any]], runs_ahead: bool = True) -> tuple[list[Any], FakeRunner]:
+def run(
+    script: dict[int, list[Any]], runs_ahead: bool = True, **options: Any
+) -> tuple[list[Any], FakeRunner]:
     """What the loop sends, and the runner it used."""
     runner = FakeRunner(max_model_len=128, runs_ahead=runs_ahead)
     sent: list[Any] = []
-    engine = make_engine(runner, make_tokenizer())
+    engine = make_engine(runner, make_tokenizer(), **options)
     EngineLoop(engine, Scripted(runner, script), sent.append).run()  # type: ignore[arg-type]
     assert engine.get_metrics().num_free_blocks == 64
     return sent, runner
@@ -93,6 +103,51 @@ def test_what_cannot_be_served_is_refused_and_harms_nobody() -> None:
     assert deltas_of(sent, "b")[0].finished
 
 
+def test_a_search_reports_its_end_alone() -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=12)
+    sent, _ = run({0: [Search("a", [97, 98], params)]})
+    (delta,) = deltas_of(sent, "a")
+    assert delta.finished
+    found = [completion.token_ids for completion in delta.completions]
+    expected = reference_beams([97, 98], params, 128)
+    assert found == [hypothesis.token_ids for hypothesis in expected]
+    assert len(found) == 3
+
+
+def test_a_search_that_is_too_wide_is_refused() -> None:
+    many = BeamSearchParams(beam_width=128, max_tokens=2, stop_token_ids=list(range(8)))
+    for params, reason in (
+        (BeamSearchParams(beam_width=300, max_tokens=2), "at most max_num_seqs = 256, got 300"),
+        (many, "beam_width = 128 with 9 tokens that end a completion needs 1280 candidates"),
+    ):
+        sent, _ = run({0: [Search("a", [97], params)]})
+        (refused,) = sent
+        assert isinstance(refused, Refused)
+        assert reason in refused.message
+
+
+def test_the_lowest_priority_goes_first() -> None:
+    for policy, order in (("priority", ["a", "c", "b"]), ("fcfs", ["a", "b", "c"])):
+        adds = [Add("b", [98], PARAMS, False, 5), Add("c", [99], PARAMS, False, -1)]
+        script = {0: [Add("a", [97], PARAMS, False)], 1: adds}
+        sent, _ = run(script, max_num_seqs=1, scheduling_policy=policy)
+        steps = [message for message in sent if isinstance(message, Deltas)]
+        assert [d.request_id for step in steps for d in step.requests] == order
+
+
+def test_a_salt_keeps_to_itself() -> None:
+    prompt = list(range(33))
+    adds: dict[int, list[Any]] = {}
+    for place, salt in enumerate((None, None, "x", "y", "x", "y")):
+        adds[21 * place] = [Add(str(place), prompt, PARAMS, False, cache_salt=salt)]
+    search = BeamSearchParams(beam_width=2, max_tokens=20, ignore_eos=True)
+    adds[21 * 6] = [Search("6", prompt, search, cache_salt="x")]
+    adds[21 * 7] = [Search("7", prompt, search, cache_salt="z")]
+    sent, _ = run(adds, runs_ahead=False)
+    cached = [deltas_of(sent, str(place))[-1].num_cached_tokens for place in range(8)]
+    assert cached == [0, 32, 0, 0, 32, 32, 32, 0]
+
+
 def test_a_picture_of_the_blocks() -> None:
     prompt = list(range(16))
     sent, _ = run(
@@ -117,6 +172,12 @@ def test_messages_survive_the_wire() -> None:
     sent, _ = run({0: [Add("a", [97], SamplingParams(logprobs=None, n=2), True), Ping(True)]})
     for message in sent:
         assert from_engine_decoder.decode(encode([message])[4:]) == message
+    search = BeamSearchParams(4, 8, length_penalty=0.5, early_stopping="never", ignore_eos=True)
+    for message in (
+        Add("a", [97], SamplingParams(n=2, best_of=3), False, -5, "salt"),
+        Search("a", [97], search, 7, "salt"),
+    ):
+        assert to_engine_decoder.decode(encode([message])[4:]) == message
 
 
 def delta(text: str, finished: bool = False) -> RequestDelta:

@@ -56,8 +56,8 @@ BAD_FIELDS: dict[str, tuple[Any, ...]] = {
     "model": (5, [], {}),
     "user": (5, {}),
     "metadata": ({"a": 1}, [], {"a": {"b": "c"}}),
-    "priority": (1, -1, "a"),
-    "cache_salt": ("salt", 1),
+    "priority": (1, -1, 2**31, -(2**31) - 1, 10**30, 0.5, "a", True),
+    "cache_salt": ("", 1, "x" * 1025, ["a"], True),
     "response_format": ({"type": "json_object"}, {"type": "json_schema"}, "text", {}),
     "structured_outputs": ({"json": {}}, {"regex": "a"}),
     "guided_json": ({}, "{}"),
@@ -66,8 +66,9 @@ BAD_FIELDS: dict[str, tuple[Any, ...]] = {
     "guided_grammar": ("root ::= a",),
     "logits_processors": (["a"],),
     "truncate_prompt_tokens": (5,),
-    "use_beam_search": (True,),
-    "length_penalty": (2,),
+    "use_beam_search": (1, "yes", []),
+    "length_penalty": (2, 0, -10.1, 10.1, 1e300, "a", True),
+    "early_stopping": (True, "never", "always", 1),
     "service_tier": ("flex",),
     "store": (True,),
     "kv_transfer_params": ({},),
@@ -76,6 +77,30 @@ BAD_FIELDS: dict[str, tuple[Any, ...]] = {
     "__class__": ("a",),
     "": (1,),
 }
+BAD_WITH_BEAMS: dict[str, tuple[Any, ...]] = {
+    "stream": (True,),
+    "temperature": (0.7,),
+    "top_p": (0.9,),
+    "top_k": (1,),
+    "min_p": (0.1,),
+    "presence_penalty": (1,),
+    "frequency_penalty": (1,),
+    "repetition_penalty": (1.1,),
+    "stop": ("a", ["a"]),
+    "include_stop_str_in_output": (True,),
+    "min_tokens": (1,),
+    "skip_special_tokens": (False,),
+    "logit_bias": ({"1": 1},),
+    "allowed_token_ids": ([1],),
+    "bad_words": (["a"],),
+    "prompt_logprobs": (0, 1),
+    "length_penalty": (-10.1, 10.1, "a"),
+    "early_stopping": ("always", 1),
+    "n": (0, 129),
+    "max_tokens": (MAX_MODEL_LEN,),
+    "stop_token_ids": ([300], list(range(100))),
+}
+"""Beside use_beam_search."""
 BAD_PROMPTS: tuple[Any, ...] = (
     None,
     5,
@@ -170,13 +195,16 @@ def bodies() -> Iterator[tuple[str, Any]]:
         for name, values in BAD_FIELDS.items():
             for value in values:
                 yield path, good | {name: value}
+        for name, values in BAD_WITH_BEAMS.items():
+            for value in values:
+                yield path, good | {"use_beam_search": True, "n": 20, "max_tokens": 2, name: value}
         for body in ([], "a", 5, None, True, [good], {}):
             yield path, body
     for prompt in BAD_PROMPTS:
         yield COMPLETIONS, {"prompt": prompt}
     for name, values in {
         "logprobs": (-1, 21, True, "a"),
-        "best_of": (2, 0, "a"),
+        "best_of": (0, -1, 129, 1.5, True, "a"),
         "suffix": ("a",),
         "echo": (1,),
         "messages": ([USER],),
@@ -184,6 +212,16 @@ def bodies() -> Iterator[tuple[str, Any]]:
     }.items():
         for value in values:
             yield COMPLETIONS, {"prompt": "a", name: value}
+    for own in (
+        {"n": 3, "best_of": 2},
+        {"stream": True, "best_of": 2},
+        {"stream": True, "n": 2, "best_of": 3},
+        {"use_beam_search": True, "best_of": 2},
+        {"use_beam_search": True, "logprobs": 0},
+    ):
+        yield COMPLETIONS, {"prompt": "a", **own}
+    yield CHAT, {"messages": [USER], "use_beam_search": True, "logprobs": True}
+    yield CHAT, {"messages": [USER], "best_of": 1}
     yield COMPLETIONS, {"prompt": "a", "stream": True, "prompt_logprobs": 1}
     yield COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1, "prompt_logprobs": 2}
     for messages in BAD_MESSAGES:
@@ -342,6 +380,18 @@ def test_the_field_is_named(server: RunningServer, field: str, value: Any) -> No
 
 
 @pytest.mark.usefixtures("control")
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_what_a_beam_search_cannot_do_is_named(server: RunningServer, path: str) -> None:
+    prompt = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
+    for field, values in BAD_WITH_BEAMS.items():
+        body = {**prompt, "use_beam_search": True, "max_tokens": 2, field: values[0]}
+        error = server.post(path, body).json()["error"]
+        if field not in ("stream", "max_tokens"):
+            assert error["param"] == field
+        assert field in error["message"]
+
+
+@pytest.mark.usefixtures("control")
 @pytest.mark.parametrize(("method", "path", "headers", "body", "status"), RAW)
 def test_bad_http(
     server: RunningServer, method: str, path: str, headers: dict[str, str], body: bytes, status: int
@@ -385,6 +435,12 @@ def test_odd_requests_that_are_fine(server: RunningServer) -> None:
         {"prompt": "a", "max_tokens": 1, "seed": -(2**63), "response_format": {"type": "text"}},
         {"prompt": "a", "max_tokens": 1, "user": "\n\r\x1b[31m"},
         {"prompt": [0], "max_tokens": 1, "logit_bias": {"0": -100, "299": 100.0}},
+        {"prompt": "a", "max_tokens": 1, "priority": 0, "cache_salt": "\U0001f600" * 1024},
+        {"prompt": "a", "max_tokens": 0, "n": 2, "best_of": 3},
+        {"prompt": "a", "max_tokens": 0, "n": 2, "use_beam_search": True, "echo": True},
+        {"prompt": "a", "max_tokens": 1, "length_penalty": 1, "early_stopping": False},
+        {"prompt": "a", "max_tokens": 1, "use_beam_search": True, "temperature": 0, "top_k": -1},
+        {"prompt": "a", "max_tokens": 1, "use_beam_search": True, "stop": [], "best_of": 1},
     ):
         body.pop("tools", None)
         response = server.post(COMPLETIONS, body, headers={"host": "evil.example:99999"})

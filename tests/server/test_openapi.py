@@ -39,6 +39,10 @@ def test_the_document_names_all_routes(server: RunningServer) -> None:
     request = document["components"]["schemas"]["CompletionRequest"]
     assert request["additionalProperties"] is False
     assert request["properties"]["temperature"]["anyOf"][0]["maximum"] == 100
+    assert request["properties"]["cache_salt"]["anyOf"][0]["minLength"] == 1
+    for name in ("CompletionRequest", "ChatRequest"):
+        asked = document["components"]["schemas"][name]["properties"]
+        assert {"priority", "use_beam_search", "length_penalty", "early_stopping"} <= set(asked)
 
 
 def test_schemathesis(server: RunningServer, seed: int, tmp_path: Path) -> None:

@@ -50,6 +50,19 @@ def test_each_prompt_counts_its_own_tokens_and_times() -> None:
     assert value(page, ended) == 2
 
 
+def test_the_engines_counters() -> None:
+    own = {
+        "vllm:prefix_cache_queries": ("num_prompt_tokens", 100),
+        "vllm:prefix_cache_hits": ("num_cached_tokens", 48),
+        "vllm:num_preemptions": ("num_preemptions", 3),
+        "nano_vllm:loaded_tokens": ("num_loaded_tokens", 32),
+        "nano_vllm:leaked_blocks": ("num_leaked_blocks", 2),
+    }
+    page = ServerMetrics("m").page(Pong(EngineMetrics(**dict(own.values())), 0, 1.0, 0.5))
+    for name, (_, count) in own.items():
+        assert value(page, f'{name}_total{{model_name="m"}}') == count, name
+
+
 def test_blocks_by_state_sum_to_the_pool() -> None:
     pong = Pong(EngineMetrics(num_blocks=10, num_free_blocks=7), 3, 1.0, 0.5)
     page = ServerMetrics("m").page(pong)
