@@ -351,9 +351,13 @@ class LLM:
 
     def _session_request(self, session: Session, params: SamplingParams) -> Request:
         session.check_open()
-        if (params.best_of or params.n) > 1:
-            raise ValueError(f"a session has one completion: n must be 1, got {params.n}")
-        return self._request(None, session.token_ids, params, False, 0, session.cache_salt)
+        request = self._request(None, session.token_ids, params, False, 0, session.cache_salt)
+        if len(request.completions) > 1:
+            raise ValueError(
+                f"a session has one completion: n must be 1 and so must best_of, got {params.n} "
+                f"and {params.best_of}"
+            )
+        return request
 
     def _next_id(self) -> str:
         self._num_requests += 1
