@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 
 from nano_vllm.config import reject_unknown
 
+MAX_LOGPROBS = 1024
+"""Likeliest tokens that can be asked for at each place."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -90,7 +93,7 @@ class SamplingParams:
             )
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, 1024)
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", [self.stop])
         for name in ("stop", "bad_words"):

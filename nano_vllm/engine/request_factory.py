@@ -11,7 +11,7 @@ from nano_vllm.engine.scheduler import Scheduler
 from nano_vllm.engine.stop_strings import StopStrings
 from nano_vllm.engine.validation import RequestLimits, check_cache_salt, check_priority
 from nano_vllm.sampling.beam_search import BeamSearch
-from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
+from nano_vllm.sampling_params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence
 from nano_vllm.tokenizer.detokenizer import Detokenizer
 from nano_vllm.tokenizer.tokenizer import Tokenizer
@@ -77,18 +77,27 @@ class RequestFactory:
         cache_salt: str | None = None,
     ) -> Request:
         """See Engine.make_beam_request."""
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params must be a BeamSearchParams, got {params!r}")
         width, most = params.beam_width, self._scheduler.max_num_seqs
         if width > most:
             raise ValueError(f"beam_width must be at most max_num_seqs = {most}, got {width}")
         end_token_ids = self._end_token_ids(params.stop_token_ids, params.ignore_eos)
         longest = self._limits.max_model_len - len(prompt_token_ids)
         search = BeamSearch(params, end_token_ids, min(params.max_tokens, longest))
+        num_candidates = min(search.num_candidates, self._limits.vocab_size)
+        if num_candidates > MAX_LOGPROBS:
+            raise ValueError(
+                f"beam_width = {width} and {len(end_token_ids)} end tokens need the "
+                f"{num_candidates} likeliest tokens of each beam, but at most {MAX_LOGPROBS} "
+                f"are to be had"
+            )
         own = SamplingParams(
             n=params.n or width,
             best_of=width,
             temperature=0.0,
             max_tokens=params.max_tokens,
-            logprobs=min(search.num_candidates, self._limits.vocab_size),
+            logprobs=num_candidates,
             ignore_eos=params.ignore_eos,
             stop_token_ids=params.stop_token_ids,
         )
