@@ -22,8 +22,10 @@ MAX_MODEL_LEN = 128
 SIZE = 8
 
 
-def make_llm(num_blocks: int = 64, tokenizer: bool = False, **options: Any) -> LLM:
-    runner = FakeRunner(num_blocks, SIZE, MAX_MODEL_LEN)
+def make_llm(
+    num_blocks: int = 64, tokenizer: bool = False, num_host_blocks: int = 0, **options: Any
+) -> LLM:
+    runner = FakeRunner(num_blocks, SIZE, MAX_MODEL_LEN, num_host_blocks=num_host_blocks)
     return LLM.from_engine(make_engine(runner, make_tokenizer() if tokenizer else None, **options))
 
 
@@ -67,6 +69,7 @@ def test_whatever_is_done_equals_plain_prompts(group: int, caching: bool) -> Non
         num_blocks=draw.choice([36, 60]),
         enable_prefix_caching=caching,
         max_num_seqs=draw.choice([2, 16]),
+        num_host_blocks=draw.choice([0, 10, 100]) if caching else 0,
     )
     lists: dict[Session, list[int]] = {}
 
