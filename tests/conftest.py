@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,24 @@ def seed(request: pytest.FixtureRequest) -> int:
     """A number of this run and this test case alone; a failure prints how to draw it again."""
     print(f"to repeat: NANO_VLLM_TEST_SEED={SEED} pytest '{request.node.nodeid}'")
     return random.Random(f"{SEED} {request.node.nodeid}").getrandbits(63)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama."""
+    from tests.models.checkpoints import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine tiny tensors wait long for a second one."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

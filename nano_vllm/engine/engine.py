@@ -301,6 +301,8 @@ class Engine:
         """
         with step_range("schedule", self._recorder):
             scheduler = self.scheduler
+            if behind is None:
+                self._reclaim_leaks()  # which may be all that there is room in
             batch = scheduler.schedule() if behind is None else scheduler.schedule_ahead(behind)
         if batch is None:
             return None

@@ -163,7 +163,7 @@ class LLM:
         any work begins; ValueError names the first that cannot be served.
 
         Args:
-            contexts: one or a list, in the forms of `generate`.
+            contexts: one or a list, in the forms of `generate`; a "cache_salt" counts for the pair.
             continuations: as many, of the same form, with at least one token each.
             use_tqdm: show a progress bar.
 
@@ -181,7 +181,8 @@ class LLM:
         for index, pair in enumerate(zip(context_list, continuation_list, strict=True)):
             try:
                 token_ids, start = join_prompts(*pair, self.engine.tokenizer)
-                requests.append(self._request(None, token_ids, params, False))
+                salt = cache_salt_of(pair[0])
+                requests.append(self._request(None, token_ids, params, False, 0, salt))
             except ValueError as error:
                 raise ValueError(f"pair {index}: {error}") from None
             starts.append(start)
@@ -351,9 +352,13 @@ class LLM:
 
     def _session_request(self, session: Session, params: SamplingParams) -> Request:
         session.check_open()
-        if (params.best_of or params.n) > 1:
-            raise ValueError(f"a session has one completion: n must be 1, got {params.n}")
-        return self._request(None, session.token_ids, params, False, 0, session.cache_salt)
+        request = self._request(None, session.token_ids, params, False, 0, session.cache_salt)
+        if len(request.completions) > 1:
+            raise ValueError(
+                f"a session has one completion: n must be 1 and so must best_of, got {params.n} "
+                f"and {params.best_of}"
+            )
+        return request
 
     def _next_id(self) -> str:
         self._num_requests += 1

@@ -56,10 +56,12 @@ class Request:
         # A stream has told their places.
         if not self.is_finished or len(self.completions) == self.params.n:
             return self.completions[: self.params.n]
+        # One that was cut off has a large sum, as it has few tokens.
         by_logprob = sorted(
-            self.completions, key=lambda completion: -completion.sequence.cumulative_logprob
+            (completion.sequence for completion in self.completions),
+            key=lambda s: (s.finish_reason == "abort", -s.cumulative_logprob),
         )
-        return by_logprob[: self.params.n]
+        return [self.completions[sequence.index] for sequence in by_logprob[: self.params.n]]
 
     @property
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:

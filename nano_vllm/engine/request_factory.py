@@ -77,24 +77,27 @@ class RequestFactory:
         cache_salt: str | None = None,
     ) -> Request:
         """See Engine.make_beam_request."""
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params must be a BeamSearchParams, got {params!r}")
         width, most = params.beam_width, self._scheduler.max_num_seqs
         if width > most:
             raise ValueError(f"beam_width must be at most max_num_seqs = {most}, got {width}")
         end_token_ids = self._end_token_ids(params.stop_token_ids, params.ignore_eos)
         longest = self._limits.max_model_len - len(prompt_token_ids)
         search = BeamSearch(params, end_token_ids, min(params.max_tokens, longest))
-        if search.num_candidates > MAX_LOGPROBS:
+        num_candidates = min(search.num_candidates, self._limits.vocab_size)
+        if num_candidates > MAX_LOGPROBS:
             raise ValueError(
-                f"beam_width = {width} with {len(end_token_ids)} tokens that end a completion "
-                f"needs {search.num_candidates} candidates for a beam, but {MAX_LOGPROBS} are the "
-                f"most"
+                f"beam_width = {width} and {len(end_token_ids)} end tokens need the "
+                f"{num_candidates} likeliest tokens of each beam, but at most {MAX_LOGPROBS} "
+                f"are to be had"
             )
         own = SamplingParams(
             n=params.n or width,
             best_of=width,
             temperature=0.0,
             max_tokens=params.max_tokens,
-            logprobs=min(search.num_candidates, self._limits.vocab_size),
+            logprobs=num_candidates,
             ignore_eos=params.ignore_eos,
             stop_token_ids=params.stop_token_ids,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -61,17 +62,22 @@ class Session:
             prompt: put behind the session's tokens first, in the forms of `LLM.generate`; a text is
                 encoded without special tokens.
         """
+        length = len(self._token_ids)
         if prompt is not None:
             self.append(prompt)
-        return self._llm.generate_sessions([self], sampling_params, use_tqdm=False)[0]
+        try:
+            return self._llm.generate_sessions([self], sampling_params, use_tqdm=False)[0]
+        except BaseException:
+            del self._token_ids[length:]
+            raise
 
     def append(self, prompt: Prompt) -> None:
         """Put tokens behind the others; they are computed with what is generated next."""
         self.check_open()
-        if isinstance(prompt, str):
-            token_ids = self._llm.get_tokenizer().encode(prompt, add_special_tokens=False)
-        else:
-            _, token_ids = parse_prompt(prompt, None)
+        tokenizer = self._llm.engine.tokenizer
+        text, token_ids = parse_prompt(prompt, tokenizer)
+        if text is not None and tokenizer is not None:
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
         self._token_ids += token_ids
 
     def fork(self, n: int = 1) -> list[Session]:
@@ -88,18 +94,18 @@ class Session:
         if not isinstance(num_tokens, int) or not 0 <= num_tokens <= most:
             raise ValueError(f"num_tokens must be in [0, {most}], got {num_tokens!r}")
         del self._token_ids[len(self._token_ids) - num_tokens :]
-        if self.is_pinned:
-            self.renew_pin()
+        self._follow_with_pin()
 
     def pin(self) -> None:
-        """Keep its full blocks from eviction, those to come too; what is missing is computed now.
+        """Keep its full blocks from eviction; what is missing is computed now. Those to come are
+        kept too, unless there is no room for what a `generate` has added.
 
         Raises ValueError where a sequence of max_model_len would not fit beside what is pinned.
         """
         self.check_open()
         if not self.is_pinned:
             self._llm.compute(self._token_ids, self._cache_salt)
-            self.renew_pin()
+            self._renew_pin()
 
     def unpin(self) -> None:
         """Leave its blocks to eviction; nothing happens where it is not pinned."""
@@ -115,14 +121,7 @@ class Session:
     def extend(self, token_ids: list[int]) -> None:
         """Take in what was generated. For LLM."""
         self._token_ids += token_ids
-        if self.is_pinned:
-            self.renew_pin()
-
-    def renew_pin(self) -> None:
-        """Pin what there is of it now."""
-        new = self._llm.engine.pin(self._token_ids, self._cache_salt)
-        self.unpin()
-        self._pin = new
+        self._follow_with_pin()
 
     def check_open(self) -> None:
         """ValueError for one that is closed."""
@@ -142,3 +141,14 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({len(self._token_ids)} tokens{', pinned' if self.is_pinned else ''})"
+
+    def _follow_with_pin(self) -> None:
+        if self.is_pinned:
+            with suppress(ValueError):  # no room: the pin stays as it was
+                self._renew_pin()
+
+    def _renew_pin(self) -> None:
+        """Pin what there is of it now."""
+        new = self._llm.engine.pin(self._token_ids, self._cache_salt)
+        self.unpin()
+        self._pin = new

@@ -19,7 +19,9 @@ def check_priority(priority: int) -> None:
 
 def check_cache_salt(salt: str | None) -> str | None:
     """The salt; ValueError for what is none."""
-    if salt is not None and (not isinstance(salt, str) or not 1 <= len(salt) <= MAX_SALT_LENGTH):
+    is_text = isinstance(salt, str) and 1 <= len(salt) <= MAX_SALT_LENGTH
+    # A lone surrogate has no UTF-8.
+    if salt is not None and not (is_text and salt.encode(errors="ignore").decode() == salt):
         raise ValueError(
             f"cache_salt must be a string of 1 to {MAX_SALT_LENGTH} characters, got {salt!r:.100}"
         )

@@ -115,15 +115,10 @@ def test_a_search_reports_its_end_alone() -> None:
 
 
 def test_a_search_that_is_too_wide_is_refused() -> None:
-    many = BeamSearchParams(beam_width=128, max_tokens=2, stop_token_ids=list(range(8)))
-    for params, reason in (
-        (BeamSearchParams(beam_width=300, max_tokens=2), "at most max_num_seqs = 256, got 300"),
-        (many, "beam_width = 128 with 9 tokens that end a completion needs 1280 candidates"),
-    ):
-        sent, _ = run({0: [Search("a", [97], params)]})
-        (refused,) = sent
-        assert isinstance(refused, Refused)
-        assert reason in refused.message
+    sent, _ = run({0: [Search("a", [97], BeamSearchParams(beam_width=300, max_tokens=2))]})
+    (refused,) = sent
+    assert isinstance(refused, Refused)
+    assert "at most max_num_seqs = 256, got 300" in refused.message
 
 
 def test_the_lowest_priority_goes_first() -> None:
