@@ -127,7 +127,7 @@ class FakeRunner:
         """"before" or "after": the next step raises, ahead of what it computes or behind it."""
         self.is_closed = False
         self.num_host_blocks = num_host_blocks
-        self.host_block_seconds = 1e-6
+        self.host_block_seconds = None
         self._slots = [EMPTY] * (num_blocks * block_size)
         self._host_blocks: dict[int, list[int]] = {}
 

@@ -95,6 +95,7 @@ def test_bad_priorities(priority: Any, message: str) -> None:
 def test_the_lowest_priority_loses_its_blocks_first(policy: str) -> None:
     """Though it came first: first come, first served, the last to come loses them."""
     llm = make_llm(policy, num_blocks=16)
+    llm.engine.scheduler.admission_horizon = 0
     params = SamplingParams(seed=1, max_tokens=60, ignore_eos=True)
     prompts = [[place] * 15 for place in range(3)]
     outputs = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nano_vllm.batch import Batch, StepResult
+from nano_vllm.batch import Batch, StepResult, StepWork
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.engine.scheduler import Scheduler
+from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.outputs import Logprob
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence, SequenceStatus
@@ -329,3 +330,30 @@ def test_prompt_logprobs_need_the_whole_prompt() -> None:
         token = 1 if batch.scheduled[0].samples else -1
         scheduler.update(batch, StepResult([token], prompt_logprobs={0: entries[first:last]}))
     assert sequence.prompt_logprobs == [None, *entries]
+
+
+def test_what_host_memory_has_is_loaded_where_computing_it_takes_longer() -> None:
+    pace = PrefillPace()
+    for count in range(200):  # 1 ms, and 10 us a token
+        tokens = 8 * (count % 20)
+        pace.observe(StepWork(0, 0, tokens, 0), 1e-3 + 1e-5 * tokens)
+    for block_seconds, num_cached in ((70e-6, 16), (90e-6, 0)):
+        scheduler = Scheduler(
+            BlockManager(8, BLOCK_SIZE, num_host_blocks=8),
+            8,
+            64,
+            64,
+            prefill_pace=pace,
+            host_block_seconds=block_seconds,
+        )
+        for name in "abcd":
+            add(scheduler, name, 24, max_tokens=1)
+            step(scheduler)
+        again = add(scheduler, "a", 24, max_tokens=1)
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert again.num_cached_tokens == num_cached
+        assert len(batch.swap_ins) == num_cached // BLOCK_SIZE
+        host = scheduler.block_manager.host_allocator
+        assert host is not None
+        assert host.num_active == 0
