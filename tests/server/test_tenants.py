@@ -110,11 +110,12 @@ def test_the_lowest_priority_goes_first(tiny_model: Path, log_path: Path) -> Non
             assert response.status_code == 200, response.text
             order.append(name)
 
+        # Long enough that the threads here come to their turn in between.
         asked = [
             ("completions", "first", 1500, {"priority": 7}),
-            ("completions", "last", 5, {"priority": 7}),
-            ("chat/completions", "third", 5, {}),
-            ("completions", "second", 5, {"priority": -(2**31)}),
+            ("completions", "last", 300, {"priority": 7}),
+            ("chat/completions", "third", 300, {}),
+            ("completions", "second", 300, {"priority": -(2**31)}),
         ]
         tasks = []
         for place, (path, name, max_tokens, body) in enumerate(asked):
