@@ -514,7 +514,9 @@ class Scheduler:
         if sequence.num_output_tokens:
             return None
         for sibling in self._requests[sequence.request_id]:
-            if sibling.num_computed_tokens >= sequence.num_prompt_tokens:
+            # One that has just come back may have blocks that this step computes: to copy them
+            # would come too early.
+            if sibling.status is SequenceStatus.RUNNING:
                 return sibling
         return None
 
