@@ -38,16 +38,22 @@ class LLM:
         self, model: str = DEFAULT_MODEL, *, use_tqdm_on_load: bool = False, **options: Any
     ) -> None:
         config = EngineConfig.from_options({"model": model, **options})
-        self.engine = Engine.from_config(config, progress=use_tqdm_on_load)
-        self._num_requests = 0
+        self._use(Engine.from_config(config, progress=use_tqdm_on_load))
 
     @classmethod
     def from_engine(cls, engine: Engine) -> LLM:
         """The same door to an engine that exists already."""
         llm = cls.__new__(cls)
-        llm.engine = engine
-        llm._num_requests = 0
+        llm._use(engine)
         return llm
+
+    def _use(self, engine: Engine) -> None:
+        self.engine = engine
+        self._num_requests = 0
+        self._streamed: set[str] = set()
+        """Requests of all streams that are open."""
+        self._untaken: list[RequestOutput] = []
+        """What a stream's step has reported to others."""
 
     def generate(
         self,
@@ -296,21 +302,27 @@ class LLM:
     def stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
         """Work on all requests; what there is to report of them, as it comes.
 
-        If that is broken off, by an error, an interrupt or the caller, none of them stays in the
-        engine.
+        Several may be open at a time, and other work be done between two outputs. If one is broken
+        off, by an error, an interrupt or the caller, none of its requests stays in the engine.
         """
         unfinished = {request.request_id for request in requests}
+        self._streamed |= unfinished
         try:
             for request in requests:
                 self.engine.add(request)
             while unfinished:
-                for output in self.engine.step():
+                mine = self._take(unfinished)
+                if not mine:
+                    self._untaken += self.engine.step()
+                for output in mine:
                     if output.finished:
                         unfinished.discard(output.request_id)
                     yield output
         finally:
             for request_id in unfinished:
                 self.engine.abort(request_id)
+            self._take(unfinished)
+            self._streamed.difference_update(request.request_id for request in requests)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer; ValueError where the engine runs on token ids alone."""
@@ -352,6 +364,7 @@ class LLM:
 
     def _session_request(self, session: Session, params: SamplingParams) -> Request:
         session.check_open()
+        session.check_belongs_to(self)
         request = self._request(None, session.token_ids, params, False, 0, session.cache_salt)
         if len(request.completions) > 1:
             raise ValueError(
@@ -359,6 +372,14 @@ class LLM:
                 f"and {params.best_of}"
             )
         return request
+
+    def _take(self, request_ids: set[str]) -> list[RequestOutput]:
+        """Of what has been reported, that of these requests; what nobody waits for is dropped."""
+        outputs = self._untaken
+        self._untaken = [
+            o for o in outputs if o.request_id in self._streamed and o.request_id not in request_ids
+        ]
+        return [o for o in outputs if o.request_id in request_ids]
 
     def _next_id(self) -> str:
         self._num_requests += 1

@@ -410,7 +410,7 @@ class Scheduler:
         if manager.num_free_blocks <= reserve:
             return False
         if not _wants_prompt_logprobs(sequence):
-            manager.share_prefix(sequence, self._computed_sibling(sequence, batch), self._may_load)
+            manager.share_prefix(sequence, self._computed_sibling(sequence), self._may_load)
         whole = _num_to_compute(sequence) <= budget
         missing = manager.num_missing_blocks([sequence])
         if not (whole or self.enable_chunked_prefill) or (
@@ -595,17 +595,14 @@ class Scheduler:
             else:
                 self.finish(sequence, "abort", "no beam is left")
 
-    def _computed_sibling(self, sequence: Sequence, batch: Batch) -> Sequence | None:
-        """A sequence of the same request to fork a fresh one from.
-
-        None of this step: blocks that it found may be computed in the step alone, and a partly
-        filled one is copied ahead of it.
-        """
+    def _computed_sibling(self, sequence: Sequence) -> Sequence | None:
+        """A sequence of the same request to fork a fresh one from."""
         if sequence.num_output_tokens:
             return None
         for sibling in self._requests[sequence.request_id]:
-            is_computed = sibling.num_computed_tokens >= sequence.num_prompt_tokens
-            if is_computed and all(s.sequence is not sibling for s in batch.scheduled):
+            # One that has just come back may have blocks that this step computes: to copy them
+            # would come too early.
+            if sibling.status is SequenceStatus.RUNNING:
                 return sibling
         return None
 

@@ -128,6 +128,11 @@ class Session:
         if self._is_closed:
             raise ValueError("the session is closed")
 
+    def check_belongs_to(self, llm: LLM) -> None:
+        """ValueError for one of another LLM."""
+        if llm is not self._llm:
+            raise ValueError("the session belongs to another LLM")
+
     def __enter__(self) -> Session:
         return self
 

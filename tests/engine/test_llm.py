@@ -136,6 +136,42 @@ def test_a_stream_that_is_given_up_leaves_nothing_behind() -> None:
     assert not llm.engine.has_work
 
 
+def test_streams_take_turns() -> None:
+    """Whoever makes the steps, each gets what is its own, and all of it."""
+    llm = make_llm()
+    params = [SamplingParams(seed=1, max_tokens=n, ignore_eos=True) for n in (3, 9, 5)]
+    streams = [
+        llm.stream([llm.make_request([place], own, stream=True) for place in (1, 2)])
+        for own in params
+    ]
+    lengths: list[dict[str, list[int]]] = [{} for _ in streams]
+    open_ones = list(zip(streams, lengths, strict=True))
+    while open_ones:
+        for stream, mine in list(open_ones):
+            output = next(stream, None)
+            if output is None:
+                open_ones.remove((stream, mine))
+            else:
+                length = len(output.outputs[0].token_ids)
+                mine.setdefault(output.request_id, []).append(length)
+        generate(llm, [[3]])
+    for mine, own in zip(lengths, params, strict=True):
+        assert list(mine.values()) == [list(range(1, (own.max_tokens or 0) + 1))] * 2
+    assert not llm.engine.has_work
+
+
+def test_a_stream_that_is_given_up_is_not_reported_to_others() -> None:
+    llm = make_llm()
+    long = SamplingParams(seed=1, max_tokens=20, ignore_eos=True)
+    given_up = llm.stream([llm.make_request([1], long, stream=True)])
+    next(given_up)
+    (output,) = generate(llm, [[2]])
+    assert output.outputs[0].token_ids == reference_tokens([2], PARAMS, 0, 64)
+    given_up.close()  # type: ignore[attr-defined]
+    assert not llm.engine.has_work
+    assert (llm._untaken, llm._streamed) == ([], set())
+
+
 def test_chat_needs_a_template() -> None:
     with pytest.raises(ValueError, match=r"conversation 0: .*no chat template"):
         make_llm().chat([{"role": "user", "content": "Hi"}], use_tqdm=False)
@@ -148,8 +184,7 @@ def test_conversations_are_checked() -> None:
 
 class _Templated(LLM):
     def __init__(self) -> None:
-        self.engine = make_llm().engine
-        self._num_requests = 0
+        self._use(make_llm().engine)
         self.engine.tokenizer.apply_chat_template = (  # type: ignore[union-attr,method-assign]
             lambda messages, add_generation_prompt=True: f"<{messages[0]['content']}>"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nano_vllm.batch import Batch
 from nano_vllm.engine.llm import LLM
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
@@ -21,8 +22,10 @@ PROMPT = list(range(100))
 PARAMS = [SamplingParams(seed=seed, max_tokens=9, ignore_eos=True) for seed in range(8)]
 
 
-def make_fake(num_tokens: int = 512, num_blocks: int = 200, **options: Any) -> LLM:
-    runner = FakeRunner(num_blocks, SIZE, max_num_batched_tokens=num_tokens)
+def make_fake(
+    num_tokens: int = 512, num_blocks: int = 200, runs_ahead: bool = True, **options: Any
+) -> LLM:
+    runner = FakeRunner(num_blocks, SIZE, max_num_batched_tokens=num_tokens, runs_ahead=runs_ahead)
     return LLM.from_engine(make_engine(runner, **options))
 
 
@@ -166,3 +169,28 @@ def test_a_model_reads_what_is_written_in_the_same_step(
                 cached = [output.num_cached_tokens for output in outputs]
                 assert cached == [0, 40, 40, 40, 24, 24, 24, 40]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("length", [16, 20])
+def test_nobody_forks_from_what_the_same_step_computes(length: int) -> None:
+    """A preempted completion comes back by hits of the step, and one that has yet to start comes
+    with it: what it would copy is not written yet.
+    """
+    params = SamplingParams(n=3, seed=1, max_tokens=9, ignore_eos=True)
+    llm = make_fake(max_num_seqs=3, runs_ahead=False)
+    engine = llm.engine
+    scheduler = engine.scheduler
+    scheduler.max_num_seqs = 2
+    engine.add_request("r", PROMPT[:length], params)
+    for _ in range(7):
+        engine.step()
+    assert [s.num_output_tokens for s in scheduler.running] == [7, 6]
+    for sequence in scheduler.running:
+        scheduler._preempt(sequence, Batch([]))
+    for block in range(200):
+        scheduler.block_manager.allocator.forget(block)
+    scheduler.max_num_seqs = 3
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    check_tokens(outputs, [params])

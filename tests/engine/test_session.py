@@ -365,6 +365,13 @@ def test_a_batch_is_checked_before_any_work_begins() -> None:
     assert llm.generate_sessions([], use_tqdm=False) == []
 
 
+def test_a_session_of_another_llm_is_refused() -> None:
+    session = make_llm().session([1, 2])
+    with pytest.raises(ValueError, match="session 0: the session belongs to another LLM"):
+        make_llm().generate_sessions([session], params(), use_tqdm=False)
+    assert session.token_ids == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -13,6 +13,7 @@ VOCAB_SIZE = 199
 
 
 def make_llm(path: Path, **options: Any) -> LLM:
+    """Who is admitted may have to leave again, and host memory is used however long it takes."""
     settings = {
         "device": "cpu",
         "dtype": "float32",
@@ -22,7 +23,10 @@ def make_llm(path: Path, **options: Any) -> LLM:
         "max_num_batched_tokens": 32,
         "max_model_len": 64,
     }
-    return LLM(str(path), **(settings | options))
+    llm = LLM(str(path), **(settings | options))
+    llm.engine.scheduler.admission_horizon = 0
+    llm.engine.scheduler.host_block_seconds = None
+    return llm
 
 
 def draw_prompt(draw: random.Random, length: int) -> list[int]:
