@@ -33,7 +33,7 @@ class EngineMetrics:
     num_loaded_tokens: int = 0
     """Copied back from host memory."""
     num_leaked_blocks: int = 0
-    """References to blocks that somebody lost and the engine took back: should be 0."""
+    """Blocks to which somebody lost references, which the engine took back: should be 0."""
     num_blocks: int = 0
     num_free_blocks: int = 0
     """Blocks that no sequence holds; some of them may serve as prefix cache."""

@@ -60,7 +60,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Complete each prompt.
 
@@ -73,13 +73,16 @@ class LLM:
                 "cache_salt" beside it, a prompt finds the cached blocks of equal salts alone.
             sampling_params: for all, or a list with one for each; by default SamplingParams().
             use_tqdm: show a progress bar.
-            priority: one for each prompt, the lowest first, under scheduling_policy priority.
+            priority: for all, or a list with one for each: the lowest first, under
+                scheduling_policy priority.
 
         Returns:
             one result per prompt, in their order.
         """
         prompt_list = as_prompt_list(prompts)
-        priorities = [0] * len(prompt_list) if priority is None else list(priority)
+        priorities = (
+            list(priority) if isinstance(priority, Sequence) else [priority] * len(prompt_list)
+        )
         if len(priorities) != len(prompt_list):
             raise ValueError(
                 f"priority must have one entry for each of the {len(prompt_list)} prompts, "

@@ -6,7 +6,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from nano_vllm.engine.prompts import Prompt, parse_prompt
+from nano_vllm.engine.prompts import Prompt, cache_salt_of, parse_prompt
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.sampling_params import SamplingParams
 
@@ -74,6 +74,8 @@ class Session:
     def append(self, prompt: Prompt) -> None:
         """Put tokens behind the others; they are computed with what is generated next."""
         self.check_open()
+        if cache_salt_of(prompt) is not None:
+            raise ValueError("a session keeps the cache_salt that it began with")
         tokenizer = self._llm.engine.tokenizer
         text, token_ids = parse_prompt(prompt, tokenizer)
         if text is not None and tokenizer is not None:

@@ -460,3 +460,10 @@ def test_a_pinned_session_outgrows_its_pin() -> None:
     assert num_held_blocks(llm) == 4
     session.close()
     assert num_held_blocks(llm) == 0
+
+
+def test_a_salt_comes_with_the_beginning_alone() -> None:
+    session = make_llm().session({"prompt_token_ids": [1, 2], "cache_salt": "a"})
+    with pytest.raises(ValueError, match="keeps the cache_salt that it began with"):
+        session.append({"prompt_token_ids": [3], "cache_salt": "b"})
+    assert session.token_ids == [1, 2]
