@@ -238,9 +238,8 @@ int main() {
     Exploration(bounds).run();
   }
   if (is_nightly()) {
-    for (const Bounds& bounds :
-         {Bounds{2, 0, 3, 3, 0}, Bounds{4, 0, 3, 3, 0}, Bounds{2, 2, 3, 2, 2},
-          Bounds{3, 1, 3, 2, 1}, Bounds{3, 2, 3, 2, 2}}) {
+    for (const Bounds& bounds : {Bounds{2, 0, 3, 3, 0}, Bounds{4, 0, 3, 3, 0},
+                                 Bounds{2, 2, 3, 2, 2}, Bounds{3, 1, 3, 2, 1}}) {
       Exploration(bounds).run();
     }
   }
