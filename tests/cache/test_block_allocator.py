@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from nano_vllm._core import BlockAllocator, BlockOwner, BlockState, OutOfBlocks
 
 BLOCK_SIZE = 2
+ALL_OWNERS = (BlockOwner.SEQUENCE, BlockOwner.PIN, BlockOwner.TRANSFER)
 Content = tuple[bytes, tuple[int, ...]]  # parent hash, tokens
 contents_tokens = st.tuples(st.integers(0, 2), st.integers(0, 1))
 
@@ -118,7 +119,7 @@ def new_pool(num_blocks: int, hash_key: int) -> Pool:
     return Pool(allocator, Model(num_blocks), [None] * num_blocks)
 
 
-owners = st.sampled_from([BlockOwner.SEQUENCE, BlockOwner.PIN, BlockOwner.TRANSFER])
+owners = st.sampled_from(ALL_OWNERS)
 of_tier = st.sampled_from([False, False, True])
 
 
@@ -299,6 +300,26 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert pool.allocator.lookup_blocks(token_ids, first, parent, owner) == (found, hashes)
         pool.held += [(block, owner) for block in found]
 
+    @rule(owner=owners, data=st.data(), leaves=st.booleans())
+    def compute(self, owner: BlockOwner, data: st.DataObject, leaves: bool) -> None:
+        """Find a block or compute it, as a request does: random rules seldom come to evictions."""
+        pool, content = self.pool, self.content(data)
+        block = pool.allocator.lookup(*content, owner)
+        assert block == pool.model.lookup(content, owner)
+        if block < 0 and pool.model.queue:
+            block = pool.allocator.allocate(owner)
+            assert block == pool.model.allocate(owner)
+            self.write(pool, block, content)
+            pool.allocator.commit(block, *content)
+            pool.model.index[content] = block
+        if block < 0:
+            return
+        if leaves:
+            pool.allocator.free(block, owner)
+            pool.model.free(block, owner)
+        else:
+            pool.held.append((block, owner))
+
     @rule(of_tier=of_tier, data=st.data())
     def forget(self, of_tier: bool, data: st.DataObject) -> None:
         pool = self.pick(of_tier)
@@ -350,13 +371,13 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert allocator.num_free == model.num_blocks - allocator.num_active
             for block in range(model.num_blocks):
                 assert allocator.ref_count(block) == model.refs.get(block, 0)
-            for owner in (BlockOwner.SEQUENCE, BlockOwner.PIN, BlockOwner.TRANSFER):
+            for owner in ALL_OWNERS:
                 assert allocator.num_references(owner) == model.owned[owner.name]
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
 TestAllocatorMachine.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, database=None
+    max_examples=150, stateful_step_count=60, deadline=None, database=None
 )
 
 
@@ -466,6 +487,28 @@ def test_evicted_content_is_in_the_next_tier() -> None:
     assert tier.num_references(BlockOwner.TRANSFER) == 2
 
 
+def test_what_the_next_tier_has_already_is_not_copied_again() -> None:
+    allocator, tier = BlockAllocator(1, 1), BlockAllocator(2, 1)
+    allocator.set_next_tier(tier)
+    for token, evictions in ((5, []), (6, [(0, 0)]), (5, [(0, 1)]), (6, []), (5, [])):
+        allocator.commit(allocator.allocate(), b"", [token])
+        allocator.free(0)
+        assert allocator.take_evictions() == evictions
+        tier.check_integrity()
+        assert tier.num_active == 0
+    assert [tier.num_references(owner) for owner in ALL_OWNERS] == [0, 0, 0]
+
+
+def test_what_is_written_into_is_not_found() -> None:
+    allocator = BlockAllocator(2, 1)
+    block = allocator.allocate()
+    allocator.commit(block, b"", [5])
+    assert allocator.make_writable(block) == block
+    assert allocator.lookup(b"", [5]) == -1
+    allocator.free(block)
+    assert allocator.num_cached == 0
+
+
 def test_content_is_lost_where_the_next_tier_is_held() -> None:
     allocator, tier = BlockAllocator(1, 1), BlockAllocator(1, 1)
     allocator.set_next_tier(tier)
@@ -520,7 +563,7 @@ def with_next_tier(tier: BlockAllocator) -> BlockAllocator:
 )
 def test_an_owner_frees_no_more_than_it_has(owner: BlockOwner, name: str) -> None:
     allocator = BlockAllocator(4, 2)
-    others = {BlockOwner.SEQUENCE, BlockOwner.PIN, BlockOwner.TRANSFER} - {owner}
+    others = set(ALL_OWNERS) - {owner}
     for other in others:
         allocator.allocate(other)
     with pytest.raises(ValueError, match=f"^1 references of {name} are freed, but there are 0$"):
