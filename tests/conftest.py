@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
+settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
 SEED = int(os.environ.get("NANO_VLLM_TEST_SEED") or random.SystemRandom().getrandbits(31))
 
 

@@ -60,10 +60,10 @@ def read_bugs() -> list[Bug]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="TEXT", help="bugs whose name has this in it")
+    parser.add_argument("--only", metavar="TEXT", help="bugs whose name or file has this in it")
     parser.add_argument("--plant", action="store_true", help="see that all can be planted")
     args = parser.parse_args()
-    bugs = [bug for bug in read_bugs() if args.only is None or args.only in bug.what]
+    bugs = [bug for bug in read_bugs() if args.only is None or args.only in bug.what + bug.file]
     misplaced = [bug for bug in bugs if (ROOT / bug.file).read_text().count(bug.right) != 1]
     for bug in misplaced:
         print(f"cannot be planted, {bug.file} has changed: {bug.what}")
@@ -139,6 +139,7 @@ def build(tree: Path) -> bool:
 def failing_test(tree: Path, suite: tuple[str, ...]) -> str | None:
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command.append("--hypothesis-profile=unshrunk")
     try:
         done = subprocess.run(
             [*command, *(name for name in suite if (tree / name).exists())],
