@@ -33,7 +33,15 @@ SUITE = (
     "tests/sampling/test_beam_search.py",
     "tests/bench/test_replay.py",
 )
-CPP_SUITE = ("tests/cache", *SUITE)
+CPP_SUITE = ("tests/cache/test_decode_rows.py", "tests/cache", *SUITE)
+CORE_SOURCES = (
+    "csrc/bindings/core.cpp",
+    "csrc/bindings/decode_rows_core.cpp",
+    "csrc/cache/block_allocator.cpp",
+    "csrc/cache/decode_rows.cpp",
+    "csrc/cache/prepare_batch.cpp",
+    "csrc/cache/shared_prefix.cpp",
+)
 BUGS = Path(__file__).with_suffix(".txt")
 
 
@@ -103,9 +111,9 @@ def find(tree: Path, bug: Bug) -> str | None:
     path = tree / bug.file
     whole = path.read_text()
     path.write_text(whole.replace(bug.right, bug.wrong))
-    is_built = bug.file.startswith("csrc/")
+    is_built = path.suffix in (".cpp", ".h")
     try:
-        if is_built and not build(tree):
+        if is_built and not build(tree, bug.file):
             return "build"
         return failing_test(tree, CPP_SUITE if is_built else SUITE)
     finally:
@@ -119,21 +127,26 @@ def module_path(tree: Path) -> Path:
     return tree / "nano_vllm" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def build(tree: Path) -> bool:
-    """The allocator's module, without optimisation: the tests do not take long."""
-    sources = ("decode_rows", "block_allocator", "prepare_batch", "shared_prefix")
-    return not subprocess.run(
-        [
-            os.environ.get("CXX", "c++"),
-            *("-O1", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-w", "-Icsrc"),
-            *(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))),
-            *("csrc/bindings/core.cpp", "csrc/bindings/decode_rows_core.cpp"),
-            *(f"csrc/cache/{name}.cpp" for name in sources),
-            *("-o", str(module_path(tree))),
-        ],
-        cwd=tree,
-        stderr=subprocess.DEVNULL,
-    ).returncode
+def build(tree: Path, changed: str) -> bool:
+    """The allocator's module, of objects that are kept, but for those that a change is part of."""
+    objects = []
+    for source in CORE_SOURCES:
+        kept = tree / "kept" / f"{Path(source).stem}.o"
+        kept.parent.mkdir(exist_ok=True)
+        is_changed = changed == source or changed.endswith(".h")
+        out = kept.with_suffix(".changed.o") if is_changed else kept
+        if (is_changed or not kept.exists()) and not compile_cpp(tree, "-c", source, "-o", out):
+            return False
+        objects.append(out)
+    return compile_cpp(tree, "-shared", *objects, "-o", module_path(tree))
+
+
+def compile_cpp(tree: Path, *arguments: str | Path) -> bool:
+    """Without much optimisation: the tests do not take long."""
+    command = [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+    includes = ("csrc", pybind11.get_include(), sysconfig.get_path("include"))
+    command += ["-w", *(f"-I{path}" for path in includes), *map(str, arguments)]
+    return not subprocess.run(command, cwd=tree, stderr=subprocess.DEVNULL).returncode
 
 
 def failing_test(tree: Path, suite: tuple[str, ...]) -> str | None:
