@@ -151,7 +151,6 @@ class Scheduler:
 
     def abort(self, request_id: str) -> list[Sequence]:
         """End what is unfinished of a request, and return it; unknown requests have nothing."""
-        self._held.pop(request_id, None)
         unfinished = [s for s in self._requests.get(request_id, ()) if not s.is_finished]
         for sequence in unfinished:
             self.finish(sequence, "abort")
