@@ -34,6 +34,9 @@ SUITE = (
     "tests/bench/test_replay.py",
 )
 CPP_SUITE = ("tests/cache/test_decode_rows.py", "tests/cache", *SUITE)
+CPP_TESTS = ("test_block_allocator", "test_decode_rows")
+TIMEOUT = 300
+"""Seconds that the tests may take."""
 CORE_SOURCES = (
     "csrc/bindings/core.cpp",
     "csrc/bindings/decode_rows_core.cpp",
@@ -113,9 +116,11 @@ def find(tree: Path, bug: Bug) -> str | None:
     path.write_text(whole.replace(bug.right, bug.wrong))
     is_built = path.suffix in (".cpp", ".h")
     try:
-        if is_built and not build(tree, bug.file):
+        if not is_built:
+            return failing_test(tree, SUITE)
+        if not build(tree, bug.file):
             return "build"
-        return failing_test(tree, CPP_SUITE if is_built else SUITE)
+        return failing_cpp_test(tree, bug.file) or failing_test(tree, CPP_SUITE)
     finally:
         path.write_text(whole)
         if is_built:
@@ -141,6 +146,24 @@ def build(tree: Path, changed: str) -> bool:
     return compile_cpp(tree, "-shared", *objects, "-o", module_path(tree))
 
 
+def failing_cpp_test(tree: Path, changed: str) -> str | None:
+    for test in CPP_TESTS:
+        program = tree / "kept" / test
+        objects = [
+            name
+            if changed == name or changed.endswith(".h")
+            else tree / f"kept/{Path(name).stem}.o"
+            for name in CORE_SOURCES
+            if name.startswith("csrc/cache/")
+        ]
+        source = f"tests/csrc/{test}.cpp"
+        if not compile_cpp(tree, "-Itests/csrc", source, *objects, "-o", program):
+            return f"build of {test}"
+        if subprocess.run([program], capture_output=True, timeout=TIMEOUT).returncode:
+            return test
+    return None
+
+
 def compile_cpp(tree: Path, *arguments: str | Path) -> bool:
     """Without much optimisation: the tests do not take long."""
     command = [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
@@ -160,7 +183,7 @@ def failing_test(tree: Path, suite: tuple[str, ...]) -> str | None:
             env=env,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired:
         return "no end"
