@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from nano_vllm.config_fields import ConfigFields
 from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.gguf_pre_tokenizer import PRE_TOKENIZATIONS
+from nano_vllm.tokenizer.gguf_sentencepiece import (
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    build_sentencepiece,
+)
 from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
 from nano_vllm.weights.gguf_file import GGUFFile
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _PREFIX = "tokenizer.ggml."
 _NAMED_TOKENS = {
     "bos_token": "bos",
@@ -32,22 +37,24 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     fields = ConfigFields(file.metadata, str(path))
     kind = fields.string(f"{_PREFIX}model")
     tokens = _tokens(fields)
-    token_types = _array(fields, "token_type", int, len(tokens)) or (_NORMAL,) * len(tokens)
-    if kind == "gpt2":
-        backend, adds_bos = _byte_level(fields, tokens)
-    elif kind == "llama":
-        backend, adds_bos = _sentencepiece(fields, tokens, token_types), True
-    else:
-        raise ValueError(
-            f"{path}: tokenizer model {kind!r} is not supported; supported: gpt2, llama"
-        )
+    token_types = _array(fields, "token_type", int, len(tokens)) or (NORMAL,) * len(tokens)
     ids = {
         key: _token_id(fields, key, len(tokens)) for key in (*_NAMED_TOKENS.values(), *_EOS_KEYS)
     }
     named = {name: tokens[i] for name, key in _NAMED_TOKENS.items() if (i := ids[key]) is not None}
+    if kind == "gpt2":
+        backend, adds_bos = _byte_level(fields, tokens)
+    elif kind == "llama":
+        scores = _array(fields, "scores", float, len(tokens))
+        unknown = named.get("unk_token")
+        backend, adds_bos = build_sentencepiece(fields, tokens, token_types, scores, unknown), True
+    else:
+        raise ValueError(
+            f"{path}: tokenizer model {kind!r} is not supported; supported: gpt2, llama"
+        )
     # Tokens that are matched whole wherever their text appears.
-    backend.add_tokens(_of_type(_USER_DEFINED, tokens, token_types, special=False))
-    backend.add_special_tokens(_of_type(_CONTROL, tokens, token_types, special=True))
+    backend.add_tokens(_of_type(USER_DEFINED, tokens, token_types, special=False))
+    backend.add_special_tokens(_of_type(CONTROL, tokens, token_types, special=True))
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in named.values()])
     bos = ids["bos"] if fields.flag(f"{_PREFIX}add_bos_token", adds_bos) else None
     eos = ids["eos"] if fields.flag(f"{_PREFIX}add_eos_token", False) else None
@@ -84,59 +91,6 @@ def _byte_level(fields: ConfigFields, tokens: list[str]) -> tuple[tokenizers.Tok
     backend.pre_tokenizer = pre_tokenization.build()
     backend.decoder = decoders.ByteLevel()
     return backend, pre_tokenization.adds_bos
-
-
-def _sentencepiece(
-    fields: ConfigFields, tokens: list[str], token_types: Sequence[int]
-) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE: merges the two neighbours that make the piece of the best score.
-
-    As in transformers, a space is put before the text once, not again after each special token in
-    it, and not where the text begins with one (SentencePiece itself would add a second).
-    """
-    scores = _array(fields, "scores", float, len(tokens))
-    if scores is None:
-        raise ValueError(f"{fields.source}: field {_PREFIX + 'scores'!r} is missing")
-    merges = merges_by_score(tokens, scores, token_types)
-    unknown = _token_id(fields, "unknown", len(tokens))
-    backend = _bpe(
-        fields,
-        tokens,
-        merges,
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=None if unknown is None else tokens[unknown],
-    )
-    prefixes = fields.flag(f"{_PREFIX}add_space_prefix", True)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="first" if prefixes else "never", split=False
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixes else steps)
-    return backend
-
-
-def merges_by_score(
-    tokens: list[str], scores: Sequence[float], token_types: Sequence[int]
-) -> list[tuple[str, str]]:
-    """Every way to make a piece from two others, best score first, then longest left part.
-
-    The same order as transformers' converter gives, which is what most tokenizer.json files come
-    from.
-    """
-    ids = {
-        token: i
-        for i, (token, kind) in enumerate(zip(tokens, token_types, strict=True))
-        if kind in (_NORMAL, _USER_DEFINED, _UNUSED)
-    }
-    pairs = [
-        (-scores[i], -cut, cut - len(token), token)
-        for token, i in ids.items()
-        for cut in range(1, len(token))
-        if token[:cut] in ids and token[cut:] in ids
-    ]
-    pairs.sort(key=lambda pair: pair[:3])
-    return [(token[:-minus_cut], token[-minus_cut:]) for _, minus_cut, _, token in pairs]
 
 
 def _bpe(
