@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ _NAMED_TOKENS = {
     "pad_token": "padding",
 }
 _EOS_KEYS = ("eos", "eot", "eom")
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""What ends a turn where the file does not say, as with Gemma 3 and Phi-3; llama.cpp looks for the
+same names."""
+_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+"""Phi-3's only special tokens that leave the white space behind them alone."""
 
 
 def load_gguf_tokenizer(path: Path) -> Tokenizer:
@@ -53,17 +59,22 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
             f"{path}: tokenizer model {kind!r} is not supported; supported: gpt2, llama"
         )
     # Tokens that are matched whole wherever their text appears.
-    backend.add_tokens(_of_type(USER_DEFINED, tokens, token_types, special=False))
-    backend.add_special_tokens(_of_type(CONTROL, tokens, token_types, special=True))
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in named.values()])
+    own = _of_type(USER_DEFINED, tokens, token_types)
+    special = dict.fromkeys([*_of_type(CONTROL, tokens, token_types), *named.values()])
+    # In the model's tokenizer.json, but in no field of GGUF.
+    strips = kind == "llama" and fields.string("general.architecture", None) == "phi3"
+    backend.add_tokens(_added([token for token in own if token not in special], strips))
+    backend.add_special_tokens(_added(special, strips))
     bos = ids["bos"] if fields.flag(f"{_PREFIX}add_bos_token", adds_bos) else None
     eos = ids["eos"] if fields.flag(f"{_PREFIX}add_eos_token", False) else None
     backend.post_processor = _surround(tokens, bos, eos)
+    matched = {*own, *special}
+    turn_ends = [tokens.index(t) for t in _TURN_ENDS if ids["eot"] is None and t in matched]
     template = fields.string("tokenizer.chat_template", None)
     return Tokenizer(
         backend,
         bos_token_id=ids["bos"],
-        eos_token_ids=unique_ids(*(ids[key] for key in _EOS_KEYS)),
+        eos_token_ids=unique_ids(*(ids[key] for key in _EOS_KEYS), *turn_ends),
         chat_template=ChatTemplate(template, named, str(path)) if template else None,
         origin=str(path),
     )
@@ -115,7 +126,7 @@ def _tokens(fields: ConfigFields) -> list[str]:
     # llama.cpp's name for a token without text
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     if len(set(tokens)) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if tokens.index(token) < i)
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise fields.error(f"{_PREFIX}tokens", f"must not repeat a token, got {twice!r} twice")
     return tokens
 
@@ -145,13 +156,15 @@ def _token_id(fields: ConfigFields, name: str, num_tokens: int) -> int | None:
     return token_id
 
 
-def _of_type(
-    kind: int, tokens: list[str], token_types: Sequence[int], special: bool
-) -> list[AddedToken]:
+def _of_type(wanted: int, tokens: list[str], token_types: Sequence[int]) -> list[str]:
+    return [token for token, kind in zip(tokens, token_types, strict=True) if kind == wanted]
+
+
+def _added(tokens: Iterable[str], strips: bool) -> list[AddedToken]:
+    """Args: strips: whether they take the white space behind them along."""
     return [
-        AddedToken(token, normalized=False, special=special)
-        for token, token_type in zip(tokens, token_types, strict=True)
-        if token_type == kind
+        AddedToken(token, normalized=False, rstrip=strips and token not in _NOT_STRIPPING)
+        for token in tokens
     ]
 
 

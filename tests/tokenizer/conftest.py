@@ -160,10 +160,11 @@ def write_vocabulary(tmp_path: Path) -> WriteVocabulary:
         scores: list[float] | None = None,
         merges: list[str] | None = None,
         pre: str | None = None,
+        architecture: str = "llama",
         **metadata: Any,
     ) -> Path:
         path = tmp_path / "vocabulary.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
+        writer = gguf.GGUFWriter(path, architecture)
         writer.add_tokenizer_model(kind)
         writer.add_token_list(tokens)
         if token_types is not None:

@@ -236,6 +236,40 @@ def test_a_space_comes_before_each_text_behind_a_special_token(write_sentencepie
     assert tokenizer.decode(untrusted) == "</s>"
 
 
+PHI3 = ("<|user|>", "<|end|>", "<|assistant|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|end|>"])
+def test_special_tokens_of_phi3_take_white_space_along(
+    write_sentencepiece: Write, eos: str
+) -> None:
+    model = train_sentencepiece(own=PHI3)
+    eos_id = model.piece_to_id(eos)
+    text = "<|user|>\n the <|end|>\n<|assistant|> \t\n"
+
+    def pieces(architecture: str, text: str) -> list[str | None]:
+        path = write_sentencepiece(model, PHI3, architecture=architecture, eos_token_id=eos_id)
+        tokenizer = Tokenizer.from_path(path)
+        assert tokenizer.eos_token_ids == ((eos_id,) if eos == "<|end|>" else (eos_id, 4))
+        return [tokenizer.id_to_piece(i) for i in tokenizer.encode(text)[1:]]
+
+    assert pieces("phi3", text) == ["<|user|>", "▁the", "▁", "<|end|>", "<|assistant|>"]
+    assert pieces("phi3", "<s>\n<|endoftext|>\n") == ["<s>", "▁", "\n", "<|endoftext|>", "▁", "\n"]
+    assert pieces("llama", "<|user|>\n") == ["<|user|>", "▁", "\n"]
+
+
+def test_what_ends_a_turn_is_known_by_its_name(write_sentencepiece: Write) -> None:
+    own = ("<end_of_turn>", "<|x|>")
+    model = train_sentencepiece(own=own)
+    turn = model.piece_to_id("<end_of_turn>")
+    # Gemma 3's files name <eos> alone.
+    assert Tokenizer.from_path(write_sentencepiece(model, own)).eos_token_ids == (2, turn)
+    path = write_sentencepiece(model, own, eot_token_id=turn + 1)
+    assert Tokenizer.from_path(path).eos_token_ids == (2, turn + 1)
+    # A piece like others is text.
+    assert Tokenizer.from_path(write_sentencepiece(model)).eos_token_ids == (2,)
+
+
 @pytest.mark.parametrize("bos", [None, True, False])
 @pytest.mark.parametrize("eos", [None, True, False])
 def test_begin_and_end_tokens(
