@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from nano_vllm.config_fields import ConfigFields
 
@@ -37,8 +37,9 @@ def build_sentencepiece(
 ) -> tokenizers.Tokenizer:
     """Without added tokens; ValueError if scores or byte tokens are missing or not usable.
 
-    As in llama.cpp, and in the tokenizer.json of Llama 2 and its like, a space is put before the
-    text and again after each special token in it.
+    A space is put before the text and again behind each special token in it, as in llama.cpp and
+    the tokenizer.json of Llama 2. Not where one stands behind the token already: templates like
+    Mistral v0.3's write it out, and llama.cpp makes two of it.
     """
     if scores is None:
         raise ValueError(f"{fields.source}: field 'tokenizer.ggml.scores' is missing")
@@ -57,6 +58,8 @@ def build_sentencepiece(
     prefixes = fields.flag("tokenizer.ggml.add_space_prefix", True)
     trims = fields.flag("tokenizer.ggml.remove_extra_whitespaces", False)
     backend.normalizer = _normalizer(prefixes, trims)
+    if prefixes and not trims:
+        backend.pre_tokenizer = _space_prefix()
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixes else steps)
     return backend
@@ -95,6 +98,18 @@ def _normalizer(prefixes: bool, trims: bool) -> normalizers.Normalizer:
     if trims:
         steps.append(normalizers.Replace(Regex(rf"\A +|[ {_SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if prefixes:
-        steps.append(normalizers.Prepend(_SPACE))
+        if prefixes:
+            steps.append(normalizers.Prepend(_SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+
+
+def _space_prefix() -> pre_tokenizers.PreTokenizer:
+    """For what is not trimmed and may begin with spaces."""
+    # Metaspace puts its character where it does not stand already. No blank is left by now, so that
+    # the first one always puts it before the text, and the second sees that it did.
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always", split=False),
+        ]
+    )

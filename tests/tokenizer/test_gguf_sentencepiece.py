@@ -119,7 +119,9 @@ def test_long_texts_equal_sentencepiece(pair: Pair) -> None:
 
 
 class LlamaCpp:
-    """llama.cpp's tokenizer of such vocabularies, as src/llama-vocab.cpp describes it."""
+    """llama.cpp's tokenizer of such vocabularies, as src/llama-vocab.cpp has it, but for spaces
+    behind special tokens, where a second one is not put.
+    """
 
     def __init__(
         self,
@@ -137,12 +139,17 @@ class LlamaCpp:
     def encode(self, text: str) -> list[int]:
         ids, end = [], 0
         for match in self.matched.finditer(text):
-            ids += [*self.fragment(text[end : match.start()]), self.ids[match[0]]]
+            ids += [*self.fragment(text, end, match.start()), self.ids[match[0]]]
             end = match.end()
-        return ids + self.fragment(text[end:])
+        return ids + self.fragment(text, end, len(text))
 
-    def fragment(self, text: str) -> list[int]:
-        symbols = list((self.prefix + text).replace(" ", "▁")) if text else []
+    def fragment(self, text: str, start: int, end: int) -> list[int]:
+        has_space = start > 0 and text[start:end].startswith((" ", "▁"))
+        prefix = "" if start == end or has_space else self.prefix
+        return self.merge(prefix + text[start:end])
+
+    def merge(self, text: str) -> list[int]:
+        symbols = list(text.replace(" ", "▁"))
         while True:
             joint = [a + b for a, b in itertools.pairwise(symbols)]
             places = [i for i, piece in enumerate(joint) if piece in self.scores]
@@ -220,6 +227,7 @@ def test_equal_scores_as_in_transformers(
     )
     rng = random.Random(0)
     for text in [*TEXTS, *("".join(rng.choices(CHUNKS, k=50)) for _ in range(50))]:
+        text = text.replace("<", "(")  # special tokens have a test of their own
         ids = tokenizer.encode(text)
         assert ids == expected.encode(text), text
         assert tokenizer.decode(ids) == expected.decode(ids, skip_special_tokens=True)
@@ -227,10 +235,13 @@ def test_equal_scores_as_in_transformers(
 
 
 def test_a_space_comes_before_each_text_behind_a_special_token(write_sentencepiece: Write) -> None:
-    """As Llama 2's chat template wants it: <s>[INST] is <s>, ▁[, INST, ]."""
+    """As Llama 2's chat template wants it: <s>[INST] is <s>, ▁[, INST, ].
+
+    Mistral v0.3's template writes the space out.
+    """
     tokenizer = Tokenizer.from_path(write_sentencepiece(train_sentencepiece()))
     ids = tokenizer.encode("<s>the</s><s> the", add_special_tokens=False)
-    assert [tokenizer.id_to_piece(i) for i in ids] == ["<s>", "▁the", "</s>", "<s>", "▁▁", "the"]
+    assert [tokenizer.id_to_piece(i) for i in ids] == ["<s>", "▁the", "</s>", "<s>", "▁the"]
     untrusted = tokenizer.encode("</s>", add_special_tokens=False, parse_special=False)
     assert 2 not in untrusted
     assert tokenizer.decode(untrusted) == "</s>"
