@@ -232,7 +232,8 @@ def write_sentencepiece(write_vocabulary: WriteVocabulary) -> WriteVocabulary:
         ids = range(model.get_piece_size())
         return write_vocabulary(
             "llama",
-            [model.id_to_piece(i) for i in ids],
+            # The converter writes spaces of user-defined pieces as such.
+            [p.replace("▁", " ") if p in own else p for p in map(model.id_to_piece, ids)],
             token_types=[token_type(model, i, own) for i in ids],
             scores=[model.get_score(i) for i in ids],
             **{"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **metadata},
