@@ -71,9 +71,7 @@ class OutputProcessor:
         assert self._tokenizer is not None, "text is wanted without a tokenizer"
         for entry in entries:
             for token_id, logprob in entry.items():
-                logprob.decoded_token = self._tokenizer.decode(
-                    [token_id], skip_special_tokens=False
-                )
+                logprob.decoded_token = self._tokenizer.token_text(token_id)
 
 
 def _completion_output(request: Request, index: int, completion: Completion) -> CompletionOutput:

@@ -137,6 +137,9 @@ class RequestFactory:
         bad_words: tuple[tuple[int, ...], ...] = ()
         if first.bad_words and tokenizer is not None:
             bad_words = bad_word_token_ids(first.bad_words, tokenizer, self._limits.vocab_size)
+        begins_text = tokenizer is None or tokenizer.special_token_ids.issuperset(
+            request.prompt_token_ids
+        )
         for index, own in enumerate(params):
             sequence = Sequence(
                 -1,
@@ -151,6 +154,6 @@ class RequestFactory:
             sequence.priority, sequence.cache_root = priority, cache_root
             detokenizer = None
             if tokenizer is not None and own.detokenize:
-                detokenizer = Detokenizer(tokenizer, own.skip_special_tokens)
+                detokenizer = Detokenizer(tokenizer, own.skip_special_tokens, begins_text)
             text = StopStrings(list(own.stop or ()), own.include_stop_str_in_output)
             request.completions.append(Completion(sequence, detokenizer, text))

@@ -72,7 +72,10 @@ class Session:
             raise
 
     def append(self, prompt: Prompt) -> None:
-        """Put tokens behind the others; they are computed with what is generated next."""
+        """Put tokens behind the others; they are computed with what is generated next.
+
+        A tokenizer that puts a space before each text (SentencePiece's do) puts one before this.
+        """
         self.check_open()
         if cache_salt_of(prompt) is not None:
             raise ValueError("a session keeps the cache_salt that it began with")

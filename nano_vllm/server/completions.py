@@ -111,7 +111,7 @@ class CompletionAnswer(Answer):
         result = CompletionLogprobs([], [], [], [])
         for token_id, entry in zip(token_ids, entries, strict=True):
             if entry is None:  # nothing predicts the first token
-                text = self._tokenizer.decode([token_id], False) if self._tokenizer else ""
+                text = self._tokenizer.token_text(token_id) if self._tokenizer else ""
             else:
                 text = token_text(token_id, entry[token_id])
             result.tokens.append(text)

@@ -20,12 +20,20 @@ class Detokenizer:
     What `push` and `flush` return, concatenated, is `tokenizer.decode` of all the tokens at once. A
     character whose bytes come from several tokens is held back until it is whole, or known never to
     be. The cost of a token does not depend on how many came before.
+
+    Args:
+        tokenizer: whose tokens they are.
+        skip_special_tokens: whether special tokens give no text.
+        begins_text: False where the tokens go on from others: then a first space that
+            SentencePiece's decoding takes from the beginning of a text stays.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, begins_text: bool = True
+    ) -> None:
         self._id_to_piece = tokenizer.id_to_piece
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
-        self._stream = _make_stream(tokenizer)
+        self._stream = _make_stream(tokenizer, begins_text)
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; often "", never part of a character."""
@@ -132,7 +140,7 @@ class _WindowStream:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
-def _make_stream(tokenizer: Tokenizer) -> _Stream:
+def _make_stream(tokenizer: Tokenizer, begins_text: bool) -> _Stream:
     decoder = json.loads(tokenizer.decoder_json)
     steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
     kinds = [step and step["type"] for step in steps]
@@ -143,7 +151,7 @@ def _make_stream(tokenizer: Tokenizer) -> _Stream:
         if len(steps) == 3:
             return _SentencePieceStream(strips_first_space=False)
         if steps[3:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]:
-            return _SentencePieceStream(strips_first_space=True)
+            return _SentencePieceStream(strips_first_space=begins_text)
     return _WindowStream(tokenizer)
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from nano_vllm.config_fields import ConfigFields
 from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.gguf_pre_tokenizer import PRE_TOKENIZATIONS
+from nano_vllm.tokenizer.gguf_sentencepiece import (
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    build_sentencepiece,
+)
 from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
 from nano_vllm.weights.gguf_file import GGUFFile
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _PREFIX = "tokenizer.ggml."
 _NAMED_TOKENS = {
     "bos_token": "bos",
@@ -24,6 +30,11 @@ _NAMED_TOKENS = {
     "pad_token": "padding",
 }
 _EOS_KEYS = ("eos", "eot", "eom")
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""What ends a turn where the file does not say, as with Gemma 3 and Phi-3; llama.cpp looks for the
+same names."""
+_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+"""Phi-3's only special tokens that leave the white space behind them alone."""
 
 
 def load_gguf_tokenizer(path: Path) -> Tokenizer:
@@ -32,31 +43,38 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     fields = ConfigFields(file.metadata, str(path))
     kind = fields.string(f"{_PREFIX}model")
     tokens = _tokens(fields)
-    token_types = _array(fields, "token_type", int, len(tokens)) or (_NORMAL,) * len(tokens)
-    if kind == "gpt2":
-        backend, adds_bos = _byte_level(fields, tokens)
-    elif kind == "llama":
-        backend, adds_bos = _sentencepiece(fields, tokens, token_types), True
-    else:
-        raise ValueError(
-            f"{path}: tokenizer model {kind!r} is not supported; supported: gpt2, llama"
-        )
+    token_types = _array(fields, "token_type", int, len(tokens)) or (NORMAL,) * len(tokens)
     ids = {
         key: _token_id(fields, key, len(tokens)) for key in (*_NAMED_TOKENS.values(), *_EOS_KEYS)
     }
     named = {name: tokens[i] for name, key in _NAMED_TOKENS.items() if (i := ids[key]) is not None}
+    if kind == "gpt2":
+        backend, adds_bos = _byte_level(fields, tokens)
+    elif kind == "llama":
+        scores = _array(fields, "scores", float, len(tokens))
+        unknown = named.get("unk_token")
+        backend, adds_bos = build_sentencepiece(fields, tokens, token_types, scores, unknown), True
+    else:
+        raise ValueError(
+            f"{path}: tokenizer model {kind!r} is not supported; supported: gpt2, llama"
+        )
     # Tokens that are matched whole wherever their text appears.
-    backend.add_tokens(_of_type(_USER_DEFINED, tokens, token_types, special=False))
-    backend.add_special_tokens(_of_type(_CONTROL, tokens, token_types, special=True))
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in named.values()])
+    own = _of_type(USER_DEFINED, tokens, token_types)
+    special = dict.fromkeys([*_of_type(CONTROL, tokens, token_types), *named.values()])
+    # In the model's tokenizer.json, but in no field of GGUF.
+    strips = kind == "llama" and fields.string("general.architecture", None) == "phi3"
+    backend.add_tokens(_added([token for token in own if token not in special], strips))
+    backend.add_special_tokens(_added(special, strips))
     bos = ids["bos"] if fields.flag(f"{_PREFIX}add_bos_token", adds_bos) else None
     eos = ids["eos"] if fields.flag(f"{_PREFIX}add_eos_token", False) else None
     backend.post_processor = _surround(tokens, bos, eos)
+    matched = {*own, *special}
+    turn_ends = [tokens.index(t) for t in _TURN_ENDS if ids["eot"] is None and t in matched]
     template = fields.string("tokenizer.chat_template", None)
     return Tokenizer(
         backend,
         bos_token_id=ids["bos"],
-        eos_token_ids=unique_ids(*(ids[key] for key in _EOS_KEYS)),
+        eos_token_ids=unique_ids(*(ids[key] for key in _EOS_KEYS), *turn_ends),
         chat_template=ChatTemplate(template, named, str(path)) if template else None,
         origin=str(path),
     )
@@ -86,59 +104,6 @@ def _byte_level(fields: ConfigFields, tokens: list[str]) -> tuple[tokenizers.Tok
     return backend, pre_tokenization.adds_bos
 
 
-def _sentencepiece(
-    fields: ConfigFields, tokens: list[str], token_types: Sequence[int]
-) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE: merges the two neighbours that make the piece of the best score.
-
-    As in transformers, a space is put before the text once, not again after each special token in
-    it, and not where the text begins with one (SentencePiece itself would add a second).
-    """
-    scores = _array(fields, "scores", float, len(tokens))
-    if scores is None:
-        raise ValueError(f"{fields.source}: field {_PREFIX + 'scores'!r} is missing")
-    merges = merges_by_score(tokens, scores, token_types)
-    unknown = _token_id(fields, "unknown", len(tokens))
-    backend = _bpe(
-        fields,
-        tokens,
-        merges,
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=None if unknown is None else tokens[unknown],
-    )
-    prefixes = fields.flag(f"{_PREFIX}add_space_prefix", True)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="first" if prefixes else "never", split=False
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixes else steps)
-    return backend
-
-
-def merges_by_score(
-    tokens: list[str], scores: Sequence[float], token_types: Sequence[int]
-) -> list[tuple[str, str]]:
-    """Every way to make a piece from two others, best score first, then longest left part.
-
-    The same order as transformers' converter gives, which is what most tokenizer.json files come
-    from.
-    """
-    ids = {
-        token: i
-        for i, (token, kind) in enumerate(zip(tokens, token_types, strict=True))
-        if kind in (_NORMAL, _USER_DEFINED, _UNUSED)
-    }
-    pairs = [
-        (-scores[i], -cut, cut - len(token), token)
-        for token, i in ids.items()
-        for cut in range(1, len(token))
-        if token[:cut] in ids and token[cut:] in ids
-    ]
-    pairs.sort(key=lambda pair: pair[:3])
-    return [(token[:-minus_cut], token[-minus_cut:]) for _, minus_cut, _, token in pairs]
-
-
 def _bpe(
     fields: ConfigFields,
     tokens: list[str],
@@ -161,7 +126,7 @@ def _tokens(fields: ConfigFields) -> list[str]:
     # llama.cpp's name for a token without text
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     if len(set(tokens)) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if tokens.index(token) < i)
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise fields.error(f"{_PREFIX}tokens", f"must not repeat a token, got {twice!r} twice")
     return tokens
 
@@ -191,13 +156,15 @@ def _token_id(fields: ConfigFields, name: str, num_tokens: int) -> int | None:
     return token_id
 
 
-def _of_type(
-    kind: int, tokens: list[str], token_types: Sequence[int], special: bool
-) -> list[AddedToken]:
+def _of_type(wanted: int, tokens: list[str], token_types: Sequence[int]) -> list[str]:
+    return [token for token, kind in zip(tokens, token_types, strict=True) if kind == wanted]
+
+
+def _added(tokens: Iterable[str], strips: bool) -> list[AddedToken]:
+    """Args: strips: whether they take the white space behind them along."""
     return [
-        AddedToken(token, normalized=False, special=special)
-        for token, token_type in zip(tokens, token_types, strict=True)
-        if token_type == kind
+        AddedToken(token, normalized=False, rstrip=strips and token not in _NOT_STRIPPING)
+        for token in tokens
     ]
 
 

@@ -41,6 +41,7 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        self._strips_first_space = '"type":"Strip"' in self.decoder_json
 
     @classmethod
     def from_path(cls, path: Path) -> Tokenizer:
@@ -78,6 +79,14 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of all the tokens; ids outside the vocabulary count for nothing."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token among others, where `decode` of it alone takes away a first space."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        piece = self.id_to_piece(token_id) or ""
+        if self._strips_first_space and piece.startswith(("▁", " ", "<0x20>")):
+            return f" {text}"
+        return text
 
     def apply_chat_template(
         self,

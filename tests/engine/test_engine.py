@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
 from nano_vllm.engine.engine import Engine
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.tokenizer.tokenizer import Tokenizer
 from tests.engine.fake_runner import (
     EOS,
     VOCAB_SIZE,
@@ -134,6 +137,30 @@ def test_streamed_text_never_splits_a_character() -> None:
 def test_half_a_character_at_the_end() -> None:
     half = TOKENIZER.encode("€")[:2]
     assert ending("a", half, max_tokens=3)[0] == "a\N{REPLACEMENT CHARACTER}"
+
+
+def sentencepiece_tokenizer() -> Tokenizer:
+    """Decodes as Llama 2's: the space before the first piece of a text is not part of it."""
+    pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hi", "▁", "!"]
+    backend = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, []))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [("<s>", "Hi Hi! "), ("<s> ▁Hi", " Hi Hi! "), ("▁Hi", " Hi Hi! ")]
+)
+def test_a_space_at_the_start_is_kept_behind_a_prompt(prompt: str, expected: str) -> None:
+    tokenizer = sentencepiece_tokenizer()
+    prompt_ids, script = (
+        [tokenizer.token_to_id(piece) for piece in pieces.split()]
+        for pieces in (prompt, "▁Hi ▁Hi ! ▁")
+    )
+    engine = make_engine(FakeRunner(script={("r", 0): script}), tokenizer)
+    engine.add_request("r", prompt_ids, SamplingParams(max_tokens=len(script)))
+    assert run(engine)["r"].outputs[0].text == expected
 
 
 def test_without_detokenize_there_is_no_text() -> None:

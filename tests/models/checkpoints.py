@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,18 @@ GGUF_ARCHITECTURES = {
 
 
 def write_gguf(
-    model: Any, path: Path, matrices: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+    model: Any,
+    path: Path,
+    matrices: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    add_vocabulary: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> None:
     """Save a model as llama.cpp's converter does (convert_hf_to_gguf.py), vectors in float32."""
     config = model.config
     kind = config.model_type
     arch = GGUF_ARCHITECTURES[kind]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    if add_vocabulary is not None:
+        add_vocabulary(writer)
     hidden_size, num_heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
     num_kv_heads = getattr(config, "num_key_value_heads", num_heads)

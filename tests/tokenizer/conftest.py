@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,34 @@ TEXTS = [
     "\x00\x01\x7f \ufffd \U0010ffff",
 ]
 CORPUS = [*TEXTS, "the quick brown fox jumps over the lazy dog. " * 20, "über den Fluß " * 9]
+
+
+def _sentences() -> list[str]:
+    """Text with words, numbers, runs of spaces and other scripts, for vocabularies with merges."""
+    rng = random.Random(0)
+    syllables = [
+        "ka",
+        "lo",
+        "mi",
+        "the",
+        "ing",
+        "er",
+        "ü",
+        "ß",
+        "да",
+        "но",
+        "日本",
+        "한",
+        "aa",
+        "ab",
+    ]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(300)]
+    words += [str(rng.randrange(10 ** rng.randint(1, 6))) for _ in range(40)]
+    gaps = [" "] * 8 + ["  ", "    ", ", ", ".\n", "\t", "\n\n"]
+    return ["".join(w + rng.choice(gaps) for w in rng.choices(words, k=12)) for _ in range(400)]
+
+
+SENTENCEPIECE_CORPUS = [*CORPUS, *_sentences()]
 
 
 def find_smollm2() -> Path | None:
@@ -60,21 +90,32 @@ def byte_level() -> tokenizers.Tokenizer:
     return backend
 
 
-@pytest.fixture(scope="session")
-def sentencepiece_model() -> sentencepiece.SentencePieceProcessor:
-    """SentencePiece BPE with byte fallback, like Llama 2's."""
+@functools.cache
+def train_sentencepiece(
+    prefix: bool = True, trims: bool = False, split_digits: bool = True, own: tuple[str, ...] = ()
+) -> sentencepiece.SentencePieceProcessor:
+    """SentencePiece BPE with byte fallback, like Llama 2's.
+
+    Args:
+        prefix: whether a space is put before a text.
+        trims: whether spaces around and in a row are dropped.
+        split_digits: whether each digit is a piece of its own.
+        own: user-defined pieces.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([t for t in CORPUS if t.strip() and "\x00" not in t]),
+        sentence_iterator=iter([t for t in SENTENCEPIECE_CORPUS if t.strip() and "\x00" not in t]),
         model_writer=model,
         model_type="bpe",
-        vocab_size=420,
+        vocab_size=700,
         byte_fallback=True,
         character_coverage=0.98,
         normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=trims,
         allow_whitespace_only_pieces=True,
-        split_digits=True,
+        split_digits=split_digits,
+        user_defined_symbols=list(own),
         minloglevel=2,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -119,10 +160,11 @@ def write_vocabulary(tmp_path: Path) -> WriteVocabulary:
         scores: list[float] | None = None,
         merges: list[str] | None = None,
         pre: str | None = None,
+        architecture: str = "llama",
         **metadata: Any,
     ) -> Path:
         path = tmp_path / "vocabulary.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
+        writer = gguf.GGUFWriter(path, architecture)
         writer.add_tokenizer_model(kind)
         writer.add_token_list(tokens)
         if token_types is not None:
@@ -172,24 +214,27 @@ def write_byte_level(
     return write
 
 
+def token_type(model: sentencepiece.SentencePieceProcessor, i: int, own: Sequence[str] = ()) -> int:
+    if model.is_unknown(i):
+        return 2
+    if model.id_to_piece(i) in own:
+        return 4
+    return 3 if model.is_control(i) else 5 if model.is_unused(i) else 6 if model.is_byte(i) else 1
+
+
 @pytest.fixture
-def write_sentencepiece(
-    write_vocabulary: WriteVocabulary, sentencepiece_model: sentencepiece.SentencePieceProcessor
-) -> WriteVocabulary:
-    """Writes `sentencepiece_model` as a GGUF file."""
-    model = sentencepiece_model
-    ids = range(model.get_piece_size())
+def write_sentencepiece(write_vocabulary: WriteVocabulary) -> WriteVocabulary:
+    """Writes a SentencePiece model as a GGUF file, as llama.cpp's converter does."""
 
-    def kind(i: int) -> int:
-        if model.is_unknown(i):
-            return 2
-        return 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
-
-    def write(**metadata: Any) -> Path:
+    def write(
+        model: sentencepiece.SentencePieceProcessor, own: Sequence[str] = (), **metadata: Any
+    ) -> Path:
+        ids = range(model.get_piece_size())
         return write_vocabulary(
             "llama",
-            [model.id_to_piece(i) for i in ids],
-            token_types=[kind(i) for i in ids],
+            # The converter writes spaces of user-defined pieces as such.
+            [p.replace("▁", " ") if p in own else p for p in map(model.id_to_piece, ids)],
+            token_types=[token_type(model, i, own) for i in ids],
             scores=[model.get_score(i) for i in ids],
             **{"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **metadata},
         )

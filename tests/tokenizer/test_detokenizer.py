@@ -100,3 +100,28 @@ def test_special_tokens_do_not_break_characters(byte_level: tokenizers.Tokenizer
     assert "".join(stream(tokenizer, [first, end, second], False)) == (
         f"{REPLACEMENT}<|im_end|>{REPLACEMENT}"
     )
+
+
+def test_tokens_that_go_on_from_others(
+    tokenizer: Tokenizer, request: pytest.FixtureRequest
+) -> None:
+    """A prompt's text and that of what comes behind it are the text of all."""
+    if "words" in request.node.name:
+        pytest.skip("its decoder puts a space between tokens")
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        # Where the first part ends within a character, its text is not the beginning of the whole.
+        for cut in (c for c in range(1, len(ids)) if REPLACEMENT not in tokenizer.decode(ids[:c])):
+            detokenizer = Detokenizer(tokenizer, begins_text=False)
+            rest = "".join([*map(detokenizer.push, ids[cut:]), detokenizer.flush()])
+            if tokenizer.special_token_ids.issuperset(ids[:cut]):
+                rest = rest.removeprefix(" ")
+            assert tokenizer.decode(ids[:cut]) + rest == tokenizer.decode(ids), (text, cut)
+
+
+def test_the_text_of_one_token(sentencepiece_backend: tokenizers.Tokenizer) -> None:
+    tokenizer = Tokenizer(sentencepiece_backend)
+    pieces = ["▁ab", "▁", "a", "日", "<0x20>", "<0x41>", "<0xFF>", "</s>"]
+    texts = [tokenizer.token_text(sentencepiece_backend.token_to_id(piece)) for piece in pieces]
+    assert texts == [" ab", " ", "a", "日", " ", "A", REPLACEMENT, "</s>"]
+    assert tokenizer.token_text(10**6) == ""
