@@ -173,7 +173,12 @@ def compile_cpp(tree: Path, *arguments: str | Path) -> bool:
 
 
 def failing_test(tree: Path, suite: tuple[str, ...]) -> str | None:
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "NANO_VLLM_TEST_TRACES": "2000",
+    }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     command.append("--hypothesis-profile=unshrunk")
     try:

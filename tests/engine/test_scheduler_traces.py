@@ -23,8 +23,8 @@ from tests.engine.fake_runner import (
     reference_tokens,
 )
 
-NUM_TRACES = int(os.environ.get("NANO_VLLM_TEST_TRACES", "2000"))
-"""Of some 170 steps each. At night: 10000."""
+NUM_TRACES = int(os.environ.get("NANO_VLLM_TEST_TRACES", "10000"))
+"""Of some 170 steps each."""
 NUM_GROUPS = 8
 
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import pytest
 import tokenizers
-from conftest import TEXTS
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from nano_vllm.tokenizer.detokenizer import Detokenizer, byte_level_alphabet
 from nano_vllm.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.conftest import TEXTS
 
 REPLACEMENT = "\ufffd"
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import sentencepiece
 import transformers
-from conftest import TEXTS, token_type, train_sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
@@ -19,6 +18,7 @@ from tokenizers import normalizers
 from nano_vllm.tokenizer.detokenizer import Detokenizer
 from nano_vllm.tokenizer.gguf_sentencepiece import byte_piece
 from nano_vllm.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.conftest import TEXTS, token_type, train_sentencepiece
 
 Write = Callable[..., Path]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
-from conftest import TEXTS
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from nano_vllm.tokenizer.gguf_pre_tokenizer import PRE_TOKENIZATIONS
 from nano_vllm.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.conftest import TEXTS
 
 Write = Callable[..., Path]
 NUMBER_BEHIND_SPACE = re.compile(r"\s[²½Ⅷ٣]|\s{2}\d|\t\d")

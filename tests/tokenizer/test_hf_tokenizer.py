@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
-from conftest import TEXTS
 
 from nano_vllm.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.conftest import TEXTS
 
 
 def save(folder: Path, backend: tokenizers.Tokenizer, **files: Any) -> Path:
