@@ -115,17 +115,21 @@ def test_the_lowest_priority_loses_its_blocks_first(policy: str) -> None:
         assert output.outputs[0].token_ids == reference_tokens(prompt, params, 0, 128)
 
 
-@pytest.mark.parametrize("bound", [1, 2, MAX_PREEMPTIONS])
+@pytest.mark.parametrize(
+    ("policy", "bound"),
+    [("priority", 1), ("priority", 2), ("priority", MAX_PREEMPTIONS), ("fcfs", 1), ("fcfs", 2)],
+)
 def test_nobody_is_preempted_more_often_than_the_bound(
-    monkeypatch: pytest.MonkeyPatch, bound: int
+    monkeypatch: pytest.MonkeyPatch, policy: str, bound: int
 ) -> None:
     """Ever more urgent requests keep coming, into a pool that holds one and a half contexts."""
     monkeypatch.setattr(scheduler, "MAX_PREEMPTIONS", bound)
     most = 0
     for seed in range(6):
         draw = random.Random(seed)
-        llm = make_llm(num_blocks=24)
+        llm = make_llm(policy, num_blocks=24)
         engine = llm.engine
+        engine.scheduler.admission_horizon = 0
         prompts: dict[str, list[int]] = {}
         params: dict[str, SamplingParams] = {}
         num_finished = 0
