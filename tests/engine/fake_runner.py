@@ -124,7 +124,9 @@ class FakeRunner:
         self.batches: list[Batch] = []
         self._sampled: list[int] = []
         self.breaks: str | None = None
-        """"before" or "after": the next step raises, ahead of what it computes or behind it."""
+        """The next step raises: "before" it computes, "after" that, or "late", when its result is
+        waited for, and another may have been launched behind it.
+        """
         self.is_closed = False
         self.num_host_blocks = num_host_blocks
         self.host_block_seconds = None
@@ -140,6 +142,8 @@ class FakeRunner:
         if breaks == "after":
             raise StepBroke
         self._sampled = result.token_ids
+        if breaks == "late":
+            return SimpleNamespace(result=_break)
         return SimpleNamespace(result=lambda: result)
 
     def _execute(self, batch: Batch) -> StepResult:
@@ -206,6 +210,10 @@ class FakeRunner:
     def _slot(self, sequence: Sequence, position: int) -> int:
         block, row = divmod(position, self.block_size)
         return sequence.block_table[block] * self.block_size + row
+
+
+def _break() -> StepResult:
+    raise StepBroke
 
 
 def make_engine(

@@ -115,7 +115,7 @@ def run_trace(seed: int) -> dict[str, int]:
                 pins.append(engine.pin(draw.choice(heads), draw.choice([None, "salt"])))
             pinned += sum(map(len, engine.scheduler.block_manager.pins.values()))
         if draw.random() < 0.03:
-            runner.breaks = draw.choice(["before", "after"])
+            runner.breaks = draw.choice(["before", "after", "late"])
         try:
             outputs = engine.step()
         except StepBroke:
