@@ -26,9 +26,12 @@ def llm(tiny_checkpoint: Path) -> Iterator[LLM]:
         yield llm
 
 
-def generate(llm: LLM, prompts: list[list[int]] = [PROMPT], **params: Any) -> list[RequestOutput]:  # noqa: B006
+def generate(
+    llm: LLM, prompts: list[list[int]] | None = None, **params: Any
+) -> list[RequestOutput]:
+    """Of PROMPT, where no others are given."""
     settings = {"seed": 3, "max_tokens": 6, "ignore_eos": True, **params}
-    return llm.generate(prompts, SamplingParams(**settings), use_tqdm=False)
+    return llm.generate(prompts or [PROMPT], SamplingParams(**settings), use_tqdm=False)
 
 
 def tokens(outputs: list[CompletionOutput]) -> list[list[int]]:

@@ -195,7 +195,13 @@ def test_the_promise_is_kept_and_prompts_get_what_it_leaves(
     length = 8192 if device is CPU else 32_768
     idle = device.seconds(prefill(num_streams, num_streams * context, 0, 0))
     if limit is not None and limit < 1.2 * idle:
-        pytest.skip("no chunk keeps this promise")
+        # No chunk keeps this promise: prompts go on all the same.
+        pace = PrefillPace(limit)
+        for _ in range(50):
+            pace.observe(StepWork(num_streams, num_streams * context, 0, 0), idle)
+        most = pace.max_prefill_tokens(num_streams, num_streams * context, 0)
+        assert MIN_PREFILL_TOKENS <= most < 8192
+        return
     shares: list[float] = []
     throughput = 0.0
     for seed in range(3):
