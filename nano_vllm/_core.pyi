@@ -218,6 +218,11 @@ class DecodeStep:
     @property
     def ahead_rows(self) -> list[int]:
         """Of a step scheduled ahead: for each row, its place in the step before."""
+    def join(self, row_id: int) -> None:
+        """A row that was just added, with blocks for all of its tokens: the step computes the last
+        of these, by other means than as one of its rows. In the step ahead of this one it has its
+        place behind them, in the order of joining.
+        """
     def __len__(self) -> int: ...
     def write_inputs(
         self,
@@ -273,10 +278,11 @@ class DecodeStep:
 class DecodeRows:
     """The sequences that decode: a row of numbers each, so that a step takes one call for all.
 
-    All tokens of such a sequence but the last have been computed, and from the last one's slot on
-    its blocks are its own. Its lists grow in place; nobody else changes them while it is here.
-    Steps are taken in by `advance` in the order in which they were scheduled. Rows may go at any
-    time: what comes of them in a step under way is dropped. Not thread-safe.
+    All tokens of such a sequence but the last have been computed, or the step that computes them
+    all has been scheduled, and from the last one's slot on its blocks are its own. Its lists grow
+    in place; nobody else changes them while it is here. Steps are taken in by `advance` in the
+    order in which they were scheduled. Rows may go at any time: what comes of them in a step under
+    way is dropped. Not thread-safe.
 
     Args:
         allocator: where blocks come from.
@@ -314,7 +320,7 @@ class DecodeRows:
 
         Args:
             scheduled: what the steps' `scheduled` name it by.
-            token_ids: two at least.
+            token_ids: one at least.
             block_table: covers all tokens but the last.
             block_hashes: of its leading blocks, as far as they are committed.
             max_num_tokens: the sequence ends with so many tokens.
@@ -335,13 +341,17 @@ class DecodeRows:
         """The step of the oldest rows, max_rows at most, up to the first that has no slot for its
         last token and gets no block for it.
         """
-    def schedule_ahead(self, behind: DecodeStep) -> DecodeStep | None:
+    def schedule_ahead(self, behind: DecodeStep, max_rows: int) -> DecodeStep | None:
         """The step behind one whose tokens are not known yet, of all rows but those that reach
         max_num_tokens in it.
 
         Returns:
-            None, and nothing has changed, where a row is not part of that step, blocks do not
-            suffice, or no row stays.
+            None, and nothing has changed, where a row neither is part of that step nor joined it,
+            blocks do not suffice, or more than max_rows stay.
+        """
+    def take(self, row_id: int, token_id: int) -> None:
+        """Append to a row that joined a step the token that came of it. ValueError if there is no
+        such row, and for a token id below 0 or above 2^31.
         """
     def advance(self, step: DecodeStep, token_ids: list[int], commits: bool) -> list[int]:
         """Append a step's tokens to their sequences.

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """The tokens one sequence advances by: num_computed_tokens up to num_computed_tokens +
-    num_tokens.
-    """
+    """The tokens one sequence advances by."""
 
     sequence: Sequence
     num_tokens: int
     """Query length: 1 in decode, a chunk of the prompt in prefill."""
     samples: bool
     """Whether the last of these tokens is the sequence's last, so that a new one follows it."""
+    start: int = -1
+    """Position of the first of them, known tokens all; -1 in decode: `Batch.start` has it."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,8 @@ class Batch:
     not changed by anyone.
     """
     decodes: DecodeStep | None = None
-    """The leading rows: sequences that ran before the step and advance by their last token."""
+    """The leading rows: sequences whose earlier tokens were computed before the step, and which
+    advance by one."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """Copy-on-write copies (source block, destination block) to make before the step."""
     swap_outs: list[tuple[int, int]] = field(default_factory=list)
@@ -44,8 +45,9 @@ class Batch:
     preempted: list[Sequence] = field(default_factory=list)
     """Sequences that lost their blocks to make room."""
     ahead_rows: list[int] | None = None
-    """Of a step scheduled ahead, behind one that is still computed: for each row, that of the step
-    before whose token it continues. The sequences do not know these tokens yet, nor count them.
+    """Of a step scheduled ahead, behind one that is still computed: for each of the decodes, which
+    of the tokens that are sampled there it continues. The sequences do not know these tokens yet,
+    nor count them.
     """
 
     @property
@@ -64,8 +66,15 @@ class Batch:
 
     @property
     def lead(self) -> int:
-        """Tokens that each sequence is ahead of what it knows."""
+        """Tokens that each of the decodes is ahead of what its sequence knows."""
         return 0 if self.ahead_rows is None else 1
+
+    def start(self, row: int) -> int:
+        """Position of the row's first token; before the step is taken in."""
+        scheduled = self.scheduled[row]
+        if row >= self.num_decodes:
+            return scheduled.start
+        return scheduled.sequence.num_computed_tokens + self.lead
 
 
 class StepWork(NamedTuple):

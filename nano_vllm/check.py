@@ -214,7 +214,12 @@ def logits_of_all_positions(
     while unfinished := [s for s in sequences if s.num_computed_tokens < s.num_tokens]:
         batch = Batch(
             [
-                ScheduledSequence(s, min(chunk, s.num_tokens - s.num_computed_tokens), False)
+                ScheduledSequence(
+                    s,
+                    min(chunk, s.num_tokens - s.num_computed_tokens),
+                    samples=False,
+                    start=s.num_computed_tokens,
+                )
                 for s in unfinished
             ]
         )

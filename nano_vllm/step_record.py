@@ -165,7 +165,7 @@ class StepRecorder:
         # Now, as the sequences move on; behind the launch, where the host would wait anyway.
         step.query_lens = tuple(s.num_tokens for s in batch.scheduled)
         step.seq_lens = tuple(
-            s.sequence.num_computed_tokens + batch.lead + s.num_tokens for s in batch.scheduled
+            batch.start(row) + s.num_tokens for row, s in enumerate(batch.scheduled)
         )
         step.num_sampled = sum(s.samples for s in batch.scheduled)
         step.is_graph = is_graph

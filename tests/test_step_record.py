@@ -14,7 +14,7 @@ from nano_vllm.step_record import Interval, StepRecord, StepRecorder, step_range
 
 def scheduled(num_computed: int, num_tokens: int, samples: bool = True) -> ScheduledSequence:
     sequence: Any = SimpleNamespace(num_computed_tokens=num_computed)
-    return ScheduledSequence(sequence, num_tokens, samples)
+    return ScheduledSequence(sequence, num_tokens, samples, num_computed)
 
 
 class Bench:
@@ -58,7 +58,8 @@ def test_phases_belong_to_their_step_though_the_next_is_launched_ahead() -> None
     bench = Bench()
     first = Batch([scheduled(0, 4), scheduled(2, 5, samples=False)])
     bench.launch(first, start=8.0, end=20.0)
-    ahead = Batch([scheduled(0, 1)], ahead_rows=[0])
+    decodes: Any = [0]  # of which a batch asks for the number
+    ahead = Batch([scheduled(0, 1)], decodes, ahead_rows=[0])
     bench.launch(ahead, start=21.0, end=23.0, is_graph=True)
     for seconds in (0.5, 0.25):
         bench.phase("wait", seconds)

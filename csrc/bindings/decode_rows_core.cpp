@@ -46,7 +46,7 @@ struct Step {
 int64_t add(Rows& rows, py::object scheduled, py::list token_ids, py::list block_table,
             py::list block_hashes, int64_t max_num_tokens, int64_t min_num_tokens,
             const py::iterable& end_token_ids, bool is_followed, py::bytes root) {
-  check(token_ids.size() > 1, "a row needs two tokens, got ", token_ids.size());
+  check(token_ids.size() > 0, "a row needs a token");
   DecodeRow row;
   row.num_tokens = static_cast<int32_t>(token_ids.size());
   row.last_token = item_at("token id", token_ids.ptr(), row.num_tokens - 1);
@@ -98,10 +98,26 @@ Step schedule(std::shared_ptr<Rows> rows, int64_t max_rows) {
   return make_step(std::move(rows), std::move(step));
 }
 
-std::unique_ptr<Step> schedule_ahead(std::shared_ptr<Rows> rows, const Step& behind) {
+std::unique_ptr<Step> schedule_ahead(std::shared_ptr<Rows> rows, const Step& behind,
+                                     int64_t max_rows) {
   DecodeStep step;
-  if (!rows->schedule_ahead(behind.step, step, on_block)) return nullptr;
+  if (!rows->schedule_ahead(behind.step, max_rows, step, on_block)) return nullptr;
   return std::make_unique<Step>(make_step(std::move(rows), std::move(step)));
+}
+
+int32_t to_token(const py::handle& token) {
+  const long value = PyLong_AsLong(token.ptr());
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  check(value <= kMaxInt32, "token id must be below 2^31, got ", value);
+  return static_cast<int32_t>(std::max(value, -1L));
+}
+
+void take(Rows& rows, int64_t id, const py::int_& token_id) {
+  const int32_t token = to_token(token_id);
+  check(token >= 0, "token id must not be below 0, got ", token);
+  DecodeRow& row = rows.at(id);
+  row.take(token);
+  owner_of(row).token_ids.append(token_id);
 }
 
 py::list advance(Rows& rows, const Step& step, const py::list& token_ids, bool commits) {
@@ -111,15 +127,13 @@ py::list advance(Rows& rows, const Step& step, const py::list& token_ids, bool c
   py::list noticed;
   rows.visit(step.step, [&](int64_t place, DecodeRow& row) {
     const py::handle token = PyList_GET_ITEM(token_ids.ptr(), place);
-    const long value = PyLong_AsLong(token.ptr());
-    if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    check(value <= kMaxInt32, "token id must be below 2^31, got ", value);
+    const int32_t value = to_token(token);
     if (value < 0) {
       noticed.append(place);
       return;
     }
     Owner& owner = owner_of(row);
-    const bool ends = row.take(static_cast<int32_t>(value));
+    const bool ends = row.take(value);
     owner.token_ids.append(token);
     const int32_t num_computed = row.num_tokens - 1;
     if (commits && num_computed % block_size == 0) {
@@ -192,6 +206,9 @@ void bind_decode_rows(py::module_& module) {
       .def_readonly("scheduled", &Step::scheduled)
       .def_property_readonly("ahead_rows",
                              [](const Step& self) { return to_list(self.step.ahead_rows); })
+      .def(
+          "join", [](Step& self, int64_t row_id) { self.step.joined.push_back(row_id); },
+          py::arg("row_id"))
       .def("write_inputs", &write_inputs, py::arg("out_input_ids"), py::arg("out_positions"),
            py::arg("out_slot_mapping"), py::arg("out_query_start_loc"), py::arg("out_seq_lens"))
       .def("write_tables", &write_tables, py::arg("out"))
@@ -211,7 +228,8 @@ void bind_decode_rows(py::module_& module) {
           [](Rows& self, int64_t row_id) { delete static_cast<Owner*>(self.remove(row_id)); },
           py::arg("row_id"))
       .def("schedule", &schedule, py::arg("max_rows"))
-      .def("schedule_ahead", &schedule_ahead, py::arg("behind"))
+      .def("schedule_ahead", &schedule_ahead, py::arg("behind"), py::arg("max_rows"))
+      .def("take", &take, py::arg("row_id"), py::arg("token_id"))
       .def("advance", &advance, py::arg("step"), py::arg("token_ids"), py::arg("commits"));
 }
 

@@ -34,8 +34,8 @@ std::vector<int64_t> DecodeRows::ids() const {
 DecodeRow& DecodeRows::add(DecodeRow row) {
   check(!free_table_rows_.empty(), "all ", size(), " rows are taken");
   const int64_t num_slots = static_cast<int64_t>(row.block_table.size()) * block_size_;
-  check(row.num_tokens > 1 && num_slots >= row.num_tokens - 1, "a row of ", row.num_tokens,
-        " tokens has blocks for ", num_slots);
+  check(row.num_tokens > 0 && num_slots > 0 && num_slots >= row.num_tokens - 1, "a row of ",
+        row.num_tokens, " tokens has blocks for ", num_slots);
   row.id = next_id_++;
   row.table_row = free_table_rows_.back();
   free_table_rows_.pop_back();
@@ -76,17 +76,22 @@ int64_t DecodeRows::peak_growth(int64_t horizon, const std::vector<GrowingSequen
   return peak;
 }
 
-void* DecodeRows::remove(int64_t id) {
+DecodeRow& DecodeRows::at(int64_t id) {
   const auto row = std::lower_bound(rows_.begin(), rows_.end(), id,
                                     [](const DecodeRow& r, int64_t i) { return r.id < i; });
   check(row != rows_.end() && row->id == id && !row->is_gone, "there is no row ", id);
-  row->is_gone = true;
+  return *row;
+}
+
+void* DecodeRows::remove(int64_t id) {
+  DecodeRow& row = at(id);
+  row.is_gone = true;
   ++num_gone_;
-  num_blocks_ -= static_cast<int64_t>(row->block_table.size());
-  free_table_rows_.push_back(row->table_row);
-  const auto head = num_rows_of_head_.find(row->block_table[0]);
+  num_blocks_ -= static_cast<int64_t>(row.block_table.size());
+  free_table_rows_.push_back(row.table_row);
+  const auto head = num_rows_of_head_.find(row.block_table[0]);
   if (--head->second == 0) num_rows_of_head_.erase(head);
-  return row->owner;
+  return row.owner;
 }
 
 template <class Call>

@@ -11,8 +11,8 @@
 
 namespace nano_vllm {
 
-// All tokens of the sequence but the last have been computed; its blocks are its own from the last
-// token's slot on.
+// All tokens of the sequence but the last have been computed, or the step that computes them all
+// has been scheduled; its blocks are its own from the last token's slot on.
 struct DecodeRow {
   int64_t id = 0;              // rises from row to row
   int32_t table_row = 0;       // among the device's block tables; its own as long as it is here
@@ -33,11 +33,13 @@ struct DecodeRow {
   bool take(int32_t token);
 };
 
-// What one step computes: of each row the token behind those it knows, or one further.
+// What one step computes: of each row the last token it knows, or one further.
 struct DecodeStep {
   std::vector<int64_t> ids;         // of the rows, rising
   int32_t lead = 0;                 // tokens that the rows do not know yet
   std::vector<int32_t> ahead_rows;  // with a lead: for each row, its place in the step before
+  std::vector<int64_t> joined;  // rows whose first tokens end in the step, by other means; behind
+                                // all others, in its places too
 };
 
 // A step's inputs, padded with sequences that have nothing to do.
@@ -90,6 +92,8 @@ class DecodeRows {
   DecodeRow& add(DecodeRow row);
   // Returns its owner; throws std::invalid_argument if there is no such row.
   void* remove(int64_t id);
+  // Throws std::invalid_argument if there is no such row.
+  DecodeRow& at(int64_t id);
 
   // The step of as many rows, the oldest first, as have a slot for their last token, max_rows at
   // most. Calls on_block(row, block) for blocks that are taken.
@@ -111,20 +115,28 @@ class DecodeRows {
 
   // The step of all rows but those that reach their length with the step before, whose tokens are
   // not known yet. False, and nothing has changed, where a row is not part of that step, blocks do
-  // not suffice or no row stays.
+  // not suffice or more than max_rows stay.
   template <class OnBlock>
-  bool schedule_ahead(const DecodeStep& behind, DecodeStep& step, OnBlock&& on_block) {
+  bool schedule_ahead(const DecodeStep& behind, int64_t max_rows, DecodeStep& step,
+                      OnBlock&& on_block) {
     compact();
     int64_t num_going = 0, num_blocks = 0;
-    step = {{}, 1, {}};
-    visit(behind, [&](int64_t place, const DecodeRow& row) {
+    step = {{}, 1, {}, {}};
+    const auto go_on = [&](int64_t place, const DecodeRow& row) {
       ++num_going;
       if (row.num_tokens + 1 >= row.max_num_tokens) return;
       num_blocks += needs_block(row, 1);
       step.ids.push_back(row.id);
       step.ahead_rows.push_back(static_cast<int32_t>(place));
-    });
-    if (num_going < size() || step.ids.empty() || num_blocks > allocator_->num_free()) return false;
+    };
+    visit(behind, go_on);
+    const auto num_before = static_cast<int64_t>(behind.ids.size());
+    visit({behind.joined, 0, {}, {}},
+          [&](int64_t place, const DecodeRow& row) { go_on(num_before + place, row); });
+    if (num_going < size() || num_blocks > allocator_->num_free() ||
+        static_cast<int64_t>(step.ids.size()) > max_rows) {
+      return false;
+    }
     visit(step, [&](int64_t, DecodeRow& row) {
       if (needs_block(row, 1)) on_block(row, take_block(row));
     });

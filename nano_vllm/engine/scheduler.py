@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from nano_vllm._core import DecodeRows, DecodeStep
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult, StepWork
 from nano_vllm.cache.block_manager import BlockManager, Leak
@@ -35,6 +37,10 @@ class Scheduler:
     Those that decode are rows in C++, which a step walks over, takes blocks for and appends tokens
     to without Python; Python sees to the rows that end, and to all others: prompts, and beams,
     whose next token depends on all beams of their request.
+
+    A step may be scheduled behind one that is still computed. So prompts count as computed as far
+    as they are scheduled, and a sequence is a row from the step on that computes the end of its
+    prompt: the step behind it computes the token that comes of it.
 
     Invariants between steps: waiting sequences hold no blocks; the rows are the running sequences
         that are not prefilling; those that do have blocks for all of their tokens, but for beams,
@@ -83,6 +89,8 @@ class Scheduler:
         self._prefilling: dict[Sequence, None] = {}
         """Those of them that are no rows."""
         self._rows = DecodeRows(block_manager.allocator, max_num_seqs)
+        self._joining: set[Sequence] = set()
+        """Rows whose prompts are computed in a step that is not taken in yet."""
         self._requests: dict[str, list[Sequence]] = {}
         """Sequences of each unfinished request, by index."""
         self._held: dict[str, list[Sequence]] = {}
@@ -180,45 +188,38 @@ class Scheduler:
             # All that run are beams that wait for one which has no room.
             self._preempt(self._last_to_come(), batch)
             self._fill(batch)
-        if batch.num_decodes:
-            assert batch.decodes is not None
-            rows, others = batch.decodes.scheduled, batch.scheduled
-            batch.scheduled = [*rows, *others] if others else rows
-        self.block_manager.take_evictions(batch)
-        return batch
+        return self._complete(batch)
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
         """The step behind a batch whose tokens are not known yet, where they cannot change it.
 
-        That is where every running sequence decodes in the batch, nobody waits for a place that is
-        free, and blocks suffice. Sequences that reach their length in the batch are left out. One
-        that turns out to have ended otherwise is computed in vain: its blocks may be given away at
-        once, as whatever the device does for the next owner comes later.
+        That is where no beams are searched for, every row takes part in the batch, and blocks
+        suffice. Sequences that reach their length in the batch are left out. One that turns out to
+        have ended otherwise is computed in vain: its blocks may be given away at once, as whatever
+        the device does for the next owner comes later.
 
         Args:
             batch: the last one that was scheduled; `update` comes after this.
         """
-        if self._prefilling or (self.waiting and self.num_running < self.max_num_seqs):
+        if self._beams or batch.decodes is None:
             return None
-        if batch.decodes is None or not batch.is_decode:
-            return None
-        ahead = self._rows.schedule_ahead(batch.decodes)
+        ahead = self._rows.schedule_ahead(batch.decodes, self.max_num_batched_tokens)
         if ahead is None:
             return None
-        behind = Batch(ahead.scheduled, ahead, ahead_rows=ahead.ahead_rows)
-        self.block_manager.take_evictions(behind)
-        return behind
+        behind = Batch([], ahead, ahead_rows=ahead.ahead_rows)
+        self._schedule_prompts(behind, [], False)
+        return self._complete(behind)
 
     def retract(self, batch: Batch) -> None:
         """Undo a step that failed: it may have computed all it should have, or nothing.
 
         The sequences that decode take the step again. The others go back to the queue, and nobody
-        finds what they were to compute.
+        finds what they were to compute. A step that was scheduled behind it is to be undone first.
         """
         self.block_manager.forget_swap_outs(batch)
         for scheduled in batch.scheduled[batch.num_decodes :]:
             sequence = scheduled.sequence
-            if sequence in self._prefilling:
+            if sequence in self._prefilling or sequence in self._joining:
                 self.block_manager.retract(sequence)
                 self._requeue(sequence)
 
@@ -231,10 +232,10 @@ class Scheduler:
         """
         if self.prefill_pace is None:
             return
-        num_decodes, context = batch.num_decodes, self._decode_context()
+        num_decodes, context = batch.num_decodes, self._decode_context(self._joining)
         num_tokens = num_pairs = 0
         for scheduled in batch.scheduled[num_decodes:]:
-            num, computed = scheduled.num_tokens, scheduled.sequence.num_computed_tokens
+            num, computed = scheduled.num_tokens, scheduled.start
             if num == 1:  # a beam, or at the cost of one
                 num_decodes += 1
                 context += computed + 1
@@ -303,9 +304,8 @@ class Scheduler:
         sequence = scheduled.sequence
         if sequence.is_finished:
             return
-        first = sequence.num_computed_tokens + 1
-        sequence.num_computed_tokens += scheduled.num_tokens
         if row in result.prompt_logprobs:
+            first = scheduled.start + 1
             entries = result.prompt_logprobs[row]
             sequence.prompt_logprobs[first : first + len(entries)] = entries
         beams = self._beams.get(sequence.request_id)
@@ -317,16 +317,28 @@ class Scheduler:
             self._fail(sequence, result.failures[row])
         elif scheduled.samples:
             noticed.append(sequence)
-            self._start_decoding(sequence, result.token_ids[row])
+            self._joining.remove(sequence)
+            self._rows.take(sequence.decode_row, result.token_ids[row])
+            self._release_held(sequence)
+            self._finish_if_ended(sequence)
 
     def _fill(self, batch: Batch) -> None:
-        """Put in what decodes, then what prefills and what waits, whichever comes first."""
-        decodes, beams, dry = self._schedule_decodes(batch)
-        batch.decodes = decodes if len(decodes) else None
+        """Put in what decodes, then prompts."""
+        batch.decodes, beams, dry = self._schedule_decodes(batch)
         for beam in beams:
             self.block_manager.allocate(beam, batch)
             self._put(batch, beam, 1)
-        num_decodes = len(decodes) + len(beams)
+        self._schedule_prompts(batch, beams, dry)
+
+    def _schedule_prompts(self, batch: Batch, beams: list[Sequence], dry: bool) -> None:
+        """Put in what prefills and what waits, whichever comes first.
+
+        Args:
+            batch: has its decodes, and the beams.
+            beams: of the batch.
+            dry: whether the pool is too small for what runs.
+        """
+        num_decodes = batch.num_decodes + len(beams)
         order = self.waiting.order
         prefilling = sorted(
             (s for s in self._prefilling if _num_to_compute(s) and not self._is_grown_beam(s)),
@@ -345,6 +357,15 @@ class Scheduler:
                 dry = True  # nobody overtakes it
             else:
                 return
+
+    def _complete(self, batch: Batch) -> Batch | None:
+        """With the rows of its decodes ahead of the others; None if there is nothing in it."""
+        assert batch.decodes is not None
+        rows, others = batch.decodes.scheduled, batch.scheduled
+        if batch.num_decodes:
+            batch.scheduled = [*rows, *others] if others else rows
+        self.block_manager.take_evictions(batch)
+        return batch if batch.scheduled else None
 
     def _schedule_decodes(self, batch: Batch) -> tuple[DecodeStep, list[Sequence], bool]:
         """Give the sequences that decode a slot for their last token, oldest first.
@@ -382,11 +403,15 @@ class Scheduler:
         pace = self.prefill_pace.max_prefill_tokens(num_decodes, self._decode_context(), computed)
         return min(budget, pace)
 
-    def _decode_context(self) -> int:
-        """Tokens that the rows attend over, to a block; one that they share counts once."""
+    def _decode_context(self, joining: Collection[Sequence] = ()) -> int:
+        """Tokens that the rows attend over, to a block; one that they share counts once.
+
+        Args:
+            joining: rows to leave out.
+        """
         manager = self.block_manager
         num_blocks = manager.num_blocks - manager.num_free_blocks
-        num_blocks -= sum(len(sequence.block_table) for sequence in self._prefilling)
+        num_blocks -= sum(len(sequence.block_table) for sequence in (*self._prefilling, *joining))
         return max(num_blocks, 0) * manager.block_size
 
     def _beams_to_advance(self, limit: int) -> list[Sequence]:
@@ -458,9 +483,13 @@ class Scheduler:
 
     def _put(self, batch: Batch, sequence: Sequence, budget: int) -> int:
         remaining = _num_to_compute(sequence)
-        num_tokens = min(remaining, budget)
-        batch.scheduled.append(ScheduledSequence(sequence, num_tokens, num_tokens == remaining))
-        self.block_manager.commit(sequence, sequence.num_computed_tokens + num_tokens)
+        num_tokens, start = min(remaining, budget), sequence.num_computed_tokens
+        samples = num_tokens == remaining
+        batch.scheduled.append(ScheduledSequence(sequence, num_tokens, samples, start))
+        sequence.num_computed_tokens = start + num_tokens
+        self.block_manager.commit(sequence, start + num_tokens)
+        if samples and sequence.request_id not in self._beams:
+            self._join(sequence, batch)
         return num_tokens
 
     def _last_to_come(self) -> Sequence:
@@ -492,6 +521,7 @@ class Scheduler:
             if sequence in self._prefilling:
                 del self._prefilling[sequence]
             else:
+                self._joining.discard(sequence)
                 self._rows.remove(sequence.decode_row)
                 self._num_streams -= sequence.is_streamed
                 sequence.num_computed_tokens = sequence.num_tokens - 1
@@ -500,11 +530,11 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.WAITING
 
-    def _start_decoding(self, sequence: Sequence, token_id: int) -> None:
-        """Take in the token behind the last one that was known when the sequence was admitted."""
+    def _join(self, sequence: Sequence, batch: Batch) -> None:
+        """Make a row of a sequence whose known tokens are all computed with the batch."""
         params = sequence.params
-        sequence.token_ids.append(token_id)
         del self._prefilling[sequence]
+        self._joining.add(sequence)
         sequence.status = SequenceStatus.RUNNING
         self._num_streams += sequence.is_streamed
         sequence.decode_row = self._rows.add(
@@ -518,8 +548,8 @@ class Scheduler:
             sequence.is_followed,
             sequence.cache_root,
         )
-        self._release_held(sequence)
-        self._finish_if_ended(sequence)
+        assert batch.decodes is not None
+        batch.decodes.join(sequence.decode_row)
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
         self.block_manager.discard(sequence)
@@ -601,7 +631,7 @@ class Scheduler:
         for sibling in self._requests[sequence.request_id]:
             # One that has just come back may have blocks that this step computes: to copy them
             # would come too early.
-            if sibling.status is SequenceStatus.RUNNING:
+            if sibling.status is SequenceStatus.RUNNING and sibling not in self._joining:
                 return sibling
         return None
 

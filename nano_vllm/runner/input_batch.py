@@ -211,7 +211,7 @@ class InputBatch:
         max_query_len, max_seq_len = prepare_batch(
             [s.sequence.token_ids for s in others],
             [s.sequence.block_table for s in others],
-            [s.sequence.num_computed_tokens for s in others],
+            [s.start for s in others],
             [s.num_tokens for s in others],
             self.block_size,
             host["input_ids"][num_decodes:num_tokens],

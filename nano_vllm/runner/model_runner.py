@@ -138,12 +138,12 @@ class ModelRunner:
                 self.host_cache.copy_out(batch.swap_outs)
                 self.host_cache.copy_in(batch.swap_ins)
             if batch.block_copies:
-                mapping = torch.tensor(batch.block_copies, dtype=torch.int64, device=self.device)
-                ops.copy_blocks(self.kv_cache.pool, mapping)
+                mapping = torch.tensor(batch.block_copies, dtype=torch.int64)
+                ops.copy_blocks(self.kv_cache.pool, mapping.to(self.device, non_blocking=True))
             padding = self.graphs.padding_for(batch) if self.graphs is not None else None
             begin = None if recorder is None else recorder.begin
             inputs = self.input_batch.prepare(batch, padding, begin)
-            if batch.ahead_rows is not None:
+            if batch.ahead_rows:
                 self._feed_tokens(inputs, batch.ahead_rows)
         with step_range("forward", recorder):
             prompt_logprobs: list[PromptLogprobs] = []
@@ -169,7 +169,7 @@ class ModelRunner:
                 self._sequences = [batch.scheduled[row].sequence for row in rows]
             sequences = self._sequences
             self._token_ids = self.sampler.choose(
-                logits, sequences, seq_lens, token_ids, batch.lead
+                logits, sequences, seq_lens, token_ids, batch.num_decodes * batch.lead
             )
             logprobs = self.sampler.logprobs(logits, self._token_ids, sequences)
             launched = LaunchedStep(
@@ -185,7 +185,7 @@ class ModelRunner:
         return launched
 
     def _feed_tokens(self, inputs: ModelInput, rows: list[int]) -> None:
-        """Take the tokens that the step before has sampled for these rows of it."""
+        """Take these of the tokens that the step before has sampled."""
         token_ids = self._token_ids
         if rows != list(range(len(token_ids))):
             index = torch.tensor(rows).to(self.device, non_blocking=True)
@@ -224,7 +224,7 @@ class ModelRunner:
             sequence, begin = scheduled.sequence, start
             start += scheduled.num_tokens
             num_logprobs = sequence.params.prompt_logprobs
-            first = sequence.num_computed_tokens + 1
+            first = scheduled.start + 1
             last = min(first + scheduled.num_tokens, sequence.num_prompt_tokens)
             if num_logprobs is None or first >= last:
                 continue

@@ -46,7 +46,7 @@ class Sampler:
         sequences: list[Sequence],
         seq_lens: torch.Tensor,
         new_token_ids: torch.Tensor,
-        lead: int = 0,
+        num_ahead: int = 0,
     ) -> torch.Tensor:
         """Sample one token per row.
 
@@ -56,13 +56,14 @@ class Sampler:
                 changes, nothing is made anew.
             seq_lens: [num_rows], int32; tokens of each sequence.
             new_token_ids: [num_rows], int64; the last of these.
-            lead: tokens that the sequences do not know yet, but seq_lens counts.
+            num_ahead: leading rows whose sequences do not know their last token yet, which seq_lens
+                counts.
 
         Returns:
             [num_rows], int64; below 0 for a row that has no token: its maximum is NaN or infinite,
             or no token is allowed.
         """
-        rows = self._rows_of(sequences, lead, logits.device)
+        rows = self._rows_of(sequences, num_ahead, logits.device)
         adjusted = None
         if rows.adjustments:
             shape = rows.num_adjusted, logits.shape[1]
@@ -98,10 +99,14 @@ class Sampler:
         most = max(sequences[row].params.logprobs or 0 for row in rows)
         return logprob_table(logits, token_ids.clamp(min=0), most)
 
-    def _rows_of(self, sequences: list[Sequence], lead: int, device: torch.device) -> SamplingRows:
+    def _rows_of(
+        self, sequences: list[Sequence], num_ahead: int, device: torch.device
+    ) -> SamplingRows:
         rows = self._rows
         if rows is None or rows.sequences is not sequences or rows.steps_left == 0:
-            rows = self._rows = SamplingRows(sequences, lead, self._seed, self._history, device)
+            rows = self._rows = SamplingRows(
+                sequences, num_ahead, self._seed, self._history, device
+            )
         if rows.steps_left is not None:
             rows.steps_left -= 1
         return rows

@@ -23,7 +23,7 @@ class SamplingRows:
 
     Args:
         sequences: of the rows.
-        lead: tokens that the sequences do not know yet.
+        num_ahead: leading rows whose sequences do not know their last token yet.
         engine_seed: of the draws of requests that have no seed.
         history: what sequences have said.
         device: of the logits.
@@ -32,7 +32,7 @@ class SamplingRows:
     def __init__(
         self,
         sequences: list[Sequence],
-        lead: int,
+        num_ahead: int,
         engine_seed: int,
         history: TokenHistory,
         device: torch.device,
@@ -43,11 +43,13 @@ class SamplingRows:
         adjusted = [
             row
             for row, sequence in enumerate(sequences)
-            if _is_adjusted(sequence) or _must_go_on(sequence, lead)
+            if _is_adjusted(sequence) or _must_go_on(sequence, row < num_ahead)
         ]
         self.steps_left = min(
             (
-                sequences[row].params.min_tokens - sequences[row].num_output_tokens - lead
+                sequences[row].params.min_tokens
+                - sequences[row].num_output_tokens
+                - (row < num_ahead)
                 for row in adjusted
                 if not _is_adjusted(sequences[row])
             ),

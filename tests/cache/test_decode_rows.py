@@ -53,7 +53,8 @@ class Trace:
     def note(self, name: str, count: int = 1) -> None:
         self.happened[name] = self.happened.get(name, 0) + count
 
-    def add(self) -> None:
+    def add(self, joins: bool = False) -> None:
+        """A row, with blocks for all of its tokens but the last, or for all if it joins a step."""
         draw, size = self.draw, self.size
         tokens = [draw.randrange(100) for _ in range(draw.randint(2, 3 * size + 2))]
         sibling = draw.choice(self.plain) if self.plain and draw.random() < 0.5 else None
@@ -61,7 +62,8 @@ class Trace:
         if sibling is not None:  # it begins with the same full blocks
             shared = draw.randint(0, min(3, len(sibling.tokens) - 1) // size)
             tokens = sibling.tokens[: shared * size] + tokens
-        missing = -(-(len(tokens) - 1) // size) - shared
+        num_computed = len(tokens) - (not joins)
+        missing = -(-num_computed // size) - shared
         if missing > self.allocators[0].num_free or len(tokens) + 2 > WIDTH * size:
             return
         limits = (len(tokens) + draw.randint(1, 30), len(tokens) + draw.randint(0, 3))
@@ -74,7 +76,7 @@ class Trace:
                 allocator.share(block)
             row = ListRow(list(tokens), head + allocator.allocate_many(missing), [])
             if self.commits:
-                allocator.commit_blocks(row.table, row.hashes, row.tokens, len(tokens) - 1)
+                allocator.commit_blocks(row.table, row.hashes, row.tokens, num_computed)
             row.max_tokens, row.min_tokens = min(limits[0], (WIDTH - 1) * size), limits[1]
             row.ends, row.is_followed = ends, is_followed
             if rows is self.plain:
@@ -114,16 +116,38 @@ class Trace:
         assert len(step) == served
         return step
 
-    def schedule_ahead(self, behind: DecodeStep) -> DecodeStep | None:
-        ahead = self.rows.schedule_ahead(behind)
-        places = {id(row): place for place, row in enumerate(behind.scheduled)}
+    def join(self, step: DecodeStep) -> list[ListRow]:
+        """A sequence whose first tokens the step computes besides, or none."""
+        before = len(self.ours)
+        if before < MAX_ROWS and self.draw.random() < 0.3:
+            self.add(joins=True)
+        joined = self.ours[before:]
+        for row in joined:
+            self.note("joined")
+            step.join(row.row_id)
+        return joined
+
+    def take_first(self, joined: list[ListRow]) -> None:
+        for row in joined:
+            if row not in self.ours:
+                continue
+            index, token = self.ours.index(row), self.draw.randrange(200)
+            self.rows.take(row.row_id, token)
+            self.plain[index].tokens.append(token)
+            if len(row.tokens) >= row.max_tokens:
+                self.remove(index)
+
+    def schedule_ahead(self, behind: DecodeStep, joined: list[ListRow]) -> DecodeStep | None:
+        most = self.draw.choice([2, MAX_ROWS, MAX_ROWS])
+        ahead = self.rows.schedule_ahead(behind, most)
+        places = {id(row): place for place, row in enumerate([*behind.scheduled, *joined])}
         staying = [
             index for index, row in enumerate(self.plain) if len(row.tokens) + 1 < row.max_tokens
         ]
         full = [i for i in staying if len(self.plain[i].tokens) == self.plain[i].slots(self.size)]
         if (
             not all(id(row) in places for row in self.ours)
-            or not staying
+            or len(staying) > most
             or len(full) > self.allocators[1].num_free
         ):
             assert ahead is None
@@ -158,6 +182,8 @@ class Trace:
         dense = np.full((count, WIDTH + 2), -1, np.int32)
         step.write_tables(dense[:, :WIDTH])
         assert dense[:, :WIDTH].tolist() == tables.tolist()
+        if not count:  # part of a step of prompts: not written as one of decodes alone
+            return
 
         table_rows = np.full(count + padding, -1, np.int32)
         changes = np.full((count * WIDTH, 2), -1, np.int32)
@@ -250,15 +276,19 @@ def run_trace(seed: int) -> dict[str, int]:
                     trace.remove(len(trace.ours) - 1)
                 continue
             trace.check_inputs(step, 0)
+        joined = trace.join(step)
         if draw.random() < 0.7:
-            behind = trace.schedule_ahead(step)
+            behind = trace.schedule_ahead(step, joined)
             if behind is not None:
                 trace.check_inputs(behind, 1)
                 if draw.random() < 0.2:  # both fail, and are scheduled again
                     trace.note("dropped")
                     behind = None
+                    for row in joined:
+                        trace.remove(trace.ours.index(row))
                     continue
         trace.take(step)
+        trace.take_first(joined)
         trace.check()
     return trace.happened
 
@@ -269,7 +299,7 @@ def test_rows_are_lists(group: int) -> None:
     for seed in range(100 * group, 100 * group + 100):
         for name, count in run_trace(seed).items():
             happened[name] = happened.get(name, 0) + count
-    expected = {"dry", "ahead", "changes", "shared", "in vain", "ended", "dropped"}
+    expected = {"dry", "ahead", "joined", "changes", "shared", "in vain", "ended", "dropped"}
     assert happened.keys() == expected, f"the traces lack variety: {happened}"
 
 
@@ -322,10 +352,14 @@ def test_a_step_is_prepared_while_its_rows_are_here() -> None:
 
 def test_refusals() -> None:
     rows, tokens, table = make_rows()
-    for bad, message in (([1], "two tokens, got 1"), ([1] * 6, "6 tokens has blocks for 4")):
+    for bad, message in (([], "a row needs a token"), ([1] * 6, "6 tokens has blocks for 4")):
         with pytest.raises(ValueError, match=message):
             add(rows, bad, table)
-    add(rows, tokens, table)
+    row_id = add(rows, tokens, table)
+    with pytest.raises(ValueError, match="token id must not be below 0, got -1"):
+        rows.take(row_id, -1)
+    with pytest.raises(ValueError, match="there is no row 7"):
+        rows.take(7, 1)
     step = rows.schedule(9)
     sent, row, changes = (
         np.zeros((2, 2), np.int64),

@@ -23,10 +23,12 @@ struct Trace {
     return std::uniform_int_distribution<int32_t>(low, high)(random);
   }
 
-  void add() {
+  // With blocks for all of its tokens but the last, or for all if it joins a step.
+  void add(bool joins = false) {
     DecodeRow row;
-    row.num_tokens = draw(2, 3 * kBlockSize);
-    const int32_t num_blocks = (row.num_tokens - 1 + kBlockSize - 1) / kBlockSize;
+    row.num_tokens = draw(joins ? 1 : 2, 3 * kBlockSize);
+    const int32_t num_computed = row.num_tokens - (joins ? 0 : 1);
+    const int32_t num_blocks = (num_computed + kBlockSize - 1) / kBlockSize;
     if (rows.size() == kMaxRows || num_blocks > allocator.num_free()) return;
     row.max_num_tokens = draw(row.num_tokens + 1, static_cast<int32_t>(kWidth - 1) * kBlockSize);
     row.end_token_ids.assign(static_cast<size_t>(draw(0, 2)), draw(0, 70));
@@ -92,13 +94,30 @@ struct Trace {
     };
     for (int turn = 0; turn < 200; ++turn) {
       if (draw(0, 2) == 0) add();
-      const DecodeStep step = rows.schedule(kMaxRows, on_block);
+      DecodeStep step = rows.schedule(kMaxRows, on_block);
       check_written(step);
+      const int64_t newest = rows.ids().empty() ? 0 : rows.ids().back();
+      if (draw(0, 2) == 0) add(true);
+      if (!rows.ids().empty() && rows.ids().back() > newest) step.joined = {rows.ids().back()};
       DecodeStep ahead;
-      const bool is_ahead = draw(0, 1) == 0 && rows.schedule_ahead(step, ahead, on_block);
-      if (is_ahead) check_written(ahead);
-      if (is_ahead && draw(0, 4) == 0) continue;  // both fail, and are scheduled again
+      const bool is_ahead = draw(0, 1) == 0 && rows.schedule_ahead(step, kMaxRows, ahead, on_block);
+      if (is_ahead) {
+        check_written(ahead);
+        CHECK(ahead.ids.size() == ahead.ahead_rows.size());
+        for (size_t place = 0; place < ahead.ids.size(); ++place) {
+          const auto before = static_cast<size_t>(ahead.ahead_rows[place]);
+          const bool has_joined = before >= step.ids.size();
+          const auto& ids = has_joined ? step.joined : step.ids;
+          CHECK(ids[has_joined ? before - step.ids.size() : before] == ahead.ids[place]);
+        }
+      }
+      const DecodeStep joined{step.joined, 0, {}, {}};
+      if (is_ahead && draw(0, 4) == 0) {  // both fail, and are scheduled again
+        rows.visit(joined, [&](int64_t, const DecodeRow& row) { remove(row); });
+        continue;
+      }
       take(step);
+      take(joined);
       if (is_ahead) take(ahead);  // without those that have just gone
       // Where the pool is dry, somebody has to go.
       if (allocator.num_free() == 0) {
@@ -139,6 +158,7 @@ void test_refusals() {
   CHECK(step.ids.size() == 1);
   rows.remove(id);
   CHECK(throws([&] { rows.remove(id); }));
+  CHECK(throws([&] { rows.at(id); }));
   int32_t table[kWidth];
   CHECK(throws([&] { rows.write_tables(step, table, kWidth, kWidth); }));
   row.num_tokens = 6;

@@ -141,7 +141,8 @@ class FakeRunner:
         result = self._execute(batch)
         if breaks == "after":
             raise StepBroke
-        self._sampled = result.token_ids
+        rows = zip(batch.scheduled, result.token_ids, strict=True)
+        self._sampled = [token for scheduled, token in rows if scheduled.samples]
         if breaks == "late":
             return SimpleNamespace(result=_break)
         return SimpleNamespace(result=lambda: result)
@@ -149,9 +150,8 @@ class FakeRunner:
     def _execute(self, batch: Batch) -> StepResult:
         self.batches.append(batch)
         known = [s.sequence.token_ids for s in batch.scheduled]
-        if batch.ahead_rows is not None:
-            given = [self._sampled[row] for row in batch.ahead_rows]
-            known = [[*tokens, max(token, 0)] for tokens, token in zip(known, given, strict=True)]
+        for row, sampled in enumerate(batch.ahead_rows or ()):
+            known[row] = [*known[row], max(self._sampled[sampled], 0)]
         size = self.block_size
         for block, host_block in batch.swap_outs:
             self._host_blocks[host_block] = self._slots[block * size : (block + 1) * size]
@@ -166,9 +166,8 @@ class FakeRunner:
                 source * size : (source + 1) * size
             ]
         # All rows write before any reads, as in a layer of the model.
-        for scheduled, token_ids in zip(batch.scheduled, known, strict=True):
-            sequence = scheduled.sequence
-            first = sequence.num_computed_tokens + batch.lead
+        for row, (scheduled, token_ids) in enumerate(zip(batch.scheduled, known, strict=True)):
+            sequence, first = scheduled.sequence, batch.start(row)
             for position in range(first, first + scheduled.num_tokens):
                 before = self._slots[self._slot(sequence, position - 1)] if position else EMPTY
                 slot = self._slot(sequence, position)
@@ -181,7 +180,9 @@ class FakeRunner:
             if sequence.request_id in self.failing:
                 result.failures[row] = "not finite"
                 continue
-            result.token_ids[row] = self._sample(sequence, batch.lead)
+            result.token_ids[row] = self._sample(
+                sequence, batch.lead if row < batch.num_decodes else 0
+            )
             if sequence.params.logprobs:
                 cached = self._cached(sequence, 0)
                 result.logprobs[row] = {

@@ -236,8 +236,8 @@ def test_times() -> None:
     metrics = run(engine)["a"].metrics
     assert metrics.arrival_time == 0
     assert metrics.first_scheduled_time == 1
-    # Two readings a step, three steps for the prompt
-    assert metrics.first_token_time == 6
+    # Two readings a step, three steps for the prompt, and one to launch the step behind it.
+    assert metrics.first_token_time == 7
     assert metrics.finished_time == 10
 
 

@@ -40,9 +40,7 @@ class SimulatedRunner(FakeRunner):
 
     def launch(self, batch: Batch) -> SimpleNamespace:
         num_decodes = batch.num_decodes
-        rows = [
-            (s.sequence.num_computed_tokens + batch.lead, s.num_tokens) for s in batch.scheduled
-        ]
+        rows = [(batch.start(row), s.num_tokens) for row, s in enumerate(batch.scheduled)]
         work = StepWork(
             num_decodes,
             sum(computed + num for computed, num in rows[:num_decodes]),

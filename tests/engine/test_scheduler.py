@@ -6,10 +6,12 @@ import pytest
 
 from nano_vllm.batch import Batch, StepResult, StepWork
 from nano_vllm.cache.block_manager import BlockManager
+from nano_vllm.engine.beam_group import BeamGroup
 from nano_vllm.engine.scheduler import Scheduler
 from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.outputs import Logprob
-from nano_vllm.sampling_params import SamplingParams
+from nano_vllm.sampling.beam_search import BeamSearch
+from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence, SequenceStatus
 
 BLOCK_SIZE = 8
@@ -87,9 +89,7 @@ def test_a_step_ahead_goes_on_with_those_that_do_not_end() -> None:
     scheduler = make_scheduler()
     for name, max_tokens in (("a", 9), ("b", 2), ("c", 9)):
         add(scheduler, name, 7, max_tokens=max_tokens)
-    batch, ahead = decode_and_ahead(scheduler)
-    assert ahead is None  # prompts
-    scheduler.update(batch, StepResult([1] * 3))
+    step(scheduler)
     batch, ahead = decode_and_ahead(scheduler)
     assert rows(batch) == [("a", 1), ("b", 1), ("c", 1)]
     assert ahead is not None
@@ -106,19 +106,61 @@ def test_a_step_ahead_goes_on_with_those_that_do_not_end() -> None:
     assert (rows(further), further.ahead_rows) == ([("c", 1)], [1])
 
 
-def test_no_step_ahead_of_a_sequence_that_could_be_admitted() -> None:
-    scheduler = make_scheduler(max_num_seqs=2)
+def test_a_step_ahead_admits_and_goes_on_with_prompts() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10, max_num_seqs=3)
     add(scheduler, "a", 7)
-    step(scheduler)
+    add(scheduler, "b", 12)
+    batch, ahead = decode_and_ahead(scheduler)
+    assert rows(batch) == [("a", 7), ("b", 3)]
+    assert ahead is not None
+    assert (rows(ahead), ahead.ahead_rows) == ([("a", 1), ("b", 9)], [0])
+    assert [batch.start(0), batch.start(1), ahead.start(0), ahead.start(1)] == [0, 0, 7, 3]
+    add(scheduler, "c", 7)
+    scheduler.update(batch, StepResult([1, -1]))
+    batch, ahead = ahead, scheduler.schedule_ahead(ahead)
+    assert ahead is not None
+    assert (rows(ahead), ahead.ahead_rows) == ([("a", 1), ("b", 1), ("c", 7)], [0, 1])
+    assert [ahead.start(row) for row in range(3)] == [8, 12, 0]
+    add(scheduler, "d", 7)  # for whom there is no place
+    scheduler.update(batch, StepResult([1, 5]))
+    assert [s.output_token_ids for s in scheduler.running] == [[1, 1], [5], []]
+    batch, ahead = ahead, scheduler.schedule_ahead(ahead)
+    assert ahead is not None
+    assert (rows(ahead), ahead.ahead_rows) == ([("a", 1), ("b", 1), ("c", 1)], [0, 1, 2])
+
+
+def test_steps_that_fail_take_their_prompts_back() -> None:
+    """Chunks of both steps, and a row that the first of them was to begin."""
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    add(scheduler, "a", 7, max_tokens=3)
+    add(scheduler, "b", 20)
     batch, ahead = decode_and_ahead(scheduler)
     assert ahead is not None
-    add(scheduler, "b", 7)
-    scheduler.update(batch, StepResult([1]))
-    assert scheduler.schedule_ahead(ahead) is None
-    scheduler.update(ahead, StepResult([1]))
-    assert step(scheduler) == [("a", 1), ("b", 7)]
-    add(scheduler, "c", 7)  # for whom there is no place
-    assert decode_and_ahead(scheduler)[1] is not None
+    assert rows(ahead) == [("a", 1), ("b", 9)]
+    scheduler.retract(ahead)
+    scheduler.retract(batch)
+    assert scheduler.num_running == 0
+    assert scheduler.block_manager.num_free_blocks == scheduler.block_manager.num_blocks
+    assert step(scheduler) == [("a", 7), ("b", 3)]
+    assert step(scheduler) == [("a", 1), ("b", 9)]
+    assert scheduler.running[0].output_token_ids == [1, 1]
+
+
+def test_who_ends_with_the_first_token_is_in_no_step_ahead() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", 7, max_tokens=1)
+    _, ahead = decode_and_ahead(scheduler)
+    assert ahead is None
+
+
+def test_no_step_ahead_of_beams() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", 7)
+    search = BeamSearch(BeamSearchParams(beam_width=1, max_tokens=4), frozenset(), 4)
+    sequence = Sequence(9, "b", 0, [1] * 5, SamplingParams(max_tokens=4, logprobs=2))
+    scheduler.add([sequence], BeamGroup(search, [sequence]))
+    _, ahead = decode_and_ahead(scheduler)
+    assert ahead is None
 
 
 def test_no_step_ahead_without_blocks() -> None:
@@ -184,7 +226,7 @@ def test_the_newest_is_preempted_and_comes_back_first() -> None:
     again = batch.scheduled[1]
     assert again.sequence is c
     assert again.samples
-    assert c.num_computed_tokens + again.num_tokens == len(kept)
+    assert again.start + again.num_tokens == len(kept)
     assert c.token_ids == kept
 
 

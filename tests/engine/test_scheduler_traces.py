@@ -158,6 +158,7 @@ def run_trace(seed: int) -> dict[str, int]:
         "cached": metrics.num_cached_tokens,
         "copied": sum(len(batch.block_copies) for batch in runner.batches),
         "ahead": sum(batch.lead for batch in runner.batches),
+        "ahead with prompts": sum(b.lead for b in runner.batches if not b.is_decode),
         "aborted": len(aborted),
         "broken": broken,
         "pinned": pinned,

@@ -76,7 +76,7 @@ class PreparingRunner(FakeRunner):
         tokens, positions, slots, starts, lens = [], [], [], [0], []
         for row, scheduled in enumerate(batch.scheduled):
             sequence = scheduled.sequence
-            first = sequence.num_computed_tokens + batch.lead
+            first = batch.start(row)
             known = sequence.token_ids + [0] * batch.lead
             for position in range(first, first + scheduled.num_tokens):
                 tokens.append(known[position])
