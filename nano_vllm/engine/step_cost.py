@@ -25,10 +25,17 @@ _GUESSED_TOKENS = 64
 GPU it takes several hundred."""
 _GUESSED_CONTEXT = 8192
 """A token that attends over so many is thought to cost twice as much as one that sees none."""
+_FIRST_DOUBT = 4.0
+"""Times its guess that a first step with a prompt may take: beyond that something was loaded, as in
+most first steps."""
 _KNOWN_TOKENS = 32
 """A step of so many tokens is thought to be known from the start."""
 _GROWTH = 2.0
 """Times what was measured lately that a step may be beyond it."""
+_SLACK, _STEP_UP = 0.8, 1.25
+"""Behind a step of less than _KNOWN_TOKENS that took less than this share of the limit, the next
+may hold so many times its tokens. Steps of a few tokens alone do not tell what a token costs from
+what any prompt costs: a model that is wrong about them would never see others."""
 _RIDGE = 0.1
 """What a weight weighs against a measured step."""
 _DECODE_MEMORY, _PREFILL_MEMORY = 0.98, 0.97
@@ -68,6 +75,9 @@ class StepCost:
             memory=_PREFILL_MEMORY,
         )
         self._prefill.reach = _KNOWN_TOKENS * _TOKENS
+        self._prefill.first_doubt = _FIRST_DOUBT
+        self._last = 0, inf
+        """Tokens of prompts of the last step that had any, and its seconds."""
 
     @property
     def error(self) -> float:
@@ -93,6 +103,7 @@ class StepCost:
             self._prefill.suppose(_guess_prefill(self._decode.weights[0]))
         if work.prefill_tokens:
             tokens, pairs = work.prefill_tokens * _TOKENS, work.prefill_pairs * _PAIRS
+            self._last = work.prefill_tokens, seconds
             self._prefill.floor = -base
             self._prefill.learn(tokens, pairs, base + self._surplus(tokens, pairs), seconds)
 
@@ -133,6 +144,9 @@ class StepCost:
         else:
             price = max(slope + per_pair * known, self._decode.weights[0] / _GUESSED_TOKENS)
             most = min(known + left / price, _GROWTH * known)
+        num_tokens, seconds = self._last
+        if num_tokens < _KNOWN_TOKENS and seconds < _SLACK * limit:
+            most = max(most, _STEP_UP * num_tokens)
         return max(int(most), MIN_PREFILL_TOKENS)
 
     def prompt_seconds(self, num_tokens: int, context: int) -> float:
@@ -221,6 +235,8 @@ class _Line:
         """Mean relative error of the predictions, outliers aside."""
         self.reach = 0.0
         """The largest x of late."""
+        self.first_doubt = inf
+        """The first step is beyond all usual errors where it takes so many times the prediction."""
         self.in_doubt = False
         """Whether the last step was beyond all usual errors."""
         self._ridge = ridge
@@ -253,6 +269,9 @@ class _Line:
         self.in_doubt = abs(excess) > _DOUBT * max(self.error, 0.01) * predicted
         if not self._moments[0]:
             self.in_doubt = False
+            if seconds > self.first_doubt * predicted and self._num_longer < _CHANGED_STEPS:
+                self._num_longer += 1
+                return
         elif not self.in_doubt:
             self._num_longer = 0
             self.error += 0.1 * (abs(excess) / predicted - self.error)

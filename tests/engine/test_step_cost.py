@@ -218,3 +218,19 @@ def test_the_promise_is_kept_and_prompts_get_what_it_leaves(
     # The noise alone makes 1.07 of it, of steps without prompts as well.
     assert sorted(shares)[int(0.99 * len(shares))] <= 1.1
     assert throughput >= 0.8
+
+
+@pytest.mark.parametrize("held_up", [1, 3])
+def test_first_steps_that_load_what_they_run_do_not_make_prompts_dear(held_up: int) -> None:
+    """The first prompts of a process take a hundred times what they do later."""
+    pace, done, num_steps = PrefillPace(), 0, 0
+    for _ in range(held_up):
+        pace.observe(prefill(0, 0, 0, 512), 0.46)
+    for _ in range(200):
+        pace.observe(StepWork(1, 600, 0, 0), SMALL.seconds(StepWork(1, 600, 0, 0)))
+    while done < 8000:
+        work = prefill(1, 600, done, pace.max_prefill_tokens(1, 600, done))
+        pace.observe(work, SMALL.seconds(work))
+        done += work.prefill_tokens
+        num_steps += 1
+    assert num_steps < 80
