@@ -63,6 +63,10 @@ class Batch:
         return num_decodes + sum(s.num_tokens for s in self.scheduled[num_decodes:])
 
     @property
+    def sampling_rows(self) -> list[int]:
+        return [row for row, scheduled in enumerate(self.scheduled) if scheduled.samples]
+
+    @property
     def lead(self) -> int:
         """Tokens that each sequence is ahead of what it knows."""
         return 0 if self.ahead_rows is None else 1

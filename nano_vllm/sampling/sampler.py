@@ -63,6 +63,8 @@ class Sampler:
             or no token is allowed.
         """
         rows = self._rows_of(sequences, lead, logits.device)
+        if rows.steps_left is not None:
+            rows.steps_left -= 1
         adjusted = None
         if rows.adjustments:
             shape = rows.num_adjusted, logits.shape[1]
@@ -98,12 +100,20 @@ class Sampler:
         most = max(sequences[row].params.logprobs or 0 for row in rows)
         return logprob_table(logits, token_ids.clamp(min=0), most)
 
+    def is_greedy(self, sequences: list[Sequence], lead: int, device: torch.device) -> bool:
+        """Whether the step's rows all take the likeliest token of the raw logits, and nothing else
+        is asked of these.
+
+        Args:
+            sequences: of the rows, as for `choose`, which may come next, as is lead.
+            device: of the logits.
+        """
+        return self._rows_of(sequences, lead, device).is_greedy
+
     def _rows_of(self, sequences: list[Sequence], lead: int, device: torch.device) -> SamplingRows:
         rows = self._rows
         if rows is None or rows.sequences is not sequences or rows.steps_left == 0:
             rows = self._rows = SamplingRows(sequences, lead, self._seed, self._history, device)
-        if rows.steps_left is not None:
-            rows.steps_left -= 1
         return rows
 
 

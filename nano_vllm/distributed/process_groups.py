@@ -1,0 +1,144 @@
+"""The ranks that run one model together: torchrun's processes as groups of torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nano_vllm.distributed.collectives import ALONE, Collectives, GroupCollectives, PeerError
+from nano_vllm.distributed.control import ControlChannel
+from nano_vllm.distributed.launch import Launch
+from nano_vllm.distributed.preflight import check_device, compare
+from nano_vllm.distributed.progress import Progress
+from nano_vllm.distributed.watchdog import SILENCE_SECONDS, Watchdog
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""The watchdog is quicker wherever it can be; this ends a device that hangs by itself."""
+
+
+class ParallelState:
+    """This process alone: no group, nothing to wait for."""
+
+    rank = 0
+    size = 1
+    tp: Collectives = ALONE
+    """Those who share this rank's layers."""
+    control: ControlChannel | None = None
+
+    has_failed = False
+    """Whether this rank or another is out of step: nothing can be computed any more."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+
+    def compare(self, facts: dict[str, str]) -> None:
+        """Raise ValueError, on all ranks, where one has other facts than the first; it says which
+        rank, on which host, and in what.
+        """
+
+    def agree(self, *values: int) -> list[int]:
+        """The smallest of all ranks, of each value."""
+        return list(values)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others why this rank ends. Where the error comes of another rank's end, that one
+        is to be named: the watchdog ends this process.
+        """
+
+    def close(self) -> None:
+        """Leave the groups; the other ranks do it too."""
+
+
+class Member(ParallelState):
+    """One of several ranks.
+
+    Args:
+        launch: who this is.
+        device: that computes.
+        tensor_parallel_size: ranks that share layers.
+    """
+
+    def __init__(self, launch: Launch, device: torch.device, tensor_parallel_size: int) -> None:
+        super().__init__()
+        self.rank, self.size = launch.rank, launch.world_size
+        self._store = _connect(launch, hosts=launch.hosts_store)
+        self._watchdog = Watchdog(
+            _connect(launch, hosts=False),
+            launch.rank,
+            launch.world_size,
+            socket.gethostname(),
+            self.progress,
+        )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("groups", self._store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+        self.control = ControlChannel(self.progress)
+        for first in range(0, launch.world_size, tensor_parallel_size):
+            ranks = list(range(first, first + tensor_parallel_size))
+            group = dist.new_group(ranks)
+            if launch.rank in ranks and tensor_parallel_size > 1:
+                self.tp = GroupCollectives(group, self.progress)
+        check_device(self.tp, device)
+
+    def compare(self, facts: dict[str, str]) -> None:
+        compare(self._store, self.rank, self.size, facts)
+
+    def agree(self, *values: int) -> list[int]:
+        assert self.control is not None
+        return self.control.minimum(list(values))
+
+    def fail(self, error: BaseException) -> None:
+        self.has_failed = True
+        if isinstance(error, PeerError):
+            time.sleep(SILENCE_SECONDS + 2)
+        self._watchdog.tell_failure(error)
+
+    def close(self) -> None:
+        if self.has_failed:
+            return
+        self.agree(0)  # nobody leaves while another one could miss it
+        self._watchdog.close()
+        dist.destroy_process_group()
+
+
+def join(launch: Launch, device: torch.device, tensor_parallel_size: int) -> ParallelState:
+    """Meet the other ranks, if there are any; returns once all are here."""
+    if launch.world_size == 1:
+        return ParallelState()
+    return Member(launch, device, tensor_parallel_size)
+
+
+def _connect(launch: Launch, hosts: bool) -> dist.Store:
+    # The store listens at all addresses of a host unless it is given a socket.
+    store = dist.TCPStore(
+        launch.address,
+        launch.port,
+        is_master=hosts,
+        timeout=RENDEZVOUS_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=_listen(launch) if hosts else None,
+    )
+    return dist.PrefixStore(f"nano_vllm/{launch.attempt}", store)
+
+
+def _listen(launch: Launch) -> int:
+    """A socket that is bound to the address given, and to no other."""
+    family, _, _, _, address = socket.getaddrinfo(
+        launch.address, launch.port, type=socket.SOCK_STREAM
+    )[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(os.cpu_count() or 1)
+    return listener.detach()
