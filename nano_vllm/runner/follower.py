@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 
 from nano_vllm.config import EngineConfig
@@ -19,6 +21,8 @@ class Follower(ModelWorker):
     def run(self) -> None:
         """Until it is told to stop."""
         assert self.parallel.control is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the deciding rank gets them too, and says
         receiver = StepReceiver(self.parallel.control)
         try:
             while (step := receiver.receive(self.input_batch.wait_for_staging)) is not None:
