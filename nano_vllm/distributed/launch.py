@@ -20,8 +20,8 @@ class Launch:
     address: str = ""
     """Of the rendezvous, as is the port."""
     port: int = 0
-    hosts_store: bool = False
-    """Whether this process serves the rendezvous; else torchrun does, or another rank."""
+    is_under_agent: bool = False
+    """Whether torchrun serves the rendezvous; else the first rank does."""
     attempt: str = "0"
     """Of torchrun's starts of the same group: each has its own keys in the store."""
 
@@ -37,14 +37,13 @@ class Launch:
             raise ValueError(f"RANK must be in [0, WORLD_SIZE = {world_size}), got {rank}")
         if not environment.get("MASTER_ADDR"):
             raise ValueError("MASTER_ADDR is not set beside RANK: start with torchrun")
-        agent_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(
             rank,
             world_size,
             _number(environment, "LOCAL_RANK"),
             environment["MASTER_ADDR"],
             _number(environment, "MASTER_PORT"),
-            hosts_store=rank == 0 and not agent_serves,
+            is_under_agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
 

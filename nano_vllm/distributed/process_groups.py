@@ -67,13 +67,14 @@ class Member(ParallelState):
     def __init__(self, launch: Launch, device: torch.device, tensor_parallel_size: int) -> None:
         super().__init__()
         self.rank, self.size = launch.rank, launch.world_size
-        self._store = _connect(launch, hosts=launch.hosts_store)
+        self._store = _connect(launch, hosts=launch.rank == 0 and not launch.is_under_agent)
         self._watchdog = Watchdog(
             _connect(launch, hosts=False),
             launch.rank,
             launch.world_size,
             socket.gethostname(),
             self.progress,
+            not launch.is_under_agent,
         )
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

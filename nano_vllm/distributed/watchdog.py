@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -33,10 +34,20 @@ class Watchdog:
         size: ranks of the group.
         host: of this rank, for people.
         progress: of the thread that computes.
+        has_own_store: whether the first rank serves the store, not torchrun.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, host: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        host: str,
+        progress: Progress,
+        has_own_store: bool,
+    ) -> None:
         self._store = store
+        self._has_own_store = has_own_store
         self._rank = rank
         self._others = [other for other in range(size) if other != rank]
         self._host = host
@@ -59,8 +70,8 @@ class Watchdog:
         """The other ranks end, with a line that names this one."""
         text = " ".join(str(error).split())
         kind = "" if isinstance(error, ValueError) and text else f"{type(error).__name__}: "
-        where = _where(self._progress.step)
-        self._store.set(FAILED, f"rank {self._rank} on {self._host} failed {where}: {kind}{text}")
+        line = f"rank {self._rank} on {self._host} failed {self._where()}: {kind}{text}"
+        self._store.set(FAILED, line)
 
     def close(self) -> None:
         """The group ends in order: nobody is missed any more."""
@@ -73,8 +84,8 @@ class Watchdog:
             try:
                 self._beat()
                 gone = self._whoever_is_gone()
-            except RuntimeError as error:
-                gone = f"the store that rank 0 or torchrun serves is gone: {error}"
+            except RuntimeError:
+                gone = self._without_store("is dead")
             self._last_answer = time.monotonic()
             if gone is not None:
                 self._end(gone)
@@ -83,7 +94,14 @@ class Watchdog:
         """Its calls wait for whoever serves it, who may be frozen."""
         while not self._is_closed.wait(BEAT_SECONDS):
             if time.monotonic() - self._last_answer > SILENCE_SECONDS + 1:
-                self._end("the store that rank 0 or torchrun serves does not answer")
+                self._end(self._without_store("does not answer"), tells=False)
+
+    def _without_store(self, what: str) -> str:
+        if not self._has_own_store:
+            return f"torchrun, which serves the store, {what}, {self._where()}"
+        beat, _ = self._beats.get(0, (Beat(0, -1, 0.0, "its host", 0, ""), 0.0))
+        kill_if_near(beat)
+        return f"rank 0 on {beat.host} {what}, {self._where(beat.step)}"
 
     def _beat(self) -> None:
         self._num_beats += 1
@@ -112,16 +130,14 @@ class Watchdog:
                 self._beats[other] = beat, now
             reason = self._why_gone(beat, now - self._beats[other][1])
             if reason is not None:
-                return f"rank {other} on {beat.host} {reason}, {_where(beat.step)}"
+                return f"rank {other} on {beat.host} {reason}, {self._where(beat.step)}"
         return None
 
     def _why_gone(self, beat: Beat, silence: float) -> str | None:
-        is_near = beat.process_space != "" and beat.process_space == process_space()
-        if is_near and is_dead(beat.pid):
+        if is_near(beat) and is_dead(beat.pid):
             return "is dead"
         if silence > SILENCE_SECONDS:
-            if is_near:
-                os.kill(beat.pid, signal.SIGKILL)  # stopped: it would stay for ever
+            kill_if_near(beat)
             return f"has given no sign of life for {silence:.0f} s"
         waiting_since = self._progress.waiting_since
         if waiting_since is None or beat.waiting_seconds:
@@ -131,10 +147,22 @@ class Watchdog:
             return f"is frozen: others have waited {waited:.0f} s for it"
         return None
 
-    def _end(self, reason: str) -> None:
-        if not self._is_closed.is_set():
-            print(f"error: {reason}", file=sys.stderr, flush=True)
-            os._exit(EXIT_CODE)
+    def _where(self, last_heard: int = -1) -> str:
+        """The step that the ranks are in."""
+        step = max(last_heard, self._progress.step)
+        return "while it loads" if step < 0 else f"in step {step}"
+
+    def _end(self, reason: str, tells: bool = True) -> None:
+        if self._is_closed.is_set():
+            return
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        if tells:
+            # Else the others would name this rank, as the first that they see go.
+            with contextlib.suppress(RuntimeError):
+                self._store.set(FAILED, reason)
+            if self._has_own_store and self._rank == 0:
+                time.sleep(3 * BEAT_SECONDS)  # for the others to read that
+        os._exit(EXIT_CODE)
 
 
 class Beat(NamedTuple):
@@ -159,6 +187,18 @@ def process_space() -> str:
         return ""
 
 
+def is_near(beat: Beat) -> bool:
+    """Whether its process id means the same here."""
+    return beat.process_space != "" and beat.process_space == process_space()
+
+
+def kill_if_near(beat: Beat) -> None:
+    """A process that is stopped would stay for ever."""
+    if is_near(beat):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(beat.pid, signal.SIGKILL)
+
+
 def is_dead(pid: int) -> bool:
     """Whether a process of this process space has ended, waited for or not."""
     try:
@@ -166,7 +206,3 @@ def is_dead(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return True
     return stat.rpartition(")")[2].split()[0] in ("Z", "X")
-
-
-def _where(step: int) -> str:
-    return "while it loads" if step < 0 else f"in step {step}"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import nano_vllm.runner.follower
 import nano_vllm.runner.model_runner  # noqa: F401
 from nano_vllm import LLM, SamplingParams
+from nano_vllm.runner.follower import Follower
+from nano_vllm.runner.step_message import Step
 
 VOCAB_SIZE = 199
 
@@ -101,3 +105,27 @@ def generate_slowly(folder: Path, options: dict[str, Any]) -> None:
                 llm.engine.step()
                 step += 1
                 (folder / "step").write_text(str(step))
+
+
+def _in_step_of_followers(number: int, action: Callable[[], None]) -> None:
+    execute, count = Follower._execute, itertools.count()
+
+    def changed(follower: Follower, step: Step) -> None:
+        if next(count) == number:
+            action()
+        execute(follower, step)
+
+    Follower._execute = changed  # type: ignore[method-assign]
+
+
+def fail_in_a_step(folder: Path, options: dict[str, Any]) -> None:
+    def fail() -> None:
+        raise OSError("no more")
+
+    _in_step_of_followers(7, fail)
+    generate_slowly(folder, options)
+
+
+def hang_in_a_step(folder: Path, options: dict[str, Any]) -> None:
+    _in_step_of_followers(7, lambda: time.sleep(1000))
+    generate_slowly(folder, options)
