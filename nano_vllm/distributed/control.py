@@ -15,8 +15,8 @@ FOREVER = timedelta(days=365)
 """A server may be idle for as long; who is gone is for the watchdog to say."""
 
 
-class ControlChannel:
-    """Bytes from the first rank to all others, in the order of the calls, over Gloo.
+class Control:
+    """A group of all ranks over Gloo; what is sent arrives in the order of the calls.
 
     Args:
         progress: told of the calls that wait for others.

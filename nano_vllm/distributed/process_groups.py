@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nano_vllm.distributed.collectives import ALONE, Collectives, GroupCollectives, PeerError
-from nano_vllm.distributed.control import ControlChannel
+from nano_vllm.distributed.control import Control
+from nano_vllm.distributed.interfaces import bind_libraries
 from nano_vllm.distributed.launch import Launch
 from nano_vllm.distributed.preflight import check_device, compare
 from nano_vllm.distributed.progress import Progress
-from nano_vllm.distributed.watchdog import SILENCE_SECONDS, Watchdog
+from nano_vllm.distributed.step_channel import GlooChannel, SharedMemoryChannel, StepChannel
+from nano_vllm.distributed.watchdog import SILENCE_SECONDS, Watchdog, process_space
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -29,8 +34,6 @@ class ParallelState:
     size = 1
     tp: Collectives = ALONE
     """Those who share this rank's layers."""
-    control: ControlChannel | None = None
-
     has_failed = False
     """Whether this rank or another is out of step: nothing can be computed any more."""
 
@@ -45,6 +48,12 @@ class ParallelState:
     def agree(self, *values: int) -> list[int]:
         """The smallest of all ranks, of each value."""
         return list(values)
+
+    def step_channel(self, capacity: int) -> StepChannel | None:
+        """From the first rank to the others, for messages of so many bytes; None for a rank that is
+        alone.
+        """
+        return None
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this rank ends. Where the error comes of another rank's end, that one
@@ -67,6 +76,9 @@ class Member(ParallelState):
     def __init__(self, launch: Launch, device: torch.device, tensor_parallel_size: int) -> None:
         super().__init__()
         self.rank, self.size = launch.rank, launch.world_size
+        bind_libraries(launch.address, launch.port)
+        # Not every host's drivers let several processes use NVLink multicast.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         self._store = _connect(launch, hosts=launch.rank == 0 and not launch.is_under_agent)
         self._watchdog = Watchdog(
             _connect(launch, hosts=False),
@@ -84,20 +96,47 @@ class Member(ParallelState):
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
-        self.control = ControlChannel(self.progress)
-        for first in range(0, launch.world_size, tensor_parallel_size):
-            ranks = list(range(first, first + tensor_parallel_size))
-            group = dist.new_group(ranks)
-            if launch.rank in ranks and tensor_parallel_size > 1:
-                self.tp = GroupCollectives(group, self.progress)
+        self._control = Control(self.progress)
+        if tensor_parallel_size > 1:
+            self.tp = GroupCollectives(self._tensor_group(tensor_parallel_size), self.progress)
         check_device(self.tp, device)
+
+    def _tensor_group(self, size: int) -> Any:
+        """The group of the ranks that share this one's layers."""
+        if size == self.size:
+            return dist.group.WORLD
+        groups = [dist.new_group(range(i, i + size)) for i in range(0, self.size, size)]
+        return groups[self.rank // size]
 
     def compare(self, facts: dict[str, str]) -> None:
         compare(self._store, self.rank, self.size, facts)
 
     def agree(self, *values: int) -> list[int]:
-        assert self.control is not None
-        return self.control.minimum(list(values))
+        return self._control.minimum(list(values))
+
+    def step_channel(self, capacity: int) -> StepChannel:
+        return self._shared_memory(capacity) or GlooChannel(self._control)
+
+    def _shared_memory(self, capacity: int) -> StepChannel | None:
+        """None where some rank cannot open it."""
+        fd = -1
+        if self.rank == 0 and SharedMemoryChannel.is_supported():
+            fd = SharedMemoryChannel.create(capacity, self.size)
+        if self.rank == 0:
+            self._store.set("steps", json.dumps([process_space(), os.getpid(), fd]))
+        else:
+            space, pid, theirs = json.loads(self._store.get("steps"))
+            if theirs >= 0 and space and space == process_space():
+                with contextlib.suppress(OSError):
+                    fd = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR)
+        (everyone,) = self.agree(fd)
+        try:
+            if everyone < 0:
+                return None
+            return SharedMemoryChannel(fd, self.rank, self.size, self.progress)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def fail(self, error: BaseException) -> None:
         self.has_failed = True

@@ -20,10 +20,10 @@ class Follower(ModelWorker):
 
     def run(self) -> None:
         """Until it is told to stop."""
-        assert self.parallel.control is not None
+        assert self.channel is not None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the deciding rank gets them too, and says
-        receiver = StepReceiver(self.parallel.control)
+        receiver = StepReceiver(self.channel)
         try:
             while (step := receiver.receive(self.input_batch.wait_for_staging)) is not None:
                 self.parallel.progress.step += 1

@@ -36,8 +36,7 @@ class ModelRunner(ModelWorker):
         launch: Launch = ALONE,
     ) -> None:
         super().__init__(config, progress, clock, launch)
-        control = self.parallel.control
-        self._others = None if control is None else StepSender(control)
+        self._others = None if self.channel is None else StepSender(self.channel)
         self.sampler = Sampler(self.max_model_len, config.seed)
         self._scheduled: list[ScheduledSequence] = []
         self._sequences: list[Sequence] = []

@@ -21,7 +21,7 @@ from nano_vllm.runner.cuda_graphs import StepGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
 from nano_vllm.runner.memory import num_host_blocks, num_kv_blocks
 from nano_vllm.runner.same_everywhere import facts_of
-from nano_vllm.runner.step_message import Step
+from nano_vllm.runner.step_message import Step, most_bytes
 from nano_vllm.sampling.greedy import likeliest_tokens
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
@@ -126,6 +126,10 @@ class ModelWorker:
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
                 self.graphs = StepGraphs(self.max_num_batched_tokens, config.max_num_seqs)
+        num_rows = self.max_num_batched_tokens + config.max_num_seqs
+        self.channel = self.parallel.step_channel(
+            most_bytes(self.input_batch.staging, self.num_blocks, num_rows)
+        )
         self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
         """What the last step sampled."""
         timer.lap("KV cache")

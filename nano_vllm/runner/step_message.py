@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nano_vllm.distributed.control import ControlChannel
+from nano_vllm.distributed.step_channel import StepChannel
 from nano_vllm.runner.input_batch import StagedInput
 
 Pairs = list[tuple[int, int]]
@@ -48,6 +48,17 @@ class Step:
     """Batch.ahead_rows."""
 
 
+def most_bytes(staging: torch.Tensor, num_blocks: int, num_rows: int) -> int:
+    """Of a message.
+
+    Args:
+        staging: the buffer that it may hold.
+        num_blocks: of the KV cache: each comes at most once in a list of pairs.
+        num_rows: tokens and sequences of a step.
+    """
+    return HEADER.size + staging.numel() + 8 * (3 * 2 * num_blocks + 3 * num_rows)
+
+
 class StepSender:
     """Of the deciding rank.
 
@@ -55,7 +66,7 @@ class StepSender:
         channel: to the others.
     """
 
-    def __init__(self, channel: ControlChannel) -> None:
+    def __init__(self, channel: StepChannel) -> None:
         self._channel = channel
         self._number = 0
 
@@ -82,10 +93,8 @@ class StepSender:
         header = [MAGIC, kind, self._number, 0, len(numbers), *fields]
         header[_CHECKSUM] = checksum(header, payload, numbers)
         self._number += 1
-        self._channel.send(torch.tensor(header, dtype=torch.int64))
-        for part in (payload, torch.from_numpy(numbers)):
-            if len(part):
-                self._channel.send(part)
+        message = torch.tensor(header, dtype=torch.int64)
+        self._channel.send([message, payload, torch.from_numpy(numbers)])
 
 
 class StepReceiver:
@@ -95,7 +104,7 @@ class StepReceiver:
         channel: from the deciding rank.
     """
 
-    def __init__(self, channel: ControlChannel) -> None:
+    def __init__(self, channel: StepChannel) -> None:
         self._channel = channel
         self._number = 0
 
@@ -118,8 +127,8 @@ class StepReceiver:
         payload = staging()[: staged.num_bytes]
         numbers = torch.empty(num_numbers, dtype=torch.int64)
         for part in (payload, numbers):
-            if len(part):
-                self._channel.receive(part)
+            self._channel.receive(part)
+        self._channel.finish()
         header[_CHECKSUM] = 0
         expected = checksum(header, payload, numbers.numpy())
         if found != expected:
