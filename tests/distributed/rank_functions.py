@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -129,3 +130,7 @@ def fail_in_a_step(folder: Path, options: dict[str, Any]) -> None:
 def hang_in_a_step(folder: Path, options: dict[str, Any]) -> None:
     _in_step_of_followers(7, lambda: time.sleep(1000))
     generate_slowly(folder, options)
+
+
+def generate_with_own_seeds(folder: Path, options: dict[str, Any]) -> None:
+    generate_slowly(folder, options | {"seed": int(os.environ["RANK"])})
