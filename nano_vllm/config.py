@@ -274,10 +274,11 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
-    def shard(self, num_ranks: int) -> ModelConfig:
-        """The shape of what each of so many tensor-parallel ranks computes; ValueError for a shape
-        that they cannot share evenly.
+    def shard(self, num_ranks: int, layers: range | None = None) -> ModelConfig:
+        """The shape of what each of so many tensor-parallel ranks computes, of some consecutive
+        layers or all; ValueError for a shape that they cannot share evenly.
         """
+        held = range(self.num_layers) if layers is None else layers
         for name in ("num_heads", "intermediate_size"):
             if getattr(self, name) % num_ranks:
                 raise ValueError(
@@ -291,6 +292,9 @@ class ModelConfig:
             )
         return replace(
             self,
+            num_layers=len(held),
+            full_attention_layers=_renumbered(self.full_attention_layers, held),
+            nope_layers=_renumbered(self.nope_layers, held),
             num_heads=self.num_heads // num_ranks,
             num_kv_heads=max(1, self.num_kv_heads // num_ranks),
             intermediate_size=self.intermediate_size // num_ranks,
@@ -311,3 +315,8 @@ class ModelConfig:
         if self.sliding_rope is not None and self.window(layer):
             return self.sliding_rope
         return Rope(self.rope_theta, self.rope_scaling)
+
+
+def _renumbered(layers: frozenset[int], held: range) -> frozenset[int]:
+    """Those of the layers that are held, counted from the first one held."""
+    return frozenset(layer - held.start for layer in layers if layer in held)

@@ -17,6 +17,7 @@ from nano_vllm.distributed.collectives import ALONE, Collectives, GroupCollectiv
 from nano_vllm.distributed.control import Control
 from nano_vllm.distributed.interfaces import bind_libraries
 from nano_vllm.distributed.launch import Launch
+from nano_vllm.distributed.pipeline import ONE_STAGE, Pipeline, PipelineRank
 from nano_vllm.distributed.preflight import check_device, compare
 from nano_vllm.distributed.progress import Progress
 from nano_vllm.distributed.step_channel import GlooChannel, SharedMemoryChannel, StepChannel
@@ -34,6 +35,7 @@ class ParallelState:
     size = 1
     tp: Collectives = ALONE
     """Those who share this rank's layers."""
+    pipeline: Pipeline = ONE_STAGE
     has_failed = False
     """Whether this rank or another is out of step: nothing can be computed any more."""
 
@@ -71,9 +73,12 @@ class Member(ParallelState):
         launch: who this is.
         device: that computes.
         tensor_parallel_size: ranks that share layers.
+        num_stages: of the pipeline.
     """
 
-    def __init__(self, launch: Launch, device: torch.device, tensor_parallel_size: int) -> None:
+    def __init__(
+        self, launch: Launch, device: torch.device, tensor_parallel_size: int, num_stages: int
+    ) -> None:
         super().__init__()
         self.rank, self.size = launch.rank, launch.world_size
         bind_libraries(launch.address, launch.port)
@@ -99,6 +104,8 @@ class Member(ParallelState):
         self._control = Control(self.progress)
         if tensor_parallel_size > 1:
             self.tp = GroupCollectives(self._tensor_group(tensor_parallel_size), self.progress)
+        if num_stages > 1:
+            self.pipeline = PipelineRank(self.rank, tensor_parallel_size, num_stages, self.progress)
         check_device(self.tp, device)
 
     def _tensor_group(self, size: int) -> Any:
@@ -152,11 +159,13 @@ class Member(ParallelState):
         dist.destroy_process_group()
 
 
-def join(launch: Launch, device: torch.device, tensor_parallel_size: int) -> ParallelState:
+def join(
+    launch: Launch, device: torch.device, tensor_parallel_size: int, num_stages: int
+) -> ParallelState:
     """Meet the other ranks, if there are any; returns once all are here."""
     if launch.world_size == 1:
         return ParallelState()
-    return Member(launch, device, tensor_parallel_size)
+    return Member(launch, device, tensor_parallel_size, num_stages)
 
 
 def _connect(launch: Launch, hosts: bool) -> dist.Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from nano_vllm.config import ModelConfig
 from nano_vllm.config_fields import ConfigFields
 from nano_vllm.distributed.collectives import ALONE, Collectives
 from nano_vllm.distributed.sharding import share
+from nano_vllm.distributed.stages import Stage, whole
 from nano_vllm.layers.activation import activation, gated_activation
 from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache, cache_scale
 from nano_vllm.layers.embedding import Embedding, LMHead
@@ -197,23 +199,30 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and the last norm."""
+    """Embeddings, layers and the last norm, or what a stage of a pipeline has of them."""
 
     def __init__(
-        self, config: ModelConfig, max_position: int, device: torch.device, ranks: Collectives
+        self,
+        config: ModelConfig,
+        max_position: int,
+        device: torch.device,
+        ranks: Collectives,
+        stage: Stage,
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, config.embedding_multiplier, ranks
-        )
-        self.embed_positions = (
-            Embedding(config.max_position, config.hidden_size) if config.learned_positions else None
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, ranks) for i in range(config.num_layers)
-        )
-        self.norm = make_norm(config)
-        ropes = [config.rope(i) for i in range(config.num_layers)]
+        self.stage = stage
+        self.embed_tokens: Embedding | None = None
+        self.embed_positions: Embedding | None = None
+        if stage.is_first or (stage.is_last and config.tie_word_embeddings):
+            self.embed_tokens = Embedding(
+                config.vocab_size, config.hidden_size, config.embedding_multiplier, ranks
+            )
+        if stage.is_first and config.learned_positions:
+            self.embed_positions = Embedding(config.max_position, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, ranks) for i in stage.layers})
+        """By their numbers in the model."""
+        self.norm = make_norm(config) if stage.is_last else None
+        ropes = [config.rope(i) for i in stage.layers]
         tables = {
             rope: cos_sin_cache(config, rope, max_position, device)
             for rope in dict.fromkeys(ropes)
@@ -228,14 +237,19 @@ class Decoder(nn.Module):
         positions: torch.Tensor,
         caches: list[LayerCache],
         metadata: AttentionMetadata,
+        received: torch.Tensor | None,
     ) -> torch.Tensor:
-        x = self.embed_tokens(input_ids)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions)
+        x = self._embed(input_ids, positions) if received is None else received
         residual = torch.zeros_like(x)
-        for layer, cos_sin, cache in zip(self.layers, self.cos_sin, caches, strict=True):
+        layers = self.layers.values()
+        for layer, cos_sin, cache in zip(layers, self.cos_sin, caches, strict=True):
             x = layer(x, residual, positions, cos_sin, cache, metadata)
-        return self.norm.add_and_norm(x, residual)
+        return residual.add_(x) if self.norm is None else self.norm.add_and_norm(x, residual)
+
+    def _embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert self.embed_tokens is not None
+        x = self.embed_tokens(input_ids)
+        return x if self.embed_positions is None else x + self.embed_positions(positions)
 
 
 class CausalLM(nn.Module):
@@ -246,6 +260,7 @@ class CausalLM(nn.Module):
         max_position: positions that rotary angles are computed for.
         device: where the angles live; parameters follow torch's default device and dtype.
         ranks: who shares the layers' weights.
+        stage: which layers these are; None for all.
     """
 
     stacked: ClassVar[dict[str, tuple[str, str]]] = {
@@ -296,13 +311,31 @@ class CausalLM(nn.Module):
         max_position: int,
         device: torch.device,
         ranks: Collectives = ALONE,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, max_position, device, ranks)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, ranks)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        stage = whole(config) if stage is None else stage
+        self.model = Decoder(config, max_position, device, ranks, stage)
+        self.lm_head: LMHead | None = None
+        if stage.is_last:
+            self.lm_head = LMHead(config.hidden_size, config.vocab_size, ranks)
+            if config.tie_word_embeddings:
+                assert self.model.embed_tokens is not None
+                self.lm_head.weight = self.model.embed_tokens.weight
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a parameter, or a part of one, is another stage's."""
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        if match is not None:
+            layer = int(match[1])
+            return layer < self.config.num_layers and layer not in self.model.stage.layers
+        stage = self.model.stage
+        return (
+            (name.startswith("model.embed_tokens.") and self.model.embed_tokens is None)
+            or (name.startswith("model.embed_positions.") and not stage.is_first)
+            or (name.startswith(("model.norm.", "lm_head.")) and not stage.is_last)
+        )
 
     def forward(
         self,
@@ -310,12 +343,18 @@ class CausalLM(nn.Module):
         positions: torch.Tensor,
         caches: list[LayerCache],
         metadata: AttentionMetadata,
+        received: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[num_tokens] ids and positions (int64) -> hidden states [num_tokens, hidden_size]."""
-        return self.model(input_ids, positions, caches, metadata)
+        """[num_tokens] ids and positions (int64) -> hidden states [num_tokens, hidden_size].
+
+        Args:
+            received: the hidden states of the stage before; None for the first.
+        """
+        return self.model(input_ids, positions, caches, metadata, received)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> [num_rows, the rank's part of the vocabulary, padded]."""
+        assert self.lm_head is not None, "the last stage has the head"
         logits = self.lm_head(hidden)
         if self.config.logits_divisor != 1.0:
             logits.div_(self.config.logits_divisor)

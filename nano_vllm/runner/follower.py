@@ -36,7 +36,10 @@ class Follower(ModelWorker):
     @torch.inference_mode()
     def _execute(self, step: Step) -> None:
         inputs = self.prepare(step)
-        out, logits = self.forward(step, inputs)
+        out = self.forward(step, inputs)
+        if not self.stage.is_last:
+            return
+        logits = self.sampled_logits(step, inputs, out)
         for first, last in step.logit_ranges:
             self.gather(self.model.compute_logits(out[first:last]))
         if step.gathers_logits:

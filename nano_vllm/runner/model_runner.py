@@ -49,7 +49,7 @@ class ModelRunner(ModelWorker):
     @property
     def runs_ahead(self) -> bool:
         """Whether the step behind one that is still computed may be launched."""
-        return self.device.type == "cuda"
+        return self.device.type == "cuda" and self.parallel.pipeline.num_stages == 1
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
@@ -68,7 +68,8 @@ class ModelRunner(ModelWorker):
             step, rows, wanted = self._decide(batch)
             inputs = self.prepare(step, None if recorder is None else recorder.begin)
         with step_range("forward", recorder):
-            out, logits = self.forward(step, inputs)
+            out = self.forward(step, inputs)
+            logits = self.sampled_logits(step, inputs, out)
             seq_lens, token_ids = inputs.attention.seq_lens, inputs.input_ids
             if inputs.sampled is None:
                 seq_lens, token_ids = seq_lens[: len(rows)], token_ids[: len(rows)]
@@ -122,7 +123,7 @@ class ModelRunner(ModelWorker):
             batch.ahead_rows,
         )
         if self._others is not None:
-            step.gathers_logits = not self.sampler.is_greedy(
+            step.gathers_logits = self.parallel.tp.size == 1 or not self.sampler.is_greedy(
                 self._sequences, batch.lead, self.device
             )
             self.parallel.progress.step += 1

@@ -14,6 +14,7 @@ from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
 from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.distributed.process_groups import ParallelState, join
+from nano_vllm.distributed.stages import split_layers
 from nano_vllm.metrics import LapTimer
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
@@ -48,7 +49,9 @@ class ModelWorker:
     ) -> None:
         launch.check(config)
         self.device = _choose_device(config.device, launch.local_rank)
-        self.parallel: ParallelState = join(launch, self.device, config.tensor_parallel_size)
+        self.parallel: ParallelState = join(
+            launch, self.device, config.tensor_parallel_size, config.pipeline_parallel_size
+        )
         self.clock = clock
         try:
             self._load(config, progress)
@@ -69,7 +72,9 @@ class ModelWorker:
             0 if config.enable_chunked_prefill else self.max_model_len,
         )
         _check_quantization(config, self.model_path, self.device)
-        shard = self.model_config.shard(config.tensor_parallel_size)
+        pipeline = self.parallel.pipeline
+        self.stage = split_layers(self.model_config, pipeline.num_stages)[pipeline.stage]
+        shard = self.model_config.shard(config.tensor_parallel_size, self.stage.layers)
         self.num_host_blocks = num_host_blocks(config, shard, self.cache_dtype)
         cls = model_class(self.model_config.architecture)
         _check_head_dim(self.model_config, self.device)
@@ -126,6 +131,13 @@ class ModelWorker:
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
                 self.graphs = StepGraphs(self.max_num_batched_tokens, config.max_num_seqs)
+        self._received = torch.empty(
+            0 if self.stage.is_first else self.max_num_batched_tokens,
+            self.model_config.hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        """Hidden states of the stage before; graphs read them where they are."""
         num_rows = self.max_num_batched_tokens + config.max_num_seqs
         self.channel = self.parallel.step_channel(
             most_bytes(self.input_batch.staging, self.num_blocks, num_rows)
@@ -155,18 +167,31 @@ class ModelWorker:
             self._feed_tokens(inputs, step.fed_rows)
         return inputs
 
-    def forward(self, step: Step, inputs: ModelInput) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layers make of the step's tokens (for a step of decodes alone their logits
-        already), and the logits of the rows that sample, of this rank's part of the vocabulary.
+    def forward(self, step: Step, inputs: ModelInput) -> torch.Tensor:
+        """What this rank's layers make of the step's tokens, which goes to the stage behind if
+        there is one; of a step of decodes on the last stage, their logits already.
         """
-        forward = self._decode if step.staged.is_decode else self._forward
+        num_tokens = len(inputs.input_ids)
+        if not self.stage.is_first:
+            self.parallel.pipeline.receive(self._received[:num_tokens])
+        forward = self._decode if step.staged.is_decode and self.stage.is_last else self._forward
         if self.graphs is not None and step.staged.is_padded:
             out = self.graphs.run(forward, inputs)
         else:
             out = forward(inputs)
+        if not self.stage.is_last:
+            self.parallel.pipeline.send(out)
+        return out
+
+    def sampled_logits(self, step: Step, inputs: ModelInput, out: torch.Tensor) -> torch.Tensor:
+        """Of the rows that sample, on the last stage; of this rank's part of the vocabulary.
+
+        Args:
+            out: from `forward`.
+        """
         if inputs.sampled is None:
-            return out, out[: step.staged.num_sampled]
-        return out, self.model.compute_logits(out.index_select(0, inputs.sampled[1]))
+            return out[: step.staged.num_sampled]
+        return self.model.compute_logits(out.index_select(0, inputs.sampled[1]))
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Whole rows, on the deciding rank alone.
@@ -178,6 +203,7 @@ class ModelWorker:
 
     def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
         """The token of each row that is sampled greedily; the same on all ranks."""
+        assert self.model.lm_head is not None
         return likeliest_tokens(logits, self.model.lm_head.held, self.parallel.tp)
 
     def _feed_tokens(self, inputs: ModelInput, rows: list[int]) -> None:
@@ -192,8 +218,13 @@ class ModelWorker:
     def _forward(self, inputs: ModelInput) -> torch.Tensor:
         assert self.kv_cache is not None
         self.input_batch.plan(inputs.attention)
+        num_tokens = len(inputs.input_ids)
         return self.model(
-            inputs.input_ids, inputs.positions, self.kv_cache.layers, inputs.attention
+            inputs.input_ids,
+            inputs.positions,
+            self.kv_cache.layers,
+            inputs.attention,
+            None if self.stage.is_first else self._received[:num_tokens],
         )
 
     def _decode(self, inputs: ModelInput) -> torch.Tensor:
@@ -204,7 +235,13 @@ class ModelWorker:
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                return cls(self.model_config, self.max_model_len, self.device, self.parallel.tp)
+                return cls(
+                    self.model_config,
+                    self.max_model_len,
+                    self.device,
+                    self.parallel.tp,
+                    self.stage,
+                )
         finally:
             torch.set_default_dtype(previous)
 

@@ -55,7 +55,8 @@ def load_weights(
     parameter's `sharding` tells which parts of which tensors it holds; no others are read. Its
     `weight_loader(parameter, tensor, shard_id)`, if it has one, takes what is read. Buffers with a
     `weight_loader` are filled from what the checkpoint has of them. `model.parameter_name` knows
-    names of another style, `model.transposed` which matrices lie the other way. Names and shapes
+    names of another style, `model.transposed` which matrices lie the other way,
+    `model.is_elsewhere` which parameters another stage has. Names and shapes
     are checked before anything is read: ValueError names the tensors that are missing, left over or
     of a wrong shape. With `load_format` dummy, `source` is not touched. With `keep_quantized`,
     linear layers whose tensors are stored in groups of few bits get them as they are
@@ -156,12 +157,15 @@ def _assign(
     stacked: dict[str, tuple[str, str]] = getattr(model, "stacked", {})
     transposed: tuple[str, ...] = getattr(model, "transposed", ())
     rename: Callable[[str], str | None] = getattr(model, "parameter_name", lambda name: name)
+    is_elsewhere: Callable[[str], bool] = getattr(model, "is_elsewhere", lambda name: False)
     assignments, leftover, misshapen = [], [], []
     filled = set()
     for name, shape in checkpoint.shapes.items():
         known_as = rename(name)
         is_tied_head = config.tie_word_embeddings and known_as == "lm_head.weight"
         if known_as is None or is_tied_head or name.endswith(_NOT_WEIGHTS):
+            continue
+        if is_elsewhere(known_as):
             continue
         buffer = buffers.get(_CACHE_SCALE.sub(r"\1.\2", known_as))
         if buffer is not None:

@@ -18,6 +18,7 @@ from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.check import logits_of_all_positions
 from nano_vllm.config import ModelConfig
 from nano_vllm.distributed.collectives import ALONE, Collectives
+from nano_vllm.distributed.stages import Stage
 from nano_vllm.models.registry import model_class
 from nano_vllm.runner.input_batch import InputBatch
 from nano_vllm.weights.loader import load_model_config, load_weights
@@ -85,6 +86,11 @@ def logits_of(
     with torch.no_grad():
         model = model_class(config.architecture)(config, MAX_LEN, cpu, ranks)
         load_weights(model, path, config, **options)
+    return logits_by(model, shard, prompts)
+
+
+def logits_by(model: Any, shard: ModelConfig, prompts: list[list[int]]) -> list[torch.Tensor]:
+    cpu = torch.device("cpu")
     num_blocks = 2 * len(prompts) * MAX_LEN // BLOCK_SIZE
     runner: Any = SimpleNamespace(
         kv_cache=KVCache(shard, num_blocks, BLOCK_SIZE, torch.float32, cpu),
@@ -113,6 +119,49 @@ def compare(path: Path, size: int, **options: Any) -> None:
 def test_two_ranks(tmp_path: Path, name: str) -> None:
     make_checkpoint(tmp_path, **SETTINGS[name])
     compare(tmp_path, 2)
+
+
+class Chain:
+    """Two stages, one behind the other."""
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        middle = config.num_layers // 2
+        stages = (
+            Stage(range(middle), is_last=False),
+            Stage(range(middle, config.num_layers), is_first=False),
+        )
+        self.stages = []
+        for stage in stages:
+            model = model_class(config.architecture)(
+                config, MAX_LEN, torch.device("cpu"), stage=stage
+            )
+            load_weights(model, path, config)
+            self.stages.append((stage, model))
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, caches: list[Any], metadata: Any
+    ) -> torch.Tensor:
+        x: torch.Tensor | None = None
+        for stage, model in self.stages:
+            held = caches[stage.layers.start : stage.layers.stop]
+            x = model(ids, positions, held, metadata, x)
+        assert x is not None
+        return x
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.stages[-1][1].compute_logits(hidden)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_stages(tmp_path: Path, name: str) -> None:
+    make_checkpoint(tmp_path, **SETTINGS[name])
+    prompts = [list(range(3, 33)), [5, 6, 7]]
+    expected = logits_of(tmp_path, prompts, ALONE)
+    config = load_model_config(tmp_path, model_class)
+    found = logits_by(Chain(tmp_path, config), config, prompts)
+    for logits, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("one_thread")
