@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -81,6 +81,11 @@ class EngineConfig:
     held to, by what steps were measured to take; by default twice what it is without prompts. 0 for
     no promise: prompts fill max_num_batched_tokens, as they do where nobody streams.
     """
+    tensor_parallel_size: int = 1
+    """GPUs that share every layer's heads, features and vocabulary; processes that torchrun starts.
+    """
+    pipeline_parallel_size: int = 1
+    """Groups of such GPUs that share the layers."""
     enforce_eager: bool = False
     """Launch every kernel by itself, also where a step could be one CUDA graph."""
     async_scheduling: bool = True
@@ -119,6 +124,8 @@ class EngineConfig:
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -267,6 +274,32 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    def shard(self, num_ranks: int, layers: range | None = None) -> ModelConfig:
+        """The shape of what each of so many tensor-parallel ranks computes, of some consecutive
+        layers or all; ValueError for a shape that they cannot share evenly.
+        """
+        held = range(self.num_layers) if layers is None else layers
+        for name in ("num_heads", "intermediate_size"):
+            if getattr(self, name) % num_ranks:
+                raise ValueError(
+                    f"tensor_parallel_size must divide {name} = {getattr(self, name)}, "
+                    f"got {num_ranks}"
+                )
+        if self.num_kv_heads % num_ranks and num_ranks % self.num_kv_heads:
+            raise ValueError(
+                f"tensor_parallel_size must divide num_kv_heads = {self.num_kv_heads} or be a "
+                f"multiple of it, got {num_ranks}"
+            )
+        return replace(
+            self,
+            num_layers=len(held),
+            full_attention_layers=_renumbered(self.full_attention_layers, held),
+            nope_layers=_renumbered(self.nope_layers, held),
+            num_heads=self.num_heads // num_ranks,
+            num_kv_heads=max(1, self.num_kv_heads // num_ranks),
+            intermediate_size=self.intermediate_size // num_ranks,
+        )
+
     def window(self, layer: int) -> int:
         """Tokens that a query of the layer sees, itself included; 0 for all."""
         return 0 if layer in self.full_attention_layers else self.sliding_window or 0
@@ -282,3 +315,8 @@ class ModelConfig:
         if self.sliding_rope is not None and self.window(layer):
             return self.sliding_rope
         return Rope(self.rope_theta, self.rope_scaling)
+
+
+def _renumbered(layers: frozenset[int], held: range) -> frozenset[int]:
+    """Those of the layers that are held, counted from the first one held."""
+    return frozenset(layer - held.start for layer in layers if layer in held)
