@@ -288,6 +288,76 @@ def fused_add_rms_norm(
     _ops.fused_add_rms_norm(out, input, residual, weight, eps)
 
 
+def peer_buffer_bytes(max_bytes: int, num_ranks: int) -> int:
+    """Bytes of a rank's buffer for `all_reduce` of messages of so many bytes."""
+    return int(_ops.peer_buffer_bytes(max_bytes, num_ranks))
+
+
+def allocate_peer_buffer(like: torch.Tensor, num_bytes: int) -> int:
+    """Memory on the GPU of a tensor that other processes of the host may map, filled with zeros.
+
+    Returns:
+        its address, for `release_peer_buffer`.
+    """
+    return int(_ops.allocate_peer_buffer(like, num_bytes))
+
+
+def export_peer_buffer(like: torch.Tensor, handle: torch.Tensor, buffer: int) -> None:
+    """Write what another process needs to map a buffer; ValueError where it cannot be mapped.
+
+    Args:
+        like: a tensor on the buffer's GPU.
+        handle: [64], uint8, on the CPU.
+        buffer: from `allocate_peer_buffer`.
+    """
+    _ops.export_peer_buffer(like, handle, buffer)
+
+
+def import_peer_buffer(like: torch.Tensor, handle: torch.Tensor) -> int:
+    """Map another process's buffer for the GPU of a tensor; ValueError where there is no way.
+
+    Returns:
+        its address here.
+    """
+    return int(_ops.import_peer_buffer(like, handle))
+
+
+def release_peer_buffer(like: torch.Tensor, buffer: int, is_own: bool) -> None:
+    """Free a buffer of one's own, or map another's no longer."""
+    _ops.release_peer_buffer(like, buffer, is_own)
+
+
+def all_reduce(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    buffers: torch.Tensor,
+    rank: int,
+    max_bytes: int,
+    residual: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """out = the sum of all ranks' input; with a residual, residual += that, and out =
+    rms_norm(residual). On CUDA alone.
+
+    All ranks make the same calls in the same order, and get the same bits: sums are float32, in the
+    order of the ranks.
+
+    Args:
+        out: [num_rows, hidden_size]; may be `input`.
+        input: [num_rows, hidden_size]; rows are contiguous, one behind the other, and multiples of
+            16 bytes, as they are in all the others.
+        buffers: [num_ranks], int64, on the CPU; the address of each rank's buffer of
+            `peer_buffer_bytes(max_bytes, num_ranks)`, zeros before the first call.
+        rank: which of them is on this GPU.
+        max_bytes: of a message.
+        residual: [num_rows, hidden_size], updated in place.
+        weight: [hidden_size], with a residual.
+        eps: added to the mean of squares.
+    """
+    _ops.all_reduce(out, input, residual, weight, eps, buffers, rank, max_bytes)
+
+
 def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:
     """out = silu(gate) * up (SwiGLU, arXiv 2002.05202).
 

@@ -58,6 +58,14 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def("linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   library.def("linear_silu_and_mul(Tensor(a!) out, Tensor input, Tensor weight) -> ()");
   library.def("linear_max_rows(Tensor weight) -> int");
+  library.def("peer_buffer_bytes(int max_bytes, int num_ranks) -> int");
+  library.def("allocate_peer_buffer(Tensor like, int num_bytes) -> int");
+  library.def("export_peer_buffer(Tensor like, Tensor(a!) handle, int buffer) -> ()");
+  library.def("import_peer_buffer(Tensor like, Tensor handle) -> int");
+  library.def("release_peer_buffer(Tensor like, int buffer, bool is_own) -> ()");
+  library.def(
+      "all_reduce(Tensor(a!) out, Tensor input, Tensor(b!)? residual, Tensor? weight, float eps, "
+      "Tensor buffers, int rank, int max_bytes) -> ()");
   library.def("quantized_linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   library.def(
       "adjust_logits(Tensor(a!) out, Tensor logits, Tensor rows, Tensor(b!) token_ids, Tensor "
@@ -90,6 +98,12 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("linear", TORCH_BOX(&nano_vllm::linear));
   library.impl("linear_silu_and_mul", TORCH_BOX(&nano_vllm::linear_silu_and_mul));
   library.impl("linear_max_rows", TORCH_BOX(&nano_vllm::linear_max_rows));
+  library.impl("peer_buffer_bytes", TORCH_BOX(&nano_vllm::peer_buffer_bytes));
+  library.impl("allocate_peer_buffer", TORCH_BOX(&nano_vllm::allocate_peer_buffer));
+  library.impl("export_peer_buffer", TORCH_BOX(&nano_vllm::export_peer_buffer));
+  library.impl("import_peer_buffer", TORCH_BOX(&nano_vllm::import_peer_buffer));
+  library.impl("release_peer_buffer", TORCH_BOX(&nano_vllm::release_peer_buffer));
+  library.impl("all_reduce", TORCH_BOX(&nano_vllm::all_reduce));
   library.impl("quantized_linear", TORCH_BOX(&nano_vllm::quantized_linear));
   library.impl("adjust_logits", TORCH_BOX(&nano_vllm::adjust_logits));
   library.impl("sample_tokens", TORCH_BOX(&nano_vllm::sample_tokens));

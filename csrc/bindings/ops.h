@@ -50,6 +50,15 @@ void linear_silu_and_mul(const Tensor& out, const Tensor& input, const Tensor& w
 
 int64_t linear_max_rows(const Tensor& weight);
 
+int64_t peer_buffer_bytes(int64_t max_bytes, int64_t num_ranks);
+int64_t allocate_peer_buffer(const Tensor& like, int64_t num_bytes);
+void export_peer_buffer(const Tensor& like, const Tensor& handle, int64_t buffer);
+int64_t import_peer_buffer(const Tensor& like, const Tensor& handle);
+void release_peer_buffer(const Tensor& like, int64_t buffer, bool is_own);
+void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tensor>& residual,
+                const std::optional<Tensor>& weight, double eps, const Tensor& buffers,
+                int64_t rank, int64_t max_bytes);
+
 void quantized_linear(const Tensor& out, const Tensor& input, const Tensor& weight,
                       const std::optional<Tensor>& bias);
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nano_vllm import ops
+from nano_vllm.distributed.peer_memory import PeerMemory
 from nano_vllm.distributed.progress import Progress
 
 
@@ -21,9 +23,17 @@ class Collectives:
     size = 1
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place. Every activation that is summed passes here: the place
-        for a kernel that is quicker than the library's at some sizes.
+        """The sum over all ranks, in place."""
+        return x
+
+    def all_reduce_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += the sum over all ranks, in place; returns the RMSNorm of that, in the memory
+        of x.
         """
+        x = self.all_reduce(x)
+        ops.fused_add_rms_norm(x, x, residual, weight, eps)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,10 +69,23 @@ class GroupCollectives(Collectives):
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._first = dist.get_global_rank(group, 0)
+        self.peers: PeerMemory | None = None
+        """Sums what it takes; NCCL the rest."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        self._call(dist.all_reduce, x)
+        if self.peers is not None and self.peers.takes(x):
+            self.peers.all_reduce(x)
+        else:
+            self._call(dist.all_reduce, x)
         return x
+
+    def all_reduce_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        if self.peers is not None and self.peers.takes(x):
+            self.peers.all_reduce_and_norm(x, residual, weight, eps)
+            return x
+        return super().all_reduce_and_norm(x, residual, weight, eps)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(self.size, *x.shape)

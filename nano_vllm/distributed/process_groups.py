@@ -17,6 +17,7 @@ from nano_vllm.distributed.collectives import ALONE, Collectives, GroupCollectiv
 from nano_vllm.distributed.control import Control
 from nano_vllm.distributed.interfaces import bind_libraries
 from nano_vllm.distributed.launch import Launch
+from nano_vllm.distributed.peer_memory import PeerMemory
 from nano_vllm.distributed.pipeline import ONE_STAGE, Pipeline, PipelineRank
 from nano_vllm.distributed.preflight import check_device, compare
 from nano_vllm.distributed.progress import Progress
@@ -104,6 +105,10 @@ class Member(ParallelState):
         self._control = Control(self.progress)
         if tensor_parallel_size > 1:
             self.tp = GroupCollectives(self._tensor_group(tensor_parallel_size), self.progress)
+            if device.type == "cuda":
+                self.tp.peers = PeerMemory.connect(
+                    self.tp.all_gather, self.tp.rank, device, process_space() or str(self.rank)
+                )
         if num_stages > 1:
             self.pipeline = PipelineRank(self.rank, tensor_parallel_size, num_stages, self.progress)
         check_device(self.tp, device)
@@ -154,7 +159,12 @@ class Member(ParallelState):
     def close(self) -> None:
         if self.has_failed:
             return
+        peers = self.tp.peers if isinstance(self.tp, GroupCollectives) else None
+        if peers is not None:
+            peers.close()
         self.agree(0)  # nobody leaves while another one could miss it
+        if peers is not None:
+            peers.free()
         self._watchdog.close()
         dist.destroy_process_group()
 

@@ -95,6 +95,8 @@ class RowParallelLinear(Linear):
     ) -> None:
         super().__init__(len(share(in_features, ranks)), out_features, bias)
         self._ranks = ranks
+        self.sums = True
+        """Whether products are summed here; else whoever reads them does it."""
         self.weight.sharding = columns_of(out_features, in_features, ranks)  # type: ignore[attr-defined]
         if self.bias is not None:
             self.bias.data.zero_()
@@ -102,4 +104,5 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, the rank's input features] -> [num_rows, out_features]."""
-        return self._ranks.all_reduce(super().forward(x))
+        out = super().forward(x)
+        return self._ranks.all_reduce(out) if self.sums else out

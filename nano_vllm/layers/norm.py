@@ -41,6 +41,12 @@ class RMSNorm(nn.Module):
         ops.fused_add_rms_norm(x, x, residual, self.weight, self.eps)
         return x
 
+    def sum_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, ranks: Collectives
+    ) -> torch.Tensor:
+        """The same, where x is still to be summed over the ranks."""
+        return ranks.all_reduce_and_norm(x, residual, self.weight, self.eps)
+
 
 class SharedRMSNorm(RMSNorm):
     """An RMSNorm of rows whose elements are dealt out to ranks; each normalises its own.

@@ -152,7 +152,14 @@ class DecoderLayer(nn.Module):
     added to the residual stream.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, ranks: Collectives) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        ranks: Collectives,
+        is_behind_layer: bool,
+        is_before_norm: bool,
+    ) -> None:
         super().__init__()
         self.names = config.norms
         self.residual_multiplier = config.residual_multiplier
@@ -166,6 +173,11 @@ class DecoderLayer(nn.Module):
                 setattr(self, name, make_norm(config))
         self.self_attn = SelfAttention(config, layer, ranks)
         self.mlp = GatedMLP(config, ranks) if config.gated_mlp else MLP(config, ranks)
+        # A norm can sum over the ranks what it reads, where nothing comes between.
+        self._ranks = ranks
+        self._reads_parts = is_behind_layer and _norms_sum(config, ranks)
+        self.self_attn.o_proj.sums = not _norms_sum(config, ranks)
+        self.mlp.down_proj.sums = not (is_before_norm and _norms_sum(config, ranks))
 
     def forward(
         self,
@@ -178,17 +190,25 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """x: what the layer before adds to the residual stream; returns what this one adds."""
         with nvtx_range("attention"):
-            x = self._read(x, residual, self.names.before_attention)
+            x = self._read(x, residual, self.names.before_attention, self._reads_parts)
             x = self.self_attn(x, positions, cos_sin, cache, metadata)
             x = self._contribution(x, self.names.after_attention)
         with nvtx_range("mlp"):
-            x = self._read(x, residual, self.names.before_mlp)
+            x = self._read(x, residual, self.names.before_mlp, not self.self_attn.o_proj.sums)
             return self._contribution(self.mlp(x), self.names.after_mlp)
 
-    def _read(self, x: torch.Tensor, residual: torch.Tensor, norm: str | None) -> torch.Tensor:
-        """Add x to the residual stream, in place; the stream, through the norm."""
+    def _read(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: str | None, is_part: bool
+    ) -> torch.Tensor:
+        """Add x to the residual stream, in place; the stream, through the norm.
+
+        Args:
+            is_part: whether x is this rank's part of a sum.
+        """
         if norm is None:
             return residual.add_(x)
+        if is_part:
+            return getattr(self, norm).sum_and_norm(x, residual, self._ranks)
         return getattr(self, norm).add_and_norm(x, residual)
 
     def _contribution(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
@@ -196,6 +216,20 @@ class DecoderLayer(nn.Module):
         if norm is not None:
             x = getattr(self, norm)(x)
         return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
+
+
+def _norms_sum(config: ModelConfig, ranks: Collectives) -> bool:
+    """Whether the norms that read the residual stream sum over the ranks what they add to it."""
+    names = config.norms
+    return (
+        ranks.size > 1
+        and not config.layer_norm
+        and names.before_attention is not None
+        and names.before_mlp is not None
+        and names.after_attention is None
+        and names.after_mlp is None
+        and config.residual_multiplier == 1.0
+    )
 
 
 class Decoder(nn.Module):
@@ -219,9 +253,22 @@ class Decoder(nn.Module):
             )
         if stage.is_first and config.learned_positions:
             self.embed_positions = Embedding(config.max_position, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, ranks) for i in stage.layers})
+        self.layers = nn.ModuleDict(
+            {
+                str(i): DecoderLayer(
+                    config,
+                    i,
+                    ranks,
+                    is_behind_layer=i != stage.layers[0],
+                    is_before_norm=i != stage.layers[-1] or stage.is_last,
+                )
+                for i in stage.layers
+            }
+        )
         """By their numbers in the model."""
         self.norm = make_norm(config) if stage.is_last else None
+        self._ranks = ranks
+        self._reads_parts = len(stage.layers) > 0 and _norms_sum(config, ranks)
         ropes = [config.rope(i) for i in stage.layers]
         tables = {
             rope: cos_sin_cache(config, rope, max_position, device)
@@ -244,7 +291,12 @@ class Decoder(nn.Module):
         layers = self.layers.values()
         for layer, cos_sin, cache in zip(layers, self.cos_sin, caches, strict=True):
             x = layer(x, residual, positions, cos_sin, cache, metadata)
-        return residual.add_(x) if self.norm is None else self.norm.add_and_norm(x, residual)
+        if self.norm is None:
+            return residual.add_(x)
+        if self._reads_parts:
+            assert isinstance(self.norm, RMSNorm)
+            return self.norm.sum_and_norm(x, residual, self._ranks)
+        return self.norm.add_and_norm(x, residual)
 
     def _embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         assert self.embed_tokens is not None
