@@ -1,4 +1,4 @@
-"""Command-line flags from dataclass fields, and errors of one line."""
+"""Command-line flags from dataclass fields, errors of one line, and tables."""
 
 from __future__ import annotations
 
@@ -126,3 +126,20 @@ def run_command(command: Callable[[], int], debug: bool) -> int:
 
 def print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
+
+
+def print_table(lines: Sequence[dict[str, Any]]) -> None:
+    """Rows that share the keys of the first, under these."""
+    columns = list(lines[0])
+    cells = [[_text(line[column]) for column in columns] for line in lines]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in (columns, ["-" * width for width in widths], *cells):
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch import nn
 
 from nano_vllm import ops
 from nano_vllm.config import ModelConfig
-from nano_vllm.config_fields import ConfigFields
 from nano_vllm.layers.activation import activation, gated_activation
 from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache, cache_scale
 from nano_vllm.layers.embedding import Embedding
@@ -17,6 +14,7 @@ from nano_vllm.layers.linear import Linear, StackedLinear
 from nano_vllm.layers.norm import LayerNorm, RMSNorm
 from nano_vllm.layers.rotary import cos_sin_cache
 from nano_vllm.metrics import nvtx_range
+from nano_vllm.model_family import ModelFamily
 
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
@@ -225,7 +223,7 @@ class Decoder(nn.Module):
         return self.norm.add_and_norm(x, residual)
 
 
-class CausalLM(nn.Module):
+class CausalLM(ModelFamily, nn.Module):
     """A decoder with a language-model head: token ids in, hidden states and logits out.
 
     Args:
@@ -233,48 +231,6 @@ class CausalLM(nn.Module):
         max_position: positions that rotary angles are computed for.
         device: where the angles live; parameters follow torch's default device and dtype.
     """
-
-    stacked: ClassVar[dict[str, tuple[str, str]]] = {
-        "q_proj": ("qkv_proj", "q"),
-        "k_proj": ("qkv_proj", "k"),
-        "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", "gate"),
-        "up_proj": ("gate_up_proj", "up"),
-    }
-    """Checkpoint module -> (stacked module, shard)."""
-    transposed: ClassVar[tuple[str, ...]] = ()
-    """Endings of the checkpoint's tensors that lie [in_features, out_features]."""
-    config_names: ClassVar[dict[str, str]] = {}
-    """Fields of config.json that the family calls otherwise: Llama's name -> its own."""
-    config_defaults: ClassVar[dict[str, Any]] = {}
-    """Fields of config.json, by the family's names, that mean this where they are absent."""
-    mlp_ratio: ClassVar[int | None] = None
-    """intermediate_size / hidden_size, where config.json may leave the former out."""
-    always: ClassVar[dict[str, Any]] = {}
-    """Fields of ModelConfig that are the same for all models of the family."""
-    sliding_layers: ClassVar[str] = "none"
-    """Layers that have the configuration's sliding window: none, all, or as layer_types says."""
-    rope_by_layer_type: ClassVar[bool] = False
-    """Whether config.json has rotary parameters for each of the layer_types."""
-
-    @classmethod
-    def layer_types(cls, fields: ConfigFields, num_layers: int) -> list[str]:
-        """full_attention or sliding_attention for each layer, where config.json has no
-        `layer_types`.
-        """
-        return ["sliding_attention"] * num_layers
-
-    @classmethod
-    def read_config(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
-        """The configuration with what config.json has for this family alone."""
-        return config
-
-    @classmethod
-    def parameter_name(cls, name: str) -> str | None:
-        """The parameter, or the part of a stacked one, that a tensor of a Hugging Face checkpoint
-        fills; None where it is no weight.
-        """
-        return name
 
     def __init__(self, config: ModelConfig, max_position: int, device: torch.device) -> None:
         super().__init__()

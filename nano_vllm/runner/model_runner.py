@@ -14,23 +14,27 @@ from nano_vllm import ops
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult
 from nano_vllm.cache.host_cache import HostCache
 from nano_vllm.cache.kv_cache import KVCache
-from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
+from nano_vllm.config import EngineConfig, ModelConfig
 from nano_vllm.metrics import LapTimer
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.outputs import Logprob
 from nano_vllm.runner.cuda_graphs import StepGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
-from nano_vllm.runner.memory import LOGPROB_ROWS, num_host_blocks, num_kv_blocks
+from nano_vllm.runner.limits import (
+    check_head_dim,
+    choose_dtype_name,
+    choose_max_model_len,
+    choose_max_num_batched_tokens,
+)
+from nano_vllm.runner.memory import DeviceMemory, num_host_blocks, num_kv_blocks
+from nano_vllm.sampling.logprob_rows import PROMPT_ROWS
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.sequence import Sequence
 from nano_vllm.step_record import StepRecorder, step_range
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
-
-MAX_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens computed in one step by default."""
 
 
 class ModelRunner:
@@ -52,15 +56,14 @@ class ModelRunner:
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
         self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
         self.block_size = config.block_size
-        self.max_model_len = _choose_max_model_len(config, self.model_config)
-        self.max_num_batched_tokens = config.max_num_batched_tokens or max(
-            MAX_BATCHED_TOKENS[self.device.type],
-            0 if config.enable_chunked_prefill else self.max_model_len,
+        self.max_model_len = choose_max_model_len(config, self.model_config)
+        self.max_num_batched_tokens = choose_max_num_batched_tokens(
+            config, self.device.type, self.max_model_len
         )
         _check_quantization(config, self.model_path, self.device)
-        self.num_host_blocks = num_host_blocks(config, self.model_config, self.cache_dtype)
+        self.num_host_blocks = num_host_blocks(config, self.model_config, self.cache_dtype.itemsize)
         cls = model_class(self.model_config.architecture)
-        _check_head_dim(self.model_config, self.device)
+        check_head_dim(self.model_config, self.device.type)
         timer.lap("config")
 
         with torch.no_grad():
@@ -93,9 +96,9 @@ class ModelRunner:
                 self.model_config,
                 self.max_model_len,
                 self.max_num_batched_tokens,
-                self.dtype,
-                self.cache_dtype,
-                self.device,
+                self.dtype.itemsize,
+                self.cache_dtype.itemsize,
+                _device_memory(self.device),
             )
             self.kv_cache: KVCache | None = KVCache(
                 self.model_config, self.num_blocks, self.block_size, self.cache_dtype, self.device
@@ -229,8 +232,8 @@ class ModelRunner:
             if num_logprobs is None or first >= last:
                 continue
             tables = []
-            for low in range(first, last, LOGPROB_ROWS):
-                targets = sequence.token_ids[low : min(low + LOGPROB_ROWS, last)]
+            for low in range(first, last, PROMPT_ROWS):
+                targets = sequence.token_ids[low : min(low + PROMPT_ROWS, last)]
                 offset = begin + low - first
                 logits = self.model.compute_logits(hidden[offset : offset + len(targets)])
                 index = torch.tensor(targets).to(self.device, non_blocking=True)
@@ -331,29 +334,11 @@ def _choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
     """The dtype asked for by name; for auto the checkpoint's own, if it names one."""
-    if name == "auto":
-        # A GGUF does not say. Its scales are float16, and bfloat16 would round the weights eight
-        # times as coarsely.
-        name = stored or ("float16" if device.type == "cuda" else "float32")
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {name!r}")
-    return getattr(torch, name)
+    return getattr(torch, choose_dtype_name(name, stored, device.type))
 
 
-def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    scaling = model.rope_scaling
-    limit = model.max_position
-    stretches = scaling is not None and scaling.kind in ("linear", "dynamic", "yarn")
-    if scaling is not None and stretches and scaling.original_max_position:
-        limit = max(limit, int(scaling.original_max_position * scaling.factor))
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ValueError(
-            f"max_model_len must be at most the model's context of {limit}, "
-            f"got {config.max_model_len}"
-        )
-    return config.max_model_len
+def _device_memory(device: torch.device) -> DeviceMemory | None:
+    return DeviceMemory(*torch.cuda.mem_get_info(device)) if device.type == "cuda" else None
 
 
 def _check_quantization(config: EngineConfig, path: Path, device: torch.device) -> None:
@@ -363,14 +348,6 @@ def _check_quantization(config: EngineConfig, path: Path, device: torch.device) 
         raise ValueError(f"quantization 'gguf' runs on device cpu alone, got {device.type}")
     if path.suffix != ".gguf" or config.load_format == "dummy":
         raise ValueError(f"quantization 'gguf' needs the weights of a .gguf file, got {path}")
-
-
-def _check_head_dim(model: ModelConfig, device: torch.device) -> None:
-    if device.type == "cuda" and model.head_dim not in HEAD_DIMS:
-        raise ValueError(
-            f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))} on CUDA, "
-            f"got {model.head_dim}"
-        )
 
 
 def _build(

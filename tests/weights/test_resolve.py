@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from nano_vllm.cache.kv_cache import bytes_per_block
 from nano_vllm.config import DEFAULT_MODEL, EngineConfig
+from nano_vllm.model_size import bytes_per_block
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.weights.model_config import load_model_config
@@ -138,7 +138,7 @@ def test_bundled_configuration_has_the_size_of_the_model(hub: Hub, name: str) ->
         model: CausalLM = model_class(config.architecture)(config, 1, meta)
     assert sum(p.numel() for p in model.parameters()) == BUNDLED[name][0]
     assert config.dtype == "bfloat16"
-    assert bytes_per_block(config, 1, torch.bfloat16) == BUNDLED[name][1]
+    assert bytes_per_block(config, 1, 2) == BUNDLED[name][1]
     assert not hub.calls
 
 
