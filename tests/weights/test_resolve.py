@@ -114,6 +114,21 @@ def test_only_data_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     assert list(wanted) == ["config.json", "a.safetensors", "chat_template.jinja"]
 
 
+def test_without_weights_the_configuration_is_enough(hub: Hub, tmp_path: Path) -> None:
+    snapshot = fill_cache("org/cached", ("config.json",))
+    assert resolve_model("org/cached", with_weights=False) == snapshot
+    assert resolve_model("qwen3-0.6b", with_weights=False).name == "qwen3-0.6b"
+    assert not hub.calls
+    hub.folders["org/name"] = tmp_path
+    (tmp_path / "config.json").touch()
+    resolve_model("org/name", with_weights=False)
+    ((_, options),) = hub.calls
+    wanted = huggingface_hub.utils.filter_repo_objects(
+        ["config.json", "generation_config.json", "a.safetensors", "tokenizer.json"], **options
+    )
+    assert list(wanted) == ["config.json", "generation_config.json"]
+
+
 def test_without_network(hub: Hub) -> None:
     with pytest.raises(ValueError, match=r"'org/name': .* hub cannot be reached; give a local"):
         resolve_model("org/name")

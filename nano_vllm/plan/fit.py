@@ -1,0 +1,142 @@
+"""What of a GPU's memory goes where, and how many tokens the rest holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nano_vllm.config import ModelConfig
+from nano_vllm.distributed.partition import (
+    split_layers,
+    stage_elements,
+    stage_shard,
+    tensor_shard,
+)
+from nano_vllm.model_size import bytes_per_block
+from nano_vllm.plan.setup import Layout, Setup
+from nano_vllm.runner.memory import DeviceMemory, fixed_bytes, kv_pool_bytes, step_memory
+
+CUDA_CONTEXT = 512 << 20
+"""Of the driver and the libraries; assumed."""
+NCCL_BUFFERS = 512 << 20
+"""Of communicators, where there are several GPUs; assumed: with the context, 1.06 GB were reported
+of 8 H100 (NVIDIA/nccl issue 1685).
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Memory of each GPU of a pipeline stage, in bytes."""
+
+    shape: ModelConfig
+    """Of what one GPU holds of its layers."""
+    layers: range
+    is_first: bool
+    """Whether the embedding is here."""
+    is_last: bool
+    """Whether the last norm and the head are here."""
+    context: int
+    weights: int
+    fixed: int
+    """Rotary tables, inputs and workspaces."""
+    activations: int
+    graphs: int
+    pool: int
+    """What is left for keys and values; below 0 by what is missing."""
+    block_bytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model on a layout of GPUs."""
+
+    layout: Layout
+    stages: list[Stage]
+    num_blocks: int
+    """Of the pool of every GPU; 0 where none fits."""
+    num_tokens: int
+    """In these blocks."""
+    max_concurrency: int
+    """Sequences of the context that was asked for, held at the same time."""
+    missing: int
+    """Bytes that the GPU worst off lacks for the sequences that were asked for; 0 if it fits."""
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
+
+    @property
+    def fullest(self) -> Stage:
+        """The stage that has least room for blocks."""
+        return min(self.stages, key=lambda stage: stage.pool / stage.block_bytes)
+
+
+def fit(setup: Setup, layout: Layout, context: int, num_seqs: int = 1) -> Fit:
+    """Where the memory goes.
+
+    Args:
+        setup: model, options and GPU.
+        layout: ValueError where the model does not divide by it.
+        context: tokens of a sequence.
+        num_seqs: sequences of so many tokens that are to fit at the same time.
+    """
+    stages = [_stage(setup, layout, layers) for layers in split_layers(setup.model, layout.pp)]
+    config = setup.config
+    left = min(max(0, stage.pool) // stage.block_bytes for stage in stages)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif config.kv_cache_memory is not None:
+        num_blocks = min(config.kv_cache_memory // stage.block_bytes for stage in stages)
+    else:
+        num_blocks = left
+    per_seq = -(-context // config.block_size)
+    needed = max(num_seqs * per_seq, num_blocks if num_blocks != left else 0)
+    missing = max(needed * stage.block_bytes - stage.pool for stage in stages)
+    return Fit(
+        layout,
+        stages,
+        num_blocks,
+        num_blocks * config.block_size,
+        num_blocks // per_seq,
+        max(0, missing),
+    )
+
+
+def layouts(setup: Setup, max_gpus: int) -> Iterator[Layout]:
+    """All that the model divides by: tensor parallel within a host, stages by powers of two."""
+    pp = 1
+    while pp <= min(setup.model.num_layers, max_gpus):
+        for tp in range(1, min(setup.gpus_per_host, max_gpus // pp) + 1):
+            try:
+                tensor_shard(setup.model, tp)
+            except ValueError:
+                continue
+            yield Layout(tp, pp)
+        pp *= 2
+
+
+def _stage(setup: Setup, layout: Layout, layers: range) -> Stage:
+    config = setup.config
+    share = tensor_shard(setup.model, layout.tp)
+    shape = stage_shard(share, layers)
+    weights = stage_elements(share, layers, layout.pp) * setup.itemsize
+    weights += 2 * 4 * shape.num_layers * shape.num_kv_heads  # scales of a float8 cache, in float32
+    context = CUDA_CONTEXT + (NCCL_BUFFERS if layout.num_gpus > 1 else 0)
+    fixed = fixed_bytes(config, shape, setup.max_model_len, setup.max_num_batched_tokens)
+    step = step_memory(
+        config, shape, setup.max_model_len, setup.max_num_batched_tokens, setup.itemsize
+    )
+    memory = DeviceMemory(setup.gpu.memory - context - weights - fixed, setup.gpu.memory)
+    return Stage(
+        shape,
+        layers,
+        layers.start == 0,
+        layers.stop == setup.model.num_layers,
+        context,
+        weights,
+        fixed,
+        step.activations,
+        step.graphs,
+        kv_pool_bytes(config, memory, sum(step)),
+        bytes_per_block(shape, config.block_size, setup.cache_itemsize),
+    )
