@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.plan.gpus import Links
 from nano_vllm.plan.setup import Layout, Setup
 
@@ -20,16 +21,21 @@ class Communication:
     """From stage to stage, by each GPU of a stage."""
     send_bytes: int
     """Of a token, in all of them."""
-    gather_bytes: int
-    """Of a sampled row, to the first rank: a GPU's part of the logits in float32 at the most."""
+    greedy_bytes: int
+    """Of a row that takes the likeliest token, to all ranks: each one's best and its logit."""
+    logits_bytes: int
+    """Of a row that is sampled otherwise, to the first rank: a GPU's part of the logits."""
 
     @classmethod
     def of(cls, setup: Setup, layout: Layout) -> Communication:
         row = setup.model.hidden_size * setup.itemsize
         reduces = 2 * setup.model.num_layers + 1 if layout.tp > 1 else 0
         sends = layout.pp - 1
-        logits = setup.model.vocab_size * 4 // layout.tp if layout.tp > 1 else 0
-        return cls(reduces, reduces * row, sends, sends * row, logits)
+        greedy = logits = 0
+        if layout.tp > 1:
+            greedy = 2 * 8
+            logits = vocabulary_part(setup.model.vocab_size, layout.tp) * setup.itemsize
+        return cls(reduces, reduces * row, sends, sends * row, greedy, logits)
 
 
 def all_reduce_seconds(links: Links, num_bytes: float, ranks: int, gpus_per_host: int) -> float:

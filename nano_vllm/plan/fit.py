@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.distributed.partition import (
@@ -123,8 +123,10 @@ def _stage(setup: Setup, layout: Layout, layers: range) -> Stage:
     weights += 2 * 4 * shape.num_layers * shape.num_kv_heads  # scales of a float8 cache, in float32
     context = CUDA_CONTEXT + (NCCL_BUFFERS if layout.num_gpus > 1 else 0)
     fixed = fixed_bytes(config, shape, setup.max_model_len, setup.max_num_batched_tokens)
+    # The first rank gathers the logits of rows that are not greedy.
+    rows = replace(shape, vocab_size=setup.model.vocab_size)
     step = step_memory(
-        config, shape, setup.max_model_len, setup.max_num_batched_tokens, setup.itemsize
+        config, rows, setup.max_model_len, setup.max_num_batched_tokens, setup.itemsize
     )
     memory = DeviceMemory(setup.gpu.memory - context - weights - fixed, setup.gpu.memory)
     return Stage(

@@ -68,7 +68,8 @@ def communication_rows(setup: Setup, layouts: list[Layout]) -> list[Row]:
                 "KiB/token reduced": moved.all_reduce_bytes / 1024,
                 "sends": moved.sends,
                 "KiB/token sent": moved.send_bytes / 1024,
-                "KiB/sampled row": moved.gather_bytes / 1024,
+                "B/greedy row": moved.greedy_bytes,
+                "KiB/sampled row": moved.logits_bytes / 1024,
             }
         )
     return rows

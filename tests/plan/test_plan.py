@@ -118,6 +118,14 @@ def test_kv_heads_are_replicated_beyond_their_number() -> None:
     assert tokens[0] == 2 * tokens[1] == 2 * tokens[2]
 
 
+def test_the_fullest_stage_tells_the_blocks() -> None:
+    found = fit(setup_of("llama-3.1-8b"), Layout(1, 4), 4096)
+    assert [len(stage.layers) for stage in found.stages] == [7, 9, 9, 7]
+    holds = [stage.pool // stage.block_bytes for stage in found.stages]
+    assert found.num_blocks == min(holds) < max(holds)
+    assert len(found.fullest.layers) == 9
+
+
 def test_options_tell_the_pool() -> None:
     told = fit(setup_of("qwen3-0.6b", num_blocks=100), ONE, 160)
     assert (told.num_blocks, told.num_tokens, told.max_concurrency) == (100, 1600, 10)
@@ -147,6 +155,7 @@ def test_communication_is_counted() -> None:
     assert moved.all_reduces == 2 * 32 + 1
     assert moved.all_reduce_bytes == 65 * 4096 * 2
     assert (moved.sends, moved.send_bytes) == (3, 3 * 4096 * 2)
+    assert moved.logits_bytes * 2 == 128256 * 2
 
 
 def test_layouts_are_those_that_divide() -> None:
