@@ -4,6 +4,7 @@ as full as its batch allows.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -116,13 +117,18 @@ class Simulation:
         token; None where no layout does.
         """
         clusters = [
-            Cluster(num_gpus, num_gpus // layout.num_gpus, decode)
+            Cluster(num_gpus, num_gpus // layout.num_gpus, self.decode(layout, batch))
             for layout in self.layouts()
-            if num_gpus % layout.num_gpus == 0
-            for decode in (self.decode(layout, b) for b in batches(self.max_batch(layout)))
-            if decode.seconds <= max_seconds
+            if num_gpus % layout.num_gpus == 0 and (batch := self._widest(layout, max_seconds))
         ]
         return max(clusters, key=lambda c: (c.tokens_per_second, -c.decode.seconds), default=None)
+
+    def _widest(self, layout: Layout, max_seconds: float) -> int:
+        """Sequences of the largest batch that keeps the time per output token; 0 where none does.
+        Times grow with the batch.
+        """
+        sizes = range(1, self.max_batch(layout) + 1)
+        return bisect_right(sizes, max_seconds, key=lambda size: self.decode(layout, size).seconds)
 
     def quickest(self, num_gpus: int) -> Cluster | None:
         """The layout with the least time per output token of a single sequence."""
