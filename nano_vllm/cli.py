@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nano_vllm.config import EngineConfig
@@ -17,6 +19,7 @@ from nano_vllm.config import EngineConfig
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -126,6 +129,16 @@ def run_command(command: Callable[[], int], debug: bool) -> int:
 
 def print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
+
+
+def check_plot(path: str) -> None:
+    """ValueError for a picture that could not be drawn once all has run."""
+    if Path(path).suffix not in PLOT_FORMATS:
+        raise ValueError(f"--plot must end with {', '.join(PLOT_FORMATS)}, got {path}")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ValueError(f"--plot needs matplotlib (pip install matplotlib): {error}")
 
 
 def print_table(lines: Sequence[dict[str, Any]]) -> None:

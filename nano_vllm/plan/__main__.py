@@ -13,6 +13,7 @@ from nano_vllm.cli import (
     FAILURE,
     ArgumentParser,
     add_field_arguments,
+    check_plot,
     print_table,
     run_command,
 )
@@ -20,6 +21,7 @@ from nano_vllm.config import EngineConfig
 from nano_vllm.plan import tables
 from nano_vllm.plan.fit import Fit, fit, layouts
 from nano_vllm.plan.gpus import GPUS, find_gpu
+from nano_vllm.plan.plot import write_plot
 from nano_vllm.plan.setup import Layout, Setup
 from nano_vllm.plan.simulate import Simulation
 
@@ -52,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = EngineConfig.from_options({n: getattr(args, n) for n in ("model", *OPTIONS)})
         gpu = find_gpu(args.gpu, args.gpu_memory)
+        if args.plot is not None:
+            check_plot(args.plot)
+            if not args.simulate:
+                raise ValueError("--plot needs --simulate")
         if not args.max_tpot > 0:
             raise ValueError(f"max_tpot must be milliseconds, more than 0, got {args.max_tpot!r}")
     except ValueError as error:
@@ -94,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-tpot", type=float, default=50.0, metavar="MS", help="time per output token [50]"
+    )
+    group.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw what a sequence gets against what a GPU gives: .png, .svg or .pdf",
     )
     add_field_arguments(parser.add_argument_group("engine"), EngineConfig, OPTIONS)
 
@@ -151,6 +162,8 @@ def _simulate(
     args: argparse.Namespace, setup: Setup, context: int, chosen: list[Layout]
 ) -> dict[str, Any]:
     simulation = Simulation(setup, context, args.max_gpus)
+    if args.plot is not None:
+        write_plot(args.plot, simulation, chosen)
     sizes = [1 << i for i in range(args.max_gpus.bit_length())]
     limit = args.max_tpot / 1e3
     return {

@@ -228,6 +228,8 @@ def test_what_cannot_be_is_one_line(capsys: Any, argv: tuple[str, ...], message:
         (("--tp", "two"), "must be an integer in [1, 1048576], got 'two'"),
         (("--block-size", "5"), "block_size must be a multiple of 8 in [8, 256], got 5"),
         (("--max-tpot", "-1"), "max_tpot must be milliseconds, more than 0, got -1.0"),
+        (("--plot", "x.png"), "--plot needs --simulate"),
+        (("--simulate", "--plot", "x.txt"), "--plot must end with .png, .svg, .pdf, got x.txt"),
         (("--gpus",), "unknown option '--gpus'; did you mean"),
     ],
 )
@@ -243,6 +245,8 @@ def test_bad_usage_is_one_line(capsys: Any, argv: tuple[str, ...], message: str)
 def test_it_runs_without_torch_and_a_gpu() -> None:
     code = (
         "import sys; from nano_vllm.plan.__main__ import main; "
+        "from nano_vllm.models.registry import SUPPORTED, model_family; "
+        "[model_family(architecture) for architecture in SUPPORTED]; "
         "main(['qwen3-0.6b', '--simulate', '--json', '--max-gpus', '16']); main(['qwen3-0.6b']); "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )

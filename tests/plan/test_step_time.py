@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +181,15 @@ def test_the_command_prints_assumptions_and_tables(capsys: Any) -> None:
     rows = plan["clusters, at most 20 ms per output token"]
     assert [row["GPUs"] for row in rows] == [1, 2, 4, 8]
     assert all(row["ms/token"] <= 20 for row in rows)
+
+
+def test_the_plot_has_a_line_for_each_layout(capsys: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.svg"
+    assert main(["llama-3.1-8b", "--simulate", "--max-gpus", "8", "--plot", str(path)]) == 0
+    text = path.read_text(encoding="utf-8")
+    for words in ("tp 1 x pp 1", "tp 8 x pp 2", "tokens/s of a sequence", "modelled"):
+        assert words in text
 
 
 def test_a_model_that_fits_nowhere_is_said(capsys: Any) -> None:
