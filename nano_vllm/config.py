@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -266,6 +266,32 @@ class ModelConfig:
     """The checkpoint's own; None where it has none (GGUF)."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def shard(self, num_ranks: int, layers: range | None = None) -> ModelConfig:
+        """The shape of what each of so many tensor-parallel ranks computes, of some consecutive
+        layers or all; ValueError for a shape that they cannot share evenly.
+        """
+        held = range(self.num_layers) if layers is None else layers
+        for name in ("num_heads", "intermediate_size"):
+            if getattr(self, name) % num_ranks:
+                raise ValueError(
+                    f"tensor_parallel_size must divide {name} = {getattr(self, name)}, "
+                    f"got {num_ranks}"
+                )
+        if self.num_kv_heads % num_ranks and num_ranks % self.num_kv_heads:
+            raise ValueError(
+                f"tensor_parallel_size must divide num_kv_heads = {self.num_kv_heads} or be a "
+                f"multiple of it, got {num_ranks}"
+            )
+        return replace(
+            self,
+            num_layers=len(held),
+            full_attention_layers=_renumbered(self.full_attention_layers, held),
+            nope_layers=_renumbered(self.nope_layers, held),
+            num_heads=self.num_heads // num_ranks,
+            num_kv_heads=max(1, self.num_kv_heads // num_ranks),
+            intermediate_size=self.intermediate_size // num_ranks,
+        )
 
     def window(self, layer: int) -> int:
         """Tokens that a query of the layer sees, itself included; 0 for all."""

@@ -53,6 +53,7 @@ LIGHT = (
     "plan",
     "distributed.partition",
     "models.registry",
+    "runner.input_layout",
     "runner.limits",
     "runner.memory",
     "sampling.logprob_rows",

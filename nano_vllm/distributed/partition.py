@@ -22,35 +22,11 @@ VOCABULARY_MULTIPLE = 8
 
 
 def tensor_shard(config: ModelConfig, tp: int) -> ModelConfig:
-    """The shape of the part that one of tp ranks holds. Source: Megatron-LM, arXiv 1909.08053.
-
-    Queries, keys and values are split by heads, gate and up by columns; what multiplies their
-    output has the rows that belong to these. Fewer key and value heads than ranks are held by
-    several ranks each. Embedding and language-model head are split by vocabulary, in parts of equal
-    size, with padding behind the last tokens. ValueError, with the numbers, where something does
-    not divide.
+    """The shape of the parameters that one of tp ranks holds: its part of the layers, and of the
+    vocabulary, with padding behind the last tokens. ValueError, with the numbers, where something
+    does not divide. Source: Megatron-LM, arXiv 1909.08053.
     """
-    if tp < 1:
-        raise ValueError(f"tensor_parallel_size must be at least 1, got {tp}")
-    kv_heads = config.num_kv_heads
-    for name, value in (
-        ("num_attention_heads", config.num_heads),
-        ("intermediate_size", config.intermediate_size),
-    ):
-        if value % tp:
-            raise ValueError(f"tensor_parallel_size must divide {name} {value}, got {tp}")
-    if kv_heads % tp and tp % kv_heads:
-        raise ValueError(
-            f"tensor_parallel_size must divide num_key_value_heads {kv_heads} or be a multiple of "
-            f"it, got {tp}"
-        )
-    return replace(
-        config,
-        vocab_size=vocabulary_part(config.vocab_size, tp),
-        intermediate_size=config.intermediate_size // tp,
-        num_heads=config.num_heads // tp,
-        num_kv_heads=max(1, kv_heads // tp),
-    )
+    return replace(config.shard(tp), vocab_size=vocabulary_part(config.vocab_size, tp))
 
 
 def vocabulary_part(vocab_size: int, tp: int) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from nano_vllm.config import EngineConfig, ModelConfig
 from nano_vllm.model_size import bytes_per_block, rotary_table_bytes
+from nano_vllm.runner.input_layout import staging_bytes
 from nano_vllm.runner.limits import MAX_GRAPH_TOKENS
 from nano_vllm.sampling.logprob_rows import PROMPT_ROWS, ROWS_AT_ONCE
 
@@ -143,14 +144,9 @@ def fixed_bytes(
     """
     seqs = config.max_num_seqs
     blocks = -(-max_model_len // config.block_size)
-    inputs = 3 * 8, 4 * (1 + 1 + 2)  # bytes of a token's inputs, and of a sequence's
-    mixed = max_num_batched_tokens * inputs[0] + seqs * (inputs[1] + blocks * 4) + 4
-    decodes = seqs * (inputs[0] + inputs[1] + 4 + blocks * 2 * 4) + 8
-    tables = 2 * seqs * blocks * 4
-    workspaces = len(model.windows()) * attention_workspace_numel(
-        seqs, model.num_heads, model.head_dim
-    )
-    return rotary_table_bytes(model, max_model_len) + max(mixed, decodes) + tables + workspaces * 4
+    inputs = staging_bytes(max_num_batched_tokens, seqs, blocks) + 2 * seqs * blocks * 4
+    workspace = attention_workspace_numel(seqs, model.num_heads, model.head_dim) * 4
+    return rotary_table_bytes(model, max_model_len) + inputs + len(model.windows()) * workspace
 
 
 def attention_workspace_numel(num_seqs: int, num_heads: int, head_dim: int) -> int:

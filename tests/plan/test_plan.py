@@ -204,7 +204,7 @@ def test_json_has_the_numbers(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--tp", "3"), "tensor_parallel_size must divide num_attention_heads 32, got 3"),
+        (("--tp", "3"), "tensor_parallel_size must divide num_heads = 32, got 3"),
         (("--pp", "33"), "pipeline_parallel_size must be in [1, 32], the number of layers, got 33"),
         (("--context", "131073"), "context must be at most 131072, got 131073"),
         (("--max-model-len", "131073"), "max_model_len must be at most the model's context"),
