@@ -308,3 +308,8 @@ class ModelConfig:
         if self.sliding_rope is not None and self.window(layer):
             return self.sliding_rope
         return Rope(self.rope_theta, self.rope_scaling)
+
+
+def _renumbered(layers: frozenset[int], held: range) -> frozenset[int]:
+    """Those of the layers that are held, counted from the first one held."""
+    return frozenset(layer - held.start for layer in layers if layer in held)

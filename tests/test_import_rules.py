@@ -52,6 +52,7 @@ LIGHT = (
     "bench.__main__",
     "plan",
     "distributed.partition",
+    "distributed.stages",
     "models.registry",
     "runner.input_layout",
     "runner.limits",

@@ -11,6 +11,7 @@ from nano_vllm import ops
 from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import EngineConfig, LayerNorms, ModelConfig, Rope
 from nano_vllm.distributed.partition import stage_elements
+from nano_vllm.distributed.stages import whole
 from nano_vllm.model_size import bytes_per_block, rotary_table_bytes
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.runner.input_batch import InputBatch
@@ -57,7 +58,7 @@ def build(config: ModelConfig) -> CausalLM:
 def test_parameters_are_those_of_the_model(name: str) -> None:
     config = SHAPES[name]
     parameters = sum(p.numel() for p in build(config).parameters())
-    assert stage_elements(config, range(config.num_layers), 1) == parameters
+    assert stage_elements(config, whole(config)) == parameters
 
 
 @pytest.mark.parametrize("name", SHAPES)

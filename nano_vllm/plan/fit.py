@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nano_vllm.config import ModelConfig
-from nano_vllm.distributed.partition import (
-    split_layers,
-    stage_elements,
-    stage_shard,
-    tensor_shard,
-)
+from nano_vllm.distributed import stages
+from nano_vllm.distributed.partition import parameter_shard, stage_elements
 from nano_vllm.model_size import bytes_per_block
 from nano_vllm.plan.setup import Layout, Setup
 from nano_vllm.runner.memory import DeviceMemory, fixed_bytes, kv_pool_bytes, step_memory
@@ -30,11 +26,8 @@ class Stage:
 
     shape: ModelConfig
     """Of what one GPU holds of its layers."""
-    layers: range
-    is_first: bool
-    """Whether the embedding is here."""
-    is_last: bool
-    """Whether the last norm and the head are here."""
+    place: stages.Stage
+    """Which of the model's layers these are."""
     context: int
     weights: int
     fixed: int
@@ -80,21 +73,22 @@ def fit(setup: Setup, layout: Layout, context: int, num_seqs: int = 1) -> Fit:
         context: tokens of a sequence.
         num_seqs: sequences of so many tokens that are to fit at the same time.
     """
-    stages = [_stage(setup, layout, layers) for layers in split_layers(setup.model, layout.pp)]
+    places = stages.split_layers(setup.model, layout.pp)
+    held = [_stage(setup, layout, place) for place in places]
     config = setup.config
-    left = min(max(0, stage.pool) // stage.block_bytes for stage in stages)
+    left = min(max(0, stage.pool) // stage.block_bytes for stage in held)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif config.kv_cache_memory is not None:
-        num_blocks = min(config.kv_cache_memory // stage.block_bytes for stage in stages)
+        num_blocks = min(config.kv_cache_memory // stage.block_bytes for stage in held)
     else:
         num_blocks = left
     per_seq = -(-context // config.block_size)
     needed = max(num_seqs * per_seq, num_blocks if num_blocks != left else 0)
-    missing = max(needed * stage.block_bytes - stage.pool for stage in stages)
+    missing = max(needed * stage.block_bytes - stage.pool for stage in held)
     return Fit(
         layout,
-        stages,
+        held,
         num_blocks,
         num_blocks * config.block_size,
         num_blocks // per_seq,
@@ -108,21 +102,22 @@ def layouts(setup: Setup, max_gpus: int) -> Iterator[Layout]:
     while pp <= min(setup.model.num_layers, max_gpus):
         for tp in range(1, min(setup.gpus_per_host, max_gpus // pp) + 1):
             try:
-                tensor_shard(setup.model, tp)
+                setup.model.shard(tp)
             except ValueError:
                 continue
             yield Layout(tp, pp)
         pp *= 2
 
 
-def _stage(setup: Setup, layout: Layout, layers: range) -> Stage:
+def _stage(setup: Setup, layout: Layout, place: stages.Stage) -> Stage:
     config = setup.config
-    share = tensor_shard(setup.model, layout.tp)
-    shape = stage_shard(share, layers)
-    weights = stage_elements(share, layers, layout.pp) * setup.itemsize
+    shape = parameter_shard(setup.model, layout.tp, place.layers)
+    weights = stage_elements(shape, place) * setup.itemsize
     weights += 2 * 4 * shape.num_layers * shape.num_kv_heads  # scales of a float8 cache, in float32
     context = CUDA_CONTEXT + (NCCL_BUFFERS if layout.num_gpus > 1 else 0)
     fixed = fixed_bytes(config, shape, setup.max_model_len, setup.max_num_batched_tokens)
+    if not place.is_first:  # what the stage before sends
+        fixed += setup.max_num_batched_tokens * shape.hidden_size * setup.itemsize
     # The first rank gathers the logits of rows that are not greedy.
     rows = replace(shape, vocab_size=setup.model.vocab_size)
     step = step_memory(
@@ -131,9 +126,7 @@ def _stage(setup: Setup, layout: Layout, layers: range) -> Stage:
     memory = DeviceMemory(setup.gpu.memory - context - weights - fixed, setup.gpu.memory)
     return Stage(
         shape,
-        layers,
-        layers.start == 0,
-        layers.stop == setup.model.num_layers,
+        place,
         context,
         weights,
         fixed,

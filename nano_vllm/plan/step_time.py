@@ -80,7 +80,7 @@ def decode_step(setup: Setup, stage: Stage, batch: int, context: int, tp: int) -
     kernels = 3 if batch <= OWN_PRODUCT_ROWS else 4
     small = shape.num_layers * kernels * SMALL_KERNEL_SECONDS + _small_kernels(setup, shape, batch)
     return StepTime(
-        IN_A_STEP * _products(setup, shape, batch, batch if stage.is_last else 0, each, 1.0),
+        IN_A_STEP * _products(setup, shape, batch, batch if stage.place.is_last else 0, each, 1.0),
         IN_A_STEP * attention,
         IN_A_STEP * small,
         _collectives(setup, stage, batch, tp),
@@ -101,7 +101,7 @@ def prefill_step(setup: Setup, stage: Stage, num_tokens: int, prompt_len: int, t
     shape = stage.shape
     num_prompts = num_tokens / prompt_len
     attention = num_prompts * attention_flops(shape, prompt_len, prompt_len)
-    rows = max(1, round(num_prompts)) if stage.is_last else 0
+    rows = max(1, round(num_prompts)) if stage.place.is_last else 0
     return StepTime(
         _products(setup, shape, num_tokens, rows, PRODUCT_SECONDS, SUSTAINED_PRODUCT),
         attention / (setup.gpu.matmul * SUSTAINED_ATTENTION),
@@ -148,4 +148,4 @@ def _collectives(setup: Setup, stage: Stage, rows: int, tp: int) -> float:
     """
     num_bytes = rows * stage.shape.hidden_size * setup.itemsize
     each = all_reduce_seconds(setup.gpu.links, num_bytes, tp, setup.gpus_per_host)
-    return (2 * stage.shape.num_layers + stage.is_first + stage.is_last) * each
+    return (2 * stage.shape.num_layers + stage.place.is_first + stage.place.is_last) * each

@@ -39,7 +39,7 @@ def memory_rows(setup: Setup, fits: list[Fit]) -> list[Row]:
                 "tp": found.layout.tp,
                 "pp": found.layout.pp,
                 "GPUs": found.layout.num_gpus,
-                "layers": _runs([len(s.layers) for s in found.stages]),
+                "layers": _runs([len(s.place.layers) for s in found.stages]),
                 "weights": _gib(stage.weights),
                 "activations": _gib(stage.activations),
                 "graphs": _gib(stage.graphs),
@@ -104,7 +104,7 @@ def fits_json(fits: list[Fit]) -> list[Row]:
             "max_concurrency": found.max_concurrency,
             "stages": [
                 {
-                    "layers": [stage.layers.start, stage.layers.stop],
+                    "layers": [stage.place.layers.start, stage.place.layers.stop],
                     "weights": stage.weights,
                     "context": stage.context,
                     "fixed": stage.fixed,

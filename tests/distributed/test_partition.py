@@ -12,14 +12,9 @@ import pytest
 import torch
 
 from nano_vllm.config import ModelConfig
-from nano_vllm.distributed.partition import (
-    split_by_cost,
-    split_layers,
-    stage_elements,
-    stage_shard,
-    tensor_shard,
-    vocabulary_part,
-)
+from nano_vllm.distributed.partition import parameter_shard, stage_elements, vocabulary_part
+from nano_vllm.distributed.stages import split_layers, whole
+from nano_vllm.model_size import head_elements, matrix_elements
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_family
 from nano_vllm.weights.model_config import load_model_config
@@ -28,42 +23,43 @@ from nano_vllm.weights.resolve import bundled_names, resolve_model
 LLAMA = ModelConfig("LlamaForCausalLM", 208, 64, 96, 6, 12, 4, 16, 128, 1e-6, 1e4)
 
 
-def split(costs: list[int], begins: tuple[int, ...]) -> tuple[int, int]:
-    """What the dearest part costs, and the sum of squares."""
-    ends = (*begins[1:], len(costs))
-    parts = [sum(costs[a:b]) for a, b in zip(begins, ends, strict=True)]
-    return max(parts), sum(part * part for part in parts)
+def cost(config: ModelConfig, counts: tuple[int, ...]) -> int:
+    """What the slowest stage reads in a step, with so many layers in each."""
+    layers = [count * matrix_elements(config) for count in counts]
+    return max(*layers[:-1], layers[-1] + head_elements(config)) if layers[1:] else layers[0]
 
 
 def test_splits_are_the_best_of_all(seed: int) -> None:
     draw = random.Random(seed)
-    for _ in range(500):
-        costs = [draw.choice((0, 1, 2, 3, 7, 40)) for _ in range(draw.randrange(1, 9))]
-        num_parts = draw.randint(1, len(costs))
-        parts = split_by_cost(costs, num_parts)
-        assert [i for part in parts for i in part] == list(range(len(costs)))
-        assert len(parts) == num_parts
-        assert all(parts)
-        every = itertools.combinations(range(1, len(costs)), num_parts - 1)
-        best = min(split(costs, (0, *begins)) for begins in every)
-        assert split(costs, tuple(part.start for part in parts)) == best
+    for _ in range(200):
+        num_layers = draw.randint(1, 9)
+        config = replace(LLAMA, num_layers=num_layers, vocab_size=draw.choice((8, 200, 1000, 9000)))
+        num_stages = draw.randint(1, num_layers)
+        stages = split_layers(config, num_stages)
+        assert [i for stage in stages for i in stage.layers] == list(range(num_layers))
+        assert len(stages) == num_stages
+        assert all(stage.layers for stage in stages)
+        assert [stage.is_first for stage in stages] == [True, *[False] * (num_stages - 1)]
+        assert [stage.is_last for stage in stages] == [*[False] * (num_stages - 1), True]
+        every = (
+            tuple(b - a for a, b in itertools.pairwise((0, *ends, num_layers)))
+            for ends in itertools.combinations(range(1, num_layers), num_stages - 1)
+        )
+        best = min(cost(config, counts) for counts in every)
+        assert cost(config, tuple(len(stage.layers) for stage in stages)) == best
 
 
-def test_a_large_head_makes_the_last_stage_short() -> None:
-    wide = replace(LLAMA, vocab_size=4096)
-    assert [len(s) for s in split_layers(LLAMA, 3)] == [2, 2, 2]
-    sizes = [len(stage) for stage in split_layers(wide, 3)]
-    assert sizes == [1, 4, 1]
-    stages = split_layers(wide, 2)
-    costs = [stage_elements(wide, stage, 2) for stage in stages]
-    assert sum(costs) == stage_elements(wide, range(6), 1)
-
-
-def test_a_tied_head_is_held_twice_by_two_stages() -> None:
-    tied = replace(LLAMA, tie_word_embeddings=True)
-    table = tied.vocab_size * tied.hidden_size
-    halves = [stage_elements(tied, stage, 2) for stage in split_layers(tied, 2)]
-    assert sum(halves) == stage_elements(tied, range(6), 1) + table
+def test_stages_make_up_the_model() -> None:
+    for config in (LLAMA, replace(LLAMA, tie_word_embeddings=True)):
+        whole_model = stage_elements(config, whole(config))
+        for pp in range(1, 7):
+            held = [
+                stage_elements(parameter_shard(config, 1, stage.layers), stage)
+                for stage in split_layers(config, pp)
+            ]
+            # a tied head is held twice by two stages
+            twice = head_elements(config) if config.tie_word_embeddings and pp > 1 else 0
+            assert sum(held) == whole_model + twice
 
 
 def test_stages_keep_the_kinds_of_their_layers() -> None:
@@ -73,11 +69,9 @@ def test_stages_keep_the_kinds_of_their_layers() -> None:
         full_attention_layers=frozenset({1, 3, 5}),
         nope_layers=frozenset({4}),
     )
-    stages = split_layers(mixed, 3)
-    shapes = [stage_shard(mixed, stage) for stage in stages]
-    whole = [(mixed.window(i), mixed.rope(i)) for i in range(6)]
-    parts = [(s.window(i), s.rope(i)) for s in shapes for i in range(s.num_layers)]
-    assert parts == whole
+    shapes = [parameter_shard(mixed, 1, stage.layers) for stage in split_layers(mixed, 3)]
+    expected = [(mixed.window(i), mixed.rope(i)) for i in range(6)]
+    assert [(s.window(i), s.rope(i)) for s in shapes for i in range(s.num_layers)] == expected
 
 
 def sharded_elements(config: ModelConfig, tp: int) -> Iterator[int]:
@@ -110,11 +104,10 @@ def test_a_rank_holds_its_part_of_every_parameter(tp: int) -> None:
     ):
         if config.num_kv_heads % tp and tp % config.num_kv_heads:
             with pytest.raises(ValueError, match=r"num_kv_heads = 4 .*, got "):
-                tensor_shard(config, tp)
+                parameter_shard(config, tp)
             continue
-        share = tensor_shard(config, tp)
-        layers = range(config.num_layers)
-        assert stage_elements(share, layers, 1) == sum(sharded_elements(config, tp))
+        share = parameter_shard(config, tp)
+        assert stage_elements(share, whole(config)) == sum(sharded_elements(config, tp))
 
 
 def test_the_vocabulary_is_covered() -> None:
@@ -127,12 +120,11 @@ def test_the_vocabulary_is_covered() -> None:
 @pytest.mark.parametrize("name", bundled_names())
 def test_shares_shrink_and_make_up_the_model(name: str) -> None:
     config = load_model_config(resolve_model(name, "dummy"), model_family)
-    layers = range(config.num_layers)
-    whole = stage_elements(config, layers, 1)
-    before = whole + 1
+    all_of_it = stage_elements(config, whole(config))
+    before = all_of_it + 1
     for tp in (1, 2, 4, 8):
-        held = stage_elements(tensor_shard(config, tp), layers, 1)
-        assert whole <= held * tp
+        held = stage_elements(parameter_shard(config, tp), whole(config))
+        assert all_of_it <= held * tp
         assert held < before
         before = held
 
@@ -147,15 +139,14 @@ def test_shares_shrink_and_make_up_the_model(name: str) -> None:
 )
 def test_what_does_not_divide_is_refused(tp: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tensor_shard(LLAMA, tp)
+        parameter_shard(LLAMA, tp)
 
 
 def test_columns_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="must divide intermediate_size = 90, got 4"):
-        tensor_shard(replace(LLAMA, intermediate_size=90), 4)
+        parameter_shard(replace(LLAMA, intermediate_size=90), 4)
 
 
-@pytest.mark.parametrize("pp", [0, 7])
-def test_more_stages_than_layers_are_refused(pp: int) -> None:
-    with pytest.raises(ValueError, match=rf"must be in \[1, 6\], the number of layers, got {pp}"):
-        split_layers(LLAMA, pp)
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be at most num_layers = 6, got 7"):
+        split_layers(LLAMA, 7)

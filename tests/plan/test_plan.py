@@ -120,10 +120,11 @@ def test_kv_heads_are_replicated_beyond_their_number() -> None:
 
 def test_the_fullest_stage_tells_the_blocks() -> None:
     found = fit(setup_of("llama-3.1-8b"), Layout(1, 4), 4096)
-    assert [len(stage.layers) for stage in found.stages] == [7, 9, 9, 7]
+    assert [len(stage.place.layers) for stage in found.stages] == [9, 9, 8, 6]
     holds = [stage.pool // stage.block_bytes for stage in found.stages]
     assert found.num_blocks == min(holds) < max(holds)
-    assert len(found.fullest.layers) == 9
+    assert len(found.fullest.place.layers) == 9
+    assert found.fullest.place.is_first  # and it has the embedding
 
 
 def test_options_tell_the_pool() -> None:
@@ -196,7 +197,7 @@ def test_json_has_the_numbers(capsys: Any) -> None:
     _, out, _ = run(capsys, *argv)
     plan = json.loads(out)
     (row,) = plan["memory"]
-    assert [stage["layers"] for stage in row["stages"]] == [[0, 16], [16, 32]]
+    assert [stage["layers"] for stage in row["stages"]] == [[0, 17], [17, 32]]
     assert row["max_concurrency"] == row["num_tokens"] // 4096
     assert plan["communication"][0]["all_reduces"] == 65
 
@@ -205,7 +206,7 @@ def test_json_has_the_numbers(capsys: Any) -> None:
     ("argv", "message"),
     [
         (("--tp", "3"), "tensor_parallel_size must divide num_heads = 32, got 3"),
-        (("--pp", "33"), "pipeline_parallel_size must be in [1, 32], the number of layers, got 33"),
+        (("--pp", "33"), "pipeline_parallel_size must be at most num_layers = 32, got 33"),
         (("--context", "131073"), "context must be at most 131072, got 131073"),
         (("--max-model-len", "131073"), "max_model_len must be at most the model's context"),
     ],
