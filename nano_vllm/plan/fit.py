@@ -76,23 +76,24 @@ def fit(setup: Setup, layout: Layout, context: int, num_seqs: int = 1) -> Fit:
     places = stages.split_layers(setup.model, layout.pp)
     held = [_stage(setup, layout, place) for place in places]
     config = setup.config
-    left = min(max(0, stage.pool) // stage.block_bytes for stage in held)
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-    elif config.kv_cache_memory is not None:
-        num_blocks = min(config.kv_cache_memory // stage.block_bytes for stage in held)
-    else:
-        num_blocks = left
+    told = config.num_blocks
+    if told is None and config.kv_cache_memory is not None:
+        told = min(config.kv_cache_memory // stage.block_bytes for stage in held)
+    num_blocks = told
+    if num_blocks is None:
+        num_blocks = min(max(0, stage.pool) // stage.block_bytes for stage in held)
     per_seq = -(-context // config.block_size)
-    needed = max(num_seqs * per_seq, num_blocks if num_blocks != left else 0)
-    missing = max(needed * stage.block_bytes - stage.pool for stage in held)
+    wanted = num_seqs * per_seq
+    missing = [max(wanted, num_blocks) * s.block_bytes - s.pool for s in held]
+    if told is not None:
+        missing += [(wanted - told) * s.block_bytes for s in held]
     return Fit(
         layout,
         held,
         num_blocks,
         num_blocks * config.block_size,
         num_blocks // per_seq,
-        max(0, missing),
+        max(0, *missing),
     )
 
 

@@ -131,6 +131,8 @@ def test_options_tell_the_pool() -> None:
     told = fit(setup_of("qwen3-0.6b", num_blocks=100), ONE, 160)
     assert (told.num_blocks, told.num_tokens, told.max_concurrency) == (100, 1600, 10)
     assert told.fits
+    too_few = fit(setup_of("qwen3-0.6b", num_blocks=100), ONE, 160, 11)
+    assert too_few.missing == 10 * too_few.stages[0].block_bytes
     too_many = fit(setup_of("qwen3-0.6b", num_blocks=1 << 20), ONE, 160)
     assert not too_many.fits
     half = fit(setup_of("qwen3-0.6b", kv_cache_dtype="fp8"), ONE, 160)
