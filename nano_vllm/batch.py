@@ -65,6 +65,10 @@ class Batch:
         return num_decodes + sum(s.num_tokens for s in self.scheduled[num_decodes:])
 
     @property
+    def sampling_rows(self) -> list[int]:
+        return [row for row, scheduled in enumerate(self.scheduled) if scheduled.samples]
+
+    @property
     def lead(self) -> int:
         """Tokens that each of the decodes is ahead of what its sequence knows."""
         return 0 if self.ahead_rows is None else 1

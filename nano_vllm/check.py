@@ -160,7 +160,7 @@ def differences(folder: Path, oracle: Any, seed: int) -> list[tuple[str, float, 
     draw = random.Random(seed)
     prompt = [draw.randrange(3, VOCAB_SIZE) for _ in range(NUM_TOKENS)]
     ours: list[list[torch.Tensor]] = []
-    for index, layer in enumerate(runner.model.model.layers):
+    for index, layer in enumerate(runner.model.model.layers.values()):
         ours.append([])
         layer.register_forward_hook(_stream_recorder(ours, index))
     base = getattr(oracle, oracle.base_model_prefix)

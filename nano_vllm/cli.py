@@ -20,6 +20,8 @@ USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
 PLOT_FORMATS = (".png", ".svg", ".pdf")
+SHORT_FLAGS = {"tensor_parallel_size": ("--tp",), "pipeline_parallel_size": ("--pp",)}
+"""Fields that have other flags beside that of their name."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -72,7 +74,7 @@ def add_field_arguments(
     documentation = _field_docstrings(dataclass)
     for name in names:
         field = by_name[name]
-        flag = "--" + name.replace("_", "-")
+        flags = ["--" + name.replace("_", "-"), *SHORT_FLAGS.get(name, ())]
         default = defaults.get(name, field.default)
         text = documentation[name].replace("%", "%%")
         if default is not None:
@@ -80,11 +82,11 @@ def add_field_arguments(
         kind = str(field.type).removesuffix(" | None")
         if kind == "bool":
             parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=default, help=text
+                *flags, action=argparse.BooleanOptionalAction, default=default, help=text
             )
             continue
         parser.add_argument(
-            flag, type=_TYPES[kind], default=default, metavar=_METAVARS[kind], help=text
+            *flags, type=_TYPES[kind], default=default, metavar=_METAVARS[kind], help=text
         )
 
 

@@ -81,6 +81,11 @@ class EngineConfig:
     held to, by what steps were measured to take; by default twice what it is without prompts. 0 for
     no promise: prompts fill max_num_batched_tokens, as they do where nobody streams.
     """
+    tensor_parallel_size: int = 1
+    """GPUs that share every layer's heads, features and vocabulary; processes that torchrun starts.
+    """
+    pipeline_parallel_size: int = 1
+    """Groups of such GPUs that share the layers."""
     enforce_eager: bool = False
     """Launch every kernel by itself, also where a step could be one CUDA graph."""
     async_scheduling: bool = True
@@ -119,6 +124,8 @@ class EngineConfig:
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

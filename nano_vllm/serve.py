@@ -15,6 +15,7 @@ from nano_vllm.cli import (
     run_command,
 )
 from nano_vllm.config import EngineConfig
+from nano_vllm.distributed.launch import Launch
 from nano_vllm.server.server_config import ServerConfig
 
 KEY_VARIABLE = "NANO_VLLM_API_KEY"
@@ -66,6 +67,10 @@ class _SetModel(argparse.Action):
 
 
 def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    if Launch.from_environment().rank != 0:
+        from nano_vllm.engine.engine import Engine
+
+        Engine.from_config(engine_config)  # ends the process when the first rank's is closed
     try:
         from nano_vllm.server.lifecycle import serve
     except ModuleNotFoundError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,7 @@ class EngineRun:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     is_quantized: bool
+    tensor_parallel_size: int
 
     @classmethod
     def of(cls, llm: LLM) -> EngineRun:
@@ -88,15 +89,18 @@ class EngineRun:
             runner.dtype,
             runner.cache_dtype,
             llm.engine.config.quantization is not None,
+            llm.engine.config.tensor_parallel_size,
         )
 
     def roofline(self) -> Roofline:
-        """Measures the device's ceilings: call it when the engine has given its memory back."""
+        """Of one device with its share of the model. Measures its ceilings: call it when the engine
+        has given its memory back.
+        """
         from nano_vllm.bench.roofline import Roofline
 
-        return Roofline.measure(
-            self.config, self.dtype, self.cache_dtype, self.device, self.is_quantized
-        )
+        size = self.tensor_parallel_size
+        share = replace(self.config.shard(size), vocab_size=-(-self.config.vocab_size // size))
+        return Roofline.measure(share, self.dtype, self.cache_dtype, self.device, self.is_quantized)
 
     @property
     def dtype_name(self) -> str:
@@ -110,5 +114,6 @@ class EngineRun:
             **describe_machine(self.device.type),
             "model": self.path.name,
             "dtype": self.dtype_name,
+            "tensor parallel": self.tensor_parallel_size,
             **roofline.ceilings(),
         }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nano_vllm.batch import Batch
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.config import EngineConfig
+from nano_vllm.distributed.launch import Launch
 from nano_vllm.engine.event_log import RecordedScheduler, record_to_file
 from nano_vllm.engine.output_processor import OutputProcessor
 from nano_vllm.engine.request import Request
@@ -101,13 +102,21 @@ class Engine:
         progress: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> Engine:
-        """Load model and tokenizer.
+        """Load model and tokenizer. Of torchrun's processes the first gets an engine; the others
+        compute for it, and end by SystemExit when it is closed.
 
         Args:
             config: the options.
             progress: show a bar while the weights load.
             clock: seconds, from any start.
         """
+        launch = Launch.from_environment()
+        launch.check(config)
+        if launch.rank != 0:
+            from nano_vllm.runner.follower import Follower
+
+            Follower(config, launch).run()
+            raise SystemExit(0)
         from nano_vllm.runner.model_runner import ModelRunner
 
         tokenizer = None
@@ -116,7 +125,7 @@ class Engine:
             tokenizer = Tokenizer.from_path(_tokenizer_path(config))
         if config.record is not None:
             open(config.record, "a").close()  # ahead of the weights too
-        runner = ModelRunner(config, progress, clock)
+        runner = ModelRunner(config, progress, clock, launch)
         try:
             return cls(config, runner, tokenizer, clock)
         except BaseException:

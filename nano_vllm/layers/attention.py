@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -14,22 +15,24 @@ LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Key and value cache of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
 
 
-def cache_scale(num_kv_heads: int) -> torch.Tensor:
-    """What the keys or values of a float8 cache are to be multiplied by, [num_kv_heads]; 1 unless
-    the checkpoint brings it, for each head or for all.
+def cache_scale(num_kv_heads: int, held: range) -> torch.Tensor:
+    """What the keys or values of a float8 cache are to be multiplied by, for each head that this
+    rank holds; 1 unless the checkpoint brings it, for each head or for all.
     """
-    scale = torch.ones(num_kv_heads, dtype=torch.float32)
-    scale.weight_loader = _load_cache_scale  # type: ignore[attr-defined]
+    scale = torch.ones(len(held), dtype=torch.float32)
+    scale.weight_loader = partial(_load_cache_scale, num_kv_heads, held)  # type: ignore[attr-defined]
     return scale
 
 
-def _load_cache_scale(scale: torch.Tensor, tensor: torch.Tensor, _: object) -> None:
+def _load_cache_scale(
+    num_kv_heads: int, held: range, scale: torch.Tensor, tensor: torch.Tensor, _: object
+) -> None:
     values = tensor.float().flatten()
-    if values.numel() not in (1, scale.numel()):
-        raise ValueError(f"must have 1 or {scale.numel()} elements, got {list(tensor.shape)}")
+    if values.numel() not in (1, num_kv_heads):
+        raise ValueError(f"must have 1 or {num_kv_heads} elements, got {list(tensor.shape)}")
     if not bool((values.isfinite() & (values > 0)).all()):
         raise ValueError(f"must be finite and positive, got {values.tolist()}")
-    scale.copy_(values.expand_as(scale))
+    scale.copy_(values.expand(num_kv_heads)[held.start : held.stop])
 
 
 @dataclass(slots=True)

@@ -1,4 +1,9 @@
-"""Linear layers, alone and with several checkpoint tensors stacked into one product."""
+"""Linear layers: alone, with several checkpoint tensors stacked into one product, and shared by
+ranks.
+
+Tensor parallel as in Megatron-LM (arXiv 1909.08053): a stacked layer's output features are dealt
+out, and the input features of the row-parallel layer behind it, whose products are then summed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from nano_vllm import ops
+from nano_vllm.distributed.collectives import ALONE, Collectives
+from nano_vllm.distributed.sharding import columns_of, on_first_rank, share, stacked_rows
 
 
 class Linear(nn.Module):
@@ -43,37 +50,56 @@ class Linear(nn.Module):
 
 class StackedLinear(Linear):
     """Linear layers on the same input as one product; each is a shard of consecutive output
-    features.
+    features, of which a rank has its share.
 
     Args:
         in_features: columns of the input.
-        shards: name of each shard -> its output features, in order.
+        shards: name of each shard -> its output features on all ranks together, in order.
         bias: whether there is a bias.
+        unit: output features that stay on one rank. Shards of fewer units than ranks are held by
+            several.
+        ranks: who shares the layer.
     """
 
-    def __init__(self, in_features: int, shards: dict[str, int], bias: bool = False) -> None:
-        super().__init__(in_features, sum(shards.values()), bias)
-        self.shard_sizes = list(shards.values())
-        self._rows: dict[str, slice] = {}
-        start = 0
-        for name, size in shards.items():
-            self._rows[name] = slice(start, start + size)
-            start += size
-        self.weight.weight_loader = self.load_shard  # type: ignore[attr-defined]
+    def __init__(
+        self,
+        in_features: int,
+        shards: dict[str, int],
+        bias: bool = False,
+        unit: int = 1,
+        ranks: Collectives = ALONE,
+    ) -> None:
+        held = sum(len(share(size // unit, ranks)) * unit for size in shards.values())
+        super().__init__(in_features, held, bias)
+        self.weight.sharding = stacked_rows(shards, unit, (in_features,), ranks)  # type: ignore[attr-defined]
         if self.bias is not None:
-            self.bias.weight_loader = self.load_shard  # type: ignore[attr-defined]
+            self.bias.sharding = stacked_rows(shards, unit, (), ranks)  # type: ignore[attr-defined]
 
-    def first_row(self, shard: str | None) -> int:
-        """Where the shard's output features begin."""
-        return 0 if shard is None else self._rows[shard].start
 
-    def load_shard(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | None) -> None:
-        """Copy a checkpoint tensor into its rows of the stacked parameter; without a shard, one
-        that is stacked already.
-        """
-        target = parameter.data if shard is None else parameter.data[self._rows[shard]]
-        if target.shape != tensor.shape:
-            raise ValueError(
-                f"{shard or 'it'} must have shape {list(target.shape)}, got {list(tensor.shape)}"
-            )
-        target.copy_(tensor)
+class RowParallelLinear(Linear):
+    """A linear layer whose input features are dealt out: the ranks' products are summed.
+
+    Args:
+        in_features: columns of the input, on all ranks together.
+        out_features: columns of the output, on each rank.
+        bias: whether there is a bias; the first rank adds it.
+        ranks: who shares the layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        ranks: Collectives = ALONE,
+    ) -> None:
+        super().__init__(len(share(in_features, ranks)), out_features, bias)
+        self._ranks = ranks
+        self.weight.sharding = columns_of(out_features, in_features, ranks)  # type: ignore[attr-defined]
+        if self.bias is not None:
+            self.bias.data.zero_()
+            self.bias.sharding = on_first_rank(out_features, ranks)  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, the rank's input features] -> [num_rows, out_features]."""
+        return self._ranks.all_reduce(super().forward(x))

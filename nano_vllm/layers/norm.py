@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from nano_vllm import ops
+from nano_vllm.distributed.collectives import Collectives
+from nano_vllm.distributed.sharding import share, stacked_rows
 
 
 class RMSNorm(nn.Module):
@@ -38,6 +40,37 @@ class RMSNorm(nn.Module):
         """residual += x, in place; returns the norm of the sum, in the memory of x."""
         ops.fused_add_rms_norm(x, x, residual, self.weight, self.eps)
         return x
+
+
+class SharedRMSNorm(RMSNorm):
+    """An RMSNorm of rows whose elements are dealt out to ranks; each normalises its own.
+
+    Args:
+        hidden_size: elements of x, on all ranks together.
+        eps: added to the mean of squares.
+        offset: as in RMSNorm.
+        unit: elements that stay on one rank; of fewer units than ranks, several hold the same one.
+        ranks: who shares the rows.
+    """
+
+    def __init__(
+        self, hidden_size: int, eps: float, offset: float, unit: int, ranks: Collectives
+    ) -> None:
+        held = len(share(hidden_size // unit, ranks)) * unit
+        super().__init__(held, eps, offset)
+        self._ranks = ranks
+        self._num_summed = held * ranks.size
+        """Elements of the ranks together, those that several have as often as they have them."""
+        self.weight.sharding = stacked_rows({"": hidden_size}, unit, (), ranks)  # type: ignore[attr-defined]
+
+    def norm_in_place(self, x: torch.Tensor) -> None:
+        """[num_rows, the rank's elements], rows at any stride."""
+        if self._ranks.size == 1:
+            ops.rms_norm(x, x, self.weight, self.eps)
+            return
+        squares = self._ranks.all_reduce(x.float().square().sum(dim=-1, keepdim=True))
+        scale = (squares / self._num_summed + self.eps).rsqrt()
+        x.copy_(x.float() * scale * self.weight)
 
 
 def _load_with_offset(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
 from nano_vllm import ops
 from nano_vllm.config import ModelConfig
+from nano_vllm.distributed.collectives import ALONE, Collectives
+from nano_vllm.distributed.sharding import share
+from nano_vllm.distributed.stages import Stage, whole
 from nano_vllm.layers.activation import activation, gated_activation
 from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache, cache_scale
-from nano_vllm.layers.embedding import Embedding
-from nano_vllm.layers.linear import Linear, StackedLinear
-from nano_vllm.layers.norm import LayerNorm, RMSNorm
+from nano_vllm.layers.embedding import Embedding, LMHead
+from nano_vllm.layers.linear import RowParallelLinear, StackedLinear
+from nano_vllm.layers.norm import LayerNorm, RMSNorm, SharedRMSNorm
 from nano_vllm.layers.rotary import cos_sin_cache
 from nano_vllm.metrics import nvtx_range
 from nano_vllm.model_family import ModelFamily
@@ -32,31 +37,31 @@ class SelfAttention(nn.Module):
     k_scale: torch.Tensor
     v_scale: torch.Tensor
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ranks: Collectives) -> None:
         super().__init__()
-        head_dim = config.head_dim
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
-            head_dim,
-        )
-        kv_size = self.num_kv_heads * head_dim
+        self.head_dim = head_dim = config.head_dim
+        held = share(config.num_kv_heads, ranks)
+        self.num_heads, self.num_kv_heads = len(share(config.num_heads, ranks)), len(held)
+        query_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self.qkv_proj = StackedLinear(
             config.hidden_size,
-            {"q": self.num_heads * head_dim, "k": kv_size, "v": kv_size},
+            {"q": query_size, "k": kv_size, "v": kv_size},
             bias=config.attention_bias,
+            unit=head_dim,
+            ranks=ranks,
         )
-        self.o_proj = Linear(
-            self.num_heads * head_dim, config.hidden_size, bias=config.attention_output_bias
+        self.o_proj = RowParallelLinear(
+            query_size, config.hidden_size, bias=config.attention_output_bias, ranks=ranks
         )
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
         self.norms_all_heads = config.qk_norm_over_heads
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            query_size = self.num_heads * head_dim
-            sizes = (query_size, kv_size) if self.norms_all_heads else (head_dim, head_dim)
-            self.q_norm, self.k_norm = (
-                RMSNorm(size, config.rms_norm_eps, config.norm_offset) for size in sizes
-            )
+        eps, offset = config.rms_norm_eps, config.norm_offset
+        if self.norms_all_heads:
+            self.q_norm = SharedRMSNorm(query_size, eps, offset, head_dim, ranks)
+            self.k_norm = SharedRMSNorm(kv_size, eps, offset, head_dim, ranks)
+        elif config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(head_dim, eps, offset) for _ in range(2))
         self.attention = Attention(
             head_dim,
             config.rope_is_neox,
@@ -66,8 +71,8 @@ class SelfAttention(nn.Module):
             query_norm=None if self.norms_all_heads else self.q_norm,
             key_norm=None if self.norms_all_heads else self.k_norm,
         )
-        self.register_buffer("k_scale", cache_scale(self.num_kv_heads))
-        self.register_buffer("v_scale", cache_scale(self.num_kv_heads))
+        self.register_buffer("k_scale", cache_scale(config.num_kv_heads, held))
+        self.register_buffer("v_scale", cache_scale(config.num_kv_heads, held))
 
     def forward(
         self,
@@ -81,10 +86,10 @@ class SelfAttention(nn.Module):
         if self.norms_all_heads:
             start = 0
             for norm in (self.q_norm, self.k_norm):
-                assert norm is not None
-                part = qkv[:, start : start + norm.weight.shape[0]]
-                ops.rms_norm(part, part, norm.weight, norm.eps)
-                start += part.shape[1]
+                assert isinstance(norm, SharedRMSNorm)
+                end = start + norm.weight.shape[0]
+                norm.norm_in_place(qkv[:, start:end])
+                start = end
         qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         out = self.attention(
@@ -96,13 +101,15 @@ class SelfAttention(nn.Module):
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: Collectives) -> None:
         super().__init__()
         size = config.intermediate_size
         self.gate_up_proj = StackedLinear(
-            config.hidden_size, {"gate": size, "up": size}, bias=config.mlp_bias
+            config.hidden_size, {"gate": size, "up": size}, bias=config.mlp_bias, ranks=ranks
         )
-        self.down_proj = Linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = RowParallelLinear(
+            size, config.hidden_size, bias=config.mlp_bias, ranks=ranks
+        )
         self.activation = gated_activation(config.hidden_act)
         self.fuses_silu = (
             config.hidden_act == "silu"
@@ -124,10 +131,15 @@ class GatedMLP(nn.Module):
 class MLP(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: Collectives) -> None:
         super().__init__()
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        size = config.intermediate_size
+        self.up_proj = StackedLinear(
+            config.hidden_size, {"up": size}, bias=config.mlp_bias, ranks=ranks
+        )
+        self.down_proj = RowParallelLinear(
+            size, config.hidden_size, bias=config.mlp_bias, ranks=ranks
+        )
         self.activation = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +151,7 @@ class DecoderLayer(nn.Module):
     added to the residual stream.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ranks: Collectives) -> None:
         super().__init__()
         self.names = config.norms
         self.residual_multiplier = config.residual_multiplier
@@ -151,8 +163,8 @@ class DecoderLayer(nn.Module):
         ):
             if name is not None:
                 setattr(self, name, make_norm(config))
-        self.self_attn = SelfAttention(config, layer)
-        self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
+        self.self_attn = SelfAttention(config, layer, ranks)
+        self.mlp = GatedMLP(config, ranks) if config.gated_mlp else MLP(config, ranks)
 
     def forward(
         self,
@@ -186,19 +198,30 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and the last norm."""
+    """Embeddings, layers and the last norm, or what a stage of a pipeline has of them."""
 
-    def __init__(self, config: ModelConfig, max_position: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_position: int,
+        device: torch.device,
+        ranks: Collectives,
+        stage: Stage,
+    ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, config.embedding_multiplier
-        )
-        self.embed_positions = (
-            Embedding(config.max_position, config.hidden_size) if config.learned_positions else None
-        )
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.norm = make_norm(config)
-        ropes = [config.rope(i) for i in range(config.num_layers)]
+        self.stage = stage
+        self.embed_tokens: Embedding | None = None
+        self.embed_positions: Embedding | None = None
+        if stage.is_first or (stage.is_last and config.tie_word_embeddings):
+            self.embed_tokens = Embedding(
+                config.vocab_size, config.hidden_size, config.embedding_multiplier, ranks
+            )
+        if stage.is_first and config.learned_positions:
+            self.embed_positions = Embedding(config.max_position, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, ranks) for i in stage.layers})
+        """By their numbers in the model."""
+        self.norm = make_norm(config) if stage.is_last else None
+        ropes = [config.rope(i) for i in stage.layers]
         tables = {
             rope: cos_sin_cache(config, rope, max_position, device)
             for rope in dict.fromkeys(ropes)
@@ -213,14 +236,19 @@ class Decoder(nn.Module):
         positions: torch.Tensor,
         caches: list[LayerCache],
         metadata: AttentionMetadata,
+        received: torch.Tensor | None,
     ) -> torch.Tensor:
-        x = self.embed_tokens(input_ids)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions)
+        x = self._embed(input_ids, positions) if received is None else received
         residual = torch.zeros_like(x)
-        for layer, cos_sin, cache in zip(self.layers, self.cos_sin, caches, strict=True):
+        layers = self.layers.values()
+        for layer, cos_sin, cache in zip(layers, self.cos_sin, caches, strict=True):
             x = layer(x, residual, positions, cos_sin, cache, metadata)
-        return self.norm.add_and_norm(x, residual)
+        return residual.add_(x) if self.norm is None else self.norm.add_and_norm(x, residual)
+
+    def _embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert self.embed_tokens is not None
+        x = self.embed_tokens(input_ids)
+        return x if self.embed_positions is None else x + self.embed_positions(positions)
 
 
 class CausalLM(ModelFamily, nn.Module):
@@ -230,15 +258,41 @@ class CausalLM(ModelFamily, nn.Module):
         config: the decoder's shape.
         max_position: positions that rotary angles are computed for.
         device: where the angles live; parameters follow torch's default device and dtype.
+        ranks: who shares the layers' weights.
+        stage: which layers these are; None for all.
     """
 
-    def __init__(self, config: ModelConfig, max_position: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_position: int,
+        device: torch.device,
+        ranks: Collectives = ALONE,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, max_position, device)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        stage = whole(config) if stage is None else stage
+        self.model = Decoder(config, max_position, device, ranks, stage)
+        self.lm_head: LMHead | None = None
+        if stage.is_last:
+            self.lm_head = LMHead(config.hidden_size, config.vocab_size, ranks)
+            if config.tie_word_embeddings:
+                assert self.model.embed_tokens is not None
+                self.lm_head.weight = self.model.embed_tokens.weight
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a parameter, or a part of one, is another stage's."""
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        if match is not None:
+            layer = int(match[1])
+            return layer < self.config.num_layers and layer not in self.model.stage.layers
+        stage = self.model.stage
+        return (
+            (name.startswith("model.embed_tokens.") and self.model.embed_tokens is None)
+            or (name.startswith("model.embed_positions.") and not stage.is_first)
+            or (name.startswith(("model.norm.", "lm_head.")) and not stage.is_last)
+        )
 
     def forward(
         self,
@@ -246,12 +300,18 @@ class CausalLM(ModelFamily, nn.Module):
         positions: torch.Tensor,
         caches: list[LayerCache],
         metadata: AttentionMetadata,
+        received: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[num_tokens] ids and positions (int64) -> hidden states [num_tokens, hidden_size]."""
-        return self.model(input_ids, positions, caches, metadata)
+        """[num_tokens] ids and positions (int64) -> hidden states [num_tokens, hidden_size].
+
+        Args:
+            received: the hidden states of the stage before; None for the first.
+        """
+        return self.model(input_ids, positions, caches, metadata, received)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
+        """[num_rows, hidden_size] -> [num_rows, the rank's part of the vocabulary, padded]."""
+        assert self.lm_head is not None, "the last stage has the head"
         logits = self.lm_head(hidden)
         if self.config.logits_divisor != 1.0:
             logits.div_(self.config.logits_divisor)

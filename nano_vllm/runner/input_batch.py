@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,34 @@ class ModelInput:
     positions: torch.Tensor
     """[num_tokens], int64."""
     attention: AttentionMetadata
+    sampled: torch.Tensor | None = None
+    """[2, num_sampled], int64: rows that sample, and the last of each one's tokens among the
+    step's. None for a step of decodes, whose rows all do.
+    """
+
+
+class StagedInput(NamedTuple):
+    """What the staging buffer holds: with it, any rank finds the step's tensors in the same
+    bytes.
+    """
+
+    num_bytes: int
+    is_decode: bool
+    is_padded: bool
+    num_tokens: int
+    """With padding, as is the next."""
+    num_seqs: int
+    num_tables: int
+    """Rows of the block tables, and columns; of a step of decodes, which has none, 0."""
+    table_width: int
+    num_changes: int
+    """Of a step of decodes: of the device's block tables."""
+    num_sampled: int
+    """Rows that sample."""
+    max_query_len: int
+    max_seq_len: int
+    is_shared: bool
+    """Whether sequences share a prefix that is to be read once."""
 
 
 class InputBatch:
@@ -82,9 +110,9 @@ class InputBatch:
         self.max_blocks_per_seq = max_blocks_per_seq
         capacity = staging_bytes(max_num_tokens, max_num_seqs, max_blocks_per_seq)
         on_gpu = device.type == "cuda"
-        self._staging = torch.empty(capacity, dtype=torch.uint8, pin_memory=on_gpu)
-        self._buffer = torch.empty_like(self._staging, device=device) if on_gpu else self._staging
-        self._host = self._staging.numpy()
+        self.staging = torch.empty(capacity, dtype=torch.uint8, pin_memory=on_gpu)
+        self._buffer = torch.empty_like(self.staging, device=device) if on_gpu else self.staging
+        self._host = self.staging.numpy()
         self._copied = torch.cuda.Event() if on_gpu else None
         self._decode_views: dict[int, tuple[Arrays, Tensors, int]] = {}
         """By size: `decode_layout` on host and device, and its bytes ahead of the changes."""
@@ -112,51 +140,59 @@ class InputBatch:
         padding: tuple[int, int] | None = None,
         begin: Callable[[], None] | None = None,
     ) -> ModelInput:
-        """Fill the staging buffer from the batch and send it to the device. Tokens that are not
-        known yet, of a batch scheduled ahead, are 0.
+        """Fill the staging buffer from the batch and send it to the device; see `write` and
+        `load`.
+        """
+        return self.load(self.write(batch, padding), begin)
+
+    def write(self, batch: Batch, padding: tuple[int, int] | None = None) -> StagedInput:
+        """Fill the staging buffer. Tokens that are not known yet, of a batch scheduled ahead, are
+        0.
 
         Args:
             batch: what to compute.
             padding: tokens and sequences to pad it to, with sequences that have nothing to do, and,
                 where it is not all decodes, tokens that belong to none. Batches of a padding have
                 their tensors always in the same memory, and bounds that hold for all of them.
+        """
+        self.wait_for_staging()
+        if batch.decodes is None or not batch.is_decode:
+            return self._write_mixed(batch, padding)
+        try:
+            return self._write_decodes(batch.decodes, None if padding is None else padding[1])
+        except BaseException:
+            self._sent[:] = 0  # what the tables lack is not known
+            raise
+
+    def wait_for_staging(self) -> torch.Tensor:
+        """The staging buffer, once the copy of the step before has read it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self.staging
+
+    def load(self, staged: StagedInput, begin: Callable[[], None] | None = None) -> ModelInput:
+        """Send what the staging buffer holds to the device.
+
+        Args:
+            staged: from `write`, here or on the rank whose bytes these are.
             begin: called where the host's part is done and the device's begins.
         """
-        if self._copied is not None:
-            # the copy of the step before may still read the staging buffer
-            self._copied.synchronize()
-        if batch.decodes is None or not batch.is_decode:
-            return self._prepare_mixed(batch, padding, begin)
         try:
-            padded_size = None if padding is None else padding[1]
-            return self._prepare_decodes(batch.decodes, padded_size, begin)
+            self._send(staged.num_bytes, begin)
+            return self._load_decodes(staged) if staged.is_decode else self._load_mixed(staged)
         except BaseException:
             self._sent[:] = 0  # whether it has arrived is not known
             raise
 
-    def _prepare_decodes(
-        self, decodes: DecodeStep, padded_size: int | None, begin: Callable[[], None] | None
-    ) -> ModelInput:
-        size = padded_size or len(decodes)
+    def _decode_arrays(self, size: int) -> tuple[Arrays, Tensors, int]:
         if size not in self._decode_views:
             views = self._views(decode_layout(size, size * self.max_blocks_per_seq))
             self._decode_views[size] = *views, layout_bytes(decode_layout(size, 0))
-        host, device, num_bytes = self._decode_views[size]
-        max_seq_len, num_changes, is_shared = self._write_decodes(decodes, host)
-        self._send(num_bytes + num_changes * host["changes"].itemsize * 2, begin)
-        if padded_size is not None:
-            max_seq_len = self.max_blocks_per_seq * self.block_size
-        block_tables = self._expand_tables(
-            device["table_rows"], device["changes"][:num_changes], max_seq_len, padded_size
-        )
-        return self._model_input(device, block_tables, 1, max_seq_len, is_shared)
+        return self._decode_views[size]
 
-    def _write_decodes(self, decodes: DecodeStep, host: Arrays) -> tuple[int, int, bool]:
-        """Fill the host's arrays.
-
-        Returns:
-            the greatest seq_len, how many changes there are, and whether prefixes are shared.
-        """
+    def _write_decodes(self, decodes: DecodeStep, padded_size: int | None) -> StagedInput:
+        size = padded_size or len(decodes)
+        host, _, num_bytes = self._decode_arrays(size)
         max_seq_len = decodes.write_inputs(
             host["input_ids"],
             host["positions"],
@@ -171,7 +207,30 @@ class InputBatch:
         is_shared = self._shares_prefixes and decodes.find_shared_prefixes(
             self._min_saved_tokens, host["shared_prefix"]
         )
-        return max_seq_len, num_changes, bool(is_shared)
+        return StagedInput(
+            num_bytes=num_bytes + num_changes * host["changes"].itemsize * 2,
+            is_decode=True,
+            is_padded=padded_size is not None,
+            num_tokens=size,
+            num_seqs=size,
+            num_tables=0,
+            table_width=0,
+            num_changes=num_changes,
+            num_sampled=len(decodes),
+            max_query_len=1,
+            max_seq_len=max_seq_len if padded_size is None else self._longest,
+            is_shared=bool(is_shared),
+        )
+
+    def _load_decodes(self, staged: StagedInput) -> ModelInput:
+        _, device, _ = self._decode_arrays(staged.num_seqs)
+        block_tables = self._expand_tables(
+            device["table_rows"],
+            device["changes"][: staged.num_changes],
+            staged.max_seq_len,
+            staged.num_seqs if staged.is_padded else None,
+        )
+        return self._model_input(device, block_tables, staged)
 
     def _expand_tables(
         self,
@@ -190,9 +249,7 @@ class InputBatch:
         block_tables = self._block_tables[:padded_size]
         return torch.index_select(self._tables, 0, table_rows, out=block_tables)
 
-    def _prepare_mixed(
-        self, batch: Batch, padding: tuple[int, int] | None, begin: Callable[[], None] | None
-    ) -> ModelInput:
+    def _write_mixed(self, batch: Batch, padding: tuple[int, int] | None) -> StagedInput:
         num_tokens, num_seqs, num_decodes = (
             batch.num_tokens,
             len(batch.scheduled),
@@ -200,8 +257,9 @@ class InputBatch:
         )
         others = batch.scheduled[num_decodes:]
         width = max(len(s.sequence.block_table) for s in batch.scheduled)
-        layout = mixed_layout(*(padding or (num_tokens, num_seqs)), (num_seqs, width))
-        host, device = self._views(layout)
+        padded_tokens, padded_seqs = padding or (num_tokens, num_seqs)
+        layout = mixed_layout(padded_tokens, padded_seqs, (num_seqs, width))
+        host, _ = self._views(layout)
         max_decode_len = 0
         if batch.decodes is not None:
             max_decode_len = batch.decodes.write_inputs(
@@ -235,20 +293,44 @@ class InputBatch:
             self._min_saved_tokens,
             host["shared_prefix"][:, :num_seqs],
         )
-        max_seq_len = max(max_seq_len, max_decode_len)
+        rows = batch.sampling_rows
+        host["sampled"][0, : len(rows)] = rows
+        host["sampled"][1, : len(rows)] = query_start_loc[1:][rows] - 1
         if padding is not None:
             for name, value in (("input_ids", 0), ("positions", 0), ("slot_mapping", -1)):
                 host[name][num_tokens:] = value
             host["query_start_loc"][num_seqs + 1 :] = num_tokens
             seq_lens[num_seqs:] = 0
             host["shared_prefix"][:, num_seqs:] = 0
-        self._send(layout_bytes(layout), begin)
+        return StagedInput(
+            num_bytes=layout_bytes(layout),
+            is_decode=False,
+            is_padded=padding is not None,
+            num_tokens=padded_tokens,
+            num_seqs=padded_seqs,
+            num_tables=num_seqs,
+            table_width=width,
+            num_changes=0,
+            num_sampled=len(rows),
+            max_query_len=max_query_len if padding is None else padded_tokens,
+            max_seq_len=max(max_seq_len, max_decode_len) if padding is None else self._longest,
+            is_shared=bool(is_shared),
+        )
+
+    def _load_mixed(self, staged: StagedInput) -> ModelInput:
+        num_tables, width = staged.num_tables, staged.table_width
+        layout = mixed_layout(staged.num_tokens, staged.num_seqs, (num_tables, width))
+        _, device = self._views(layout)
         block_tables = device["block_tables"]
-        if padding is not None:
-            self._block_tables[:num_seqs, :width] = block_tables
-            block_tables = self._block_tables[: padding[1]]
-            max_query_len, max_seq_len = padding[0], self.max_blocks_per_seq * self.block_size
-        return self._model_input(device, block_tables, max_query_len, max_seq_len, bool(is_shared))
+        if staged.is_padded:
+            self._block_tables[:num_tables, :width] = block_tables
+            block_tables = self._block_tables[: staged.num_seqs]
+        return self._model_input(device, block_tables, staged)
+
+    @property
+    def _longest(self) -> int:
+        """A bound of all sequences."""
+        return self.max_blocks_per_seq * self.block_size
 
     def _views(self, layout: Layout) -> tuple[Arrays, Tensors]:
         """The arrays of a layout in the staging buffer and in the one on the device."""
@@ -267,19 +349,14 @@ class InputBatch:
         if begin is not None:
             begin()
         if self._copied is not None:
-            self._buffer[:num_bytes].copy_(self._staging[:num_bytes], non_blocking=True)
+            self._buffer[:num_bytes].copy_(self.staging[:num_bytes], non_blocking=True)
             self._copied.record()
 
     def _model_input(
-        self,
-        device: Tensors,
-        block_tables: torch.Tensor,
-        max_query_len: int,
-        max_seq_len: int,
-        is_shared: bool,
+        self, device: Tensors, block_tables: torch.Tensor, staged: StagedInput
     ) -> ModelInput:
         """What has been sent."""
-        shared_prefix = device["shared_prefix"] if is_shared else None
+        sampled = None if staged.is_decode else device["sampled"][:, : staged.num_sampled]
         return ModelInput(
             device["input_ids"],
             device["positions"],
@@ -288,11 +365,12 @@ class InputBatch:
                 block_tables,
                 device["query_start_loc"],
                 device["seq_lens"],
-                max_query_len,
-                max_seq_len,
+                staged.max_query_len,
+                staged.max_seq_len,
                 self._workspaces,
-                shared_prefix,
+                device["shared_prefix"] if staged.is_shared else None,
             ),
+            sampled,
         )
 
     def plan(self, attention: AttentionMetadata) -> None:

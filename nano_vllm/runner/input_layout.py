@@ -6,7 +6,7 @@ from math import prod
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Dtypes, by name, and shapes of arrays that lie one behind the other."""
-_ITEMSIZES = {"int32": 4, "int64": 8}
+ITEMSIZES = {"int32": 4, "int64": 8}
 
 
 def staging_bytes(max_num_tokens: int, max_num_seqs: int, max_blocks_per_seq: int) -> int:
@@ -25,7 +25,7 @@ def layout_bytes(layout: Layout) -> int:
 
 def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Of one."""
-    return _ITEMSIZES[dtype] * prod(shape)
+    return ITEMSIZES[dtype] * prod(shape)
 
 
 def decode_layout(size: int, num_changes: int) -> Layout:
@@ -47,7 +47,11 @@ def mixed_layout(num_tokens: int, num_seqs: int, tables: tuple[int, int]) -> Lay
     """The staging buffer of any other step: but for the block tables at its end, as many as there
     are sequences and as wide as the longest, it is the same for all steps of a padding.
     """
-    return {**_inputs_layout(num_tokens, num_seqs), "block_tables": ("int32", tables)}
+    return {
+        "sampled": ("int64", (2, num_seqs)),
+        **_inputs_layout(num_tokens, num_seqs),
+        "block_tables": ("int32", tables),
+    }
 
 
 def _inputs_layout(num_tokens: int, num_seqs: int) -> Layout:

@@ -1,255 +1,191 @@
-"""Runs the model over a batch and samples from it."""
+"""The rank that decides: a batch becomes a step for all ranks, and what it samples a result."""
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nano_vllm import ops
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult
-from nano_vllm.cache.host_cache import HostCache
-from nano_vllm.cache.kv_cache import KVCache
-from nano_vllm.config import EngineConfig, ModelConfig
-from nano_vllm.metrics import LapTimer
-from nano_vllm.models.decoder import CausalLM
-from nano_vllm.models.registry import model_class
+from nano_vllm.config import EngineConfig
+from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.outputs import Logprob
-from nano_vllm.runner.cuda_graphs import StepGraphs
-from nano_vllm.runner.input_batch import InputBatch, ModelInput
-from nano_vllm.runner.limits import (
-    check_head_dim,
-    choose_dtype_name,
-    choose_max_model_len,
-    choose_max_num_batched_tokens,
-)
-from nano_vllm.runner.memory import DeviceMemory, num_host_blocks, num_kv_blocks
+from nano_vllm.runner.model_worker import ModelWorker, choose_dtype
+from nano_vllm.runner.step_message import Step, StepSender
 from nano_vllm.sampling.logprob_rows import PROMPT_ROWS
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.sequence import Sequence
 from nano_vllm.step_record import StepRecorder, step_range
-from nano_vllm.weights.loader import load_model_config, load_weights
-from nano_vllm.weights.resolve import resolve_model
+
+__all__ = ["LaunchedStep", "ModelRunner", "choose_dtype"]
 
 
-class ModelRunner:
-    """Weights, KV cache and step buffers on one device.
-
-    Raises ValueError for a model that is not supported or a machine that cannot hold it.
-    """
+class ModelRunner(ModelWorker):
+    """A worker that is told what to compute by the engine, tells the other ranks, and samples."""
 
     def __init__(
         self,
         config: EngineConfig,
         progress: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        launch: Launch = ALONE,
     ) -> None:
-        timer = LapTimer(clock)
-        self.model_path: Path = resolve_model(config.model, config.load_format)
-        self.model_config: ModelConfig = load_model_config(self.model_path, model_class)
-        self.device = _choose_device(config.device)
-        self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
-        self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
-        self.block_size = config.block_size
-        self.max_model_len = choose_max_model_len(config, self.model_config)
-        self.max_num_batched_tokens = choose_max_num_batched_tokens(
-            config, self.device.type, self.max_model_len
-        )
-        _check_quantization(config, self.model_path, self.device)
-        self.num_host_blocks = num_host_blocks(config, self.model_config, self.cache_dtype.itemsize)
-        cls = model_class(self.model_config.architecture)
-        check_head_dim(self.model_config, self.device.type)
-        timer.lap("config")
-
-        with torch.no_grad():
-            self.model = _build(cls, self.model_config, self.max_model_len, self.device, self.dtype)
-            timer.lap("build")
-            load_weights(
-                self.model,
-                self.model_path,
-                self.model_config,
-                load_format=config.load_format,
-                keep_quantized=config.quantization is not None,
-                seed=config.seed,
-                progress=progress,
-            )
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            timer.lap("weights")
-            max_blocks_per_seq = -(-self.max_model_len // self.block_size)
-            self.input_batch = InputBatch(
-                self.model_config,
-                self.max_num_batched_tokens,
-                config.max_num_seqs,
-                max_blocks_per_seq,
-                self.block_size,
-                self.device,
-                config.enable_cascade_attention and self.device.type == "cuda",
-            )
-            self.num_blocks = num_kv_blocks(
-                config,
-                self.model_config,
-                self.max_model_len,
-                self.max_num_batched_tokens,
-                self.dtype.itemsize,
-                self.cache_dtype.itemsize,
-                _device_memory(self.device),
-            )
-            self.kv_cache: KVCache | None = KVCache(
-                self.model_config, self.num_blocks, self.block_size, self.cache_dtype, self.device
-            )
-            self.host_cache: HostCache | None = None
-            self.host_block_seconds: float | None = None
-            """To copy a block back from host memory."""
-            if self.num_host_blocks:
-                self.host_cache = HostCache(self.kv_cache, self.num_host_blocks)
-                self.host_block_seconds = self.host_cache.measure_copy_in()
-            self.graphs: StepGraphs | None = None
-            if self.device.type == "cuda" and not config.enforce_eager:
-                self.graphs = StepGraphs(self.max_num_batched_tokens, config.max_num_seqs)
+        super().__init__(config, progress, clock, launch)
+        self._others = None if self.channel is None else StepSender(self.channel)
         self.sampler = Sampler(self.max_model_len, config.seed)
-        self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
-        """What the last step sampled."""
         self._scheduled: list[ScheduledSequence] = []
         self._sequences: list[Sequence] = []
         """Those that sample of what was scheduled last: often the same as in the next step."""
         self.recorder: StepRecorder | None = None
         """Set by Engine.record_steps."""
-        timer.lap("KV cache")
-        self.load_laps = timer.laps
-        """Seconds by phase."""
+        if self._others is not None:
+            atexit.register(self.close)  # the others wait for the last message
 
     @property
     def runs_ahead(self) -> bool:
         """Whether the step behind one that is still computed may be launched."""
-        return self.device.type == "cuda"
+        return self.device.type == "cuda" and self.parallel.pipeline.num_stages == 1
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
         """Advance every scheduled sequence; sample where the last known token was computed. On a
         GPU this returns while it computes.
         """
-        assert self.kv_cache is not None, "the runner is closed"
+        try:
+            return self._launch(batch)
+        except BaseException as error:
+            self.parallel.fail(error)  # what the others have done of the step is not known
+            raise
+
+    def _launch(self, batch: Batch) -> LaunchedStep:
         recorder = self.recorder
         with step_range("prepare", recorder):
-            if self.host_cache is not None:
-                self.host_cache.copy_out(batch.swap_outs)
-                self.host_cache.copy_in(batch.swap_ins)
-            if batch.block_copies:
-                mapping = torch.tensor(batch.block_copies, dtype=torch.int64)
-                ops.copy_blocks(self.kv_cache.pool, mapping.to(self.device, non_blocking=True))
-            padding = self.graphs.padding_for(batch) if self.graphs is not None else None
-            begin = None if recorder is None else recorder.begin
-            inputs = self.input_batch.prepare(batch, padding, begin)
-            if batch.ahead_rows:
-                self._feed_tokens(inputs, batch.ahead_rows)
+            step, rows, wanted = self._decide(batch)
+            inputs = self.prepare(step, None if recorder is None else recorder.begin)
         with step_range("forward", recorder):
-            prompt_logprobs: list[PromptLogprobs] = []
-            forward = self._decode if batch.is_decode else self._forward
-            if self.graphs is not None and padding is not None:
-                out = self.graphs.run(forward, inputs)
+            out = self.forward(step, inputs)
+            logits = self.sampled_logits(step, inputs, out)
+            seq_lens, token_ids = inputs.attention.seq_lens, inputs.input_ids
+            if inputs.sampled is None:
+                seq_lens, token_ids = seq_lens[: len(rows)], token_ids[: len(rows)]
             else:
-                out = forward(inputs)
-            if batch.is_decode:
-                count = len(batch.scheduled)
-                rows = list(range(count))
-                logits = out[:count]
-                seq_lens, token_ids = inputs.attention.seq_lens[:count], inputs.input_ids[:count]
-            else:
-                rows, at, last = self._sampling_rows(batch)
-                logits = self.model.compute_logits(out.index_select(0, last))
-                seq_lens = inputs.attention.seq_lens.index_select(0, at)
-                token_ids = inputs.input_ids.index_select(0, last)
-                prompt_logprobs = self._prompt_logprobs(batch, out)
+                at, last = inputs.sampled
+                seq_lens, token_ids = seq_lens.index_select(0, at), token_ids.index_select(0, last)
+            prompt_logprobs = [self._prompt_logprobs(prompt, out) for prompt in wanted]
         with step_range("sample", recorder):
-            if batch.scheduled is not self._scheduled or not batch.is_decode:
-                self._scheduled = batch.scheduled
-                self._sequences = [batch.scheduled[row].sequence for row in rows]
-            sequences = self._sequences
-            self._token_ids = self.sampler.choose(
-                logits, sequences, seq_lens, token_ids, batch.num_decodes * batch.lead
-            )
-            logprobs = self.sampler.logprobs(logits, self._token_ids, sequences)
+            logprobs = None
+            if step.gathers_logits:
+                whole = self.gather(logits)
+                assert whole is not None
+                self._token_ids = self.parallel.tp.broadcast(
+                    self.sampler.choose(
+                        whole,
+                        self._sequences,
+                        seq_lens,
+                        token_ids,
+                        batch.num_decodes * batch.lead,
+                    )
+                )
+                logprobs = self.sampler.logprobs(whole, self._token_ids, self._sequences)
+            else:
+                self._token_ids = self.likeliest(logits)
             launched = LaunchedStep(
                 batch,
                 rows,
-                sequences,
+                self._sequences,
                 HostCopy(self._token_ids),
                 None if logprobs is None else HostCopy(logprobs),
                 prompt_logprobs,
             )
         if recorder is not None:
-            recorder.end(batch, padding is not None)
+            recorder.end(batch, self.graphs is not None and step.staged.is_padded)
         return launched
 
-    def _feed_tokens(self, inputs: ModelInput, rows: list[int]) -> None:
-        """Take these of the tokens that the step before has sampled."""
-        token_ids = self._token_ids
-        if rows != list(range(len(token_ids))):
-            index = torch.tensor(rows).to(self.device, non_blocking=True)
-            token_ids = token_ids.index_select(0, index)
-        # A row that failed has a number below 0, and is computed in vain.
-        torch.clamp(token_ids, min=0, out=inputs.input_ids[: len(rows)])
+    def _decide(self, batch: Batch) -> tuple[Step, list[int], list[_WantedLogprobs]]:
+        """Write the step, and tell the other ranks of it.
 
-    def _forward(self, inputs: ModelInput) -> torch.Tensor:
-        assert self.kv_cache is not None
-        self.input_batch.plan(inputs.attention)
-        return self.model(
-            inputs.input_ids, inputs.positions, self.kv_cache.layers, inputs.attention
-        )
-
-    def _decode(self, inputs: ModelInput) -> torch.Tensor:
-        return self.model.compute_logits(self._forward(inputs))
-
-    def _sampling_rows(self, batch: Batch) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """The batch's rows that sample; on the device the same, and the last token of each among
-        the step's tokens.
+        Returns:
+            the step; the batch's rows that sample; what is asked for of its prompts.
         """
-        rows, last = [], []
-        end = 0
-        for row, scheduled in enumerate(batch.scheduled):
-            end += scheduled.num_tokens
-            if scheduled.samples:
-                rows.append(row)
-                last.append(end - 1)
-        index = torch.tensor([rows, last], dtype=torch.int64).to(self.device, non_blocking=True)
-        return rows, index[0], index[1]
+        padding = self.graphs.padding_for(batch) if self.graphs is not None else None
+        staged = self.input_batch.write(batch, padding)
+        rows = list(range(len(batch.scheduled))) if batch.is_decode else batch.sampling_rows
+        if batch.scheduled is not self._scheduled or not batch.is_decode:
+            self._scheduled = batch.scheduled
+            self._sequences = [batch.scheduled[row].sequence for row in rows]
+        wanted = [] if batch.is_decode else _wanted_logprobs(batch)
+        step = Step(
+            staged,
+            True,
+            batch.block_copies,
+            batch.swap_outs,
+            batch.swap_ins,
+            [span for prompt in wanted for span in prompt.spans],
+            batch.ahead_rows,
+        )
+        if self._others is not None:
+            step.gathers_logits = self.parallel.tp.size == 1 or not self.sampler.is_greedy(
+                self._sequences, batch.num_decodes * batch.lead, self.device
+            )
+            self.parallel.progress.step += 1
+            self._others.send(step, self.input_batch.staging)
+        return step, rows, wanted
 
-    def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[PromptLogprobs]:
-        result = []
-        start = 0
-        for row, scheduled in enumerate(batch.scheduled):
-            sequence, begin = scheduled.sequence, start
-            start += scheduled.num_tokens
-            num_logprobs = sequence.params.prompt_logprobs
-            first = scheduled.start + 1
-            last = min(first + scheduled.num_tokens, sequence.num_prompt_tokens)
-            if num_logprobs is None or first >= last:
-                continue
-            tables = []
-            for low in range(first, last, PROMPT_ROWS):
-                targets = sequence.token_ids[low : min(low + PROMPT_ROWS, last)]
-                offset = begin + low - first
-                logits = self.model.compute_logits(hidden[offset : offset + len(targets)])
-                index = torch.tensor(targets).to(self.device, non_blocking=True)
-                tables.append(HostCopy(logprob_table(logits, index, num_logprobs)))
-            result.append(PromptLogprobs(row, sequence.token_ids[first:last], num_logprobs, tables))
-        return result
+    def _prompt_logprobs(self, wanted: _WantedLogprobs, hidden: torch.Tensor) -> PromptLogprobs:
+        tables = []
+        done = 0
+        for first, last in wanted.spans:
+            logits = self.gather(self.model.compute_logits(hidden[first:last]))
+            assert logits is not None
+            targets = wanted.token_ids[done : done + last - first]
+            done += len(targets)
+            index = torch.tensor(targets).to(self.device, non_blocking=True)
+            tables.append(HostCopy(logprob_table(logits, index, wanted.num_logprobs)))
+        return PromptLogprobs(wanted.row, wanted.token_ids, wanted.num_logprobs, tables)
 
     def close(self) -> None:
-        """Give all memory back; the runner cannot execute any more."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.kv_cache = self.host_cache = None
-        self.graphs = None
-        del self.model, self.input_batch
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Give all memory back, on all ranks; nothing can be computed any more."""
+        atexit.unregister(self.close)
+        if self._others is not None and not self.parallel.has_failed:
+            self._others.stop()
+        super().close()
+
+
+@dataclass(slots=True)
+class _WantedLogprobs:
+    """Of tokens of a prompt, those that a step's logits predict."""
+
+    row: int
+    """Of the batch."""
+    token_ids: list[int]
+    num_logprobs: int
+    spans: list[tuple[int, int]]
+    """First and last + 1 of the step's tokens whose logits these are, in parts."""
+
+
+def _wanted_logprobs(batch: Batch) -> list[_WantedLogprobs]:
+    result = []
+    start = 0
+    for row, scheduled in enumerate(batch.scheduled):
+        sequence, begin = scheduled.sequence, start
+        start += scheduled.num_tokens
+        num_logprobs = sequence.params.prompt_logprobs
+        if num_logprobs is None:
+            continue
+        first = batch.start(row) + 1
+        last = min(first + scheduled.num_tokens, sequence.num_prompt_tokens)
+        if first >= last:
+            continue
+        end = begin + last - first
+        spans = [(low, min(low + PROMPT_ROWS, end)) for low in range(begin, end, PROMPT_ROWS)]
+        token_ids = sequence.token_ids[first:last]
+        result.append(_WantedLogprobs(row, token_ids, num_logprobs, spans))
+    return result
 
 
 class HostCopy:
@@ -316,51 +252,3 @@ class LaunchedStep:
             {self.rows[i]: entry for i, entry in logprobs.items()},
             {prompt.row: prompt.entries() for prompt in self.prompt_logprobs},
         )
-
-
-def _choose_device(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device("cpu")
-    usable = torch.cuda.is_available() and ops.has_cuda()
-    if name == "cuda" and not usable:
-        why = (
-            "this build has no CUDA kernels; rebuild with NANO_VLLM_BUILD=cuda"
-            if torch.cuda.is_available()
-            else "torch sees no NVIDIA GPU"
-        )
-        raise ValueError(f"device 'cuda' cannot be used: {why}")
-    return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
-
-
-def choose_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for by name; for auto the checkpoint's own, if it names one."""
-    return getattr(torch, choose_dtype_name(name, stored, device.type))
-
-
-def _device_memory(device: torch.device) -> DeviceMemory | None:
-    return DeviceMemory(*torch.cuda.mem_get_info(device)) if device.type == "cuda" else None
-
-
-def _check_quantization(config: EngineConfig, path: Path, device: torch.device) -> None:
-    if config.quantization is None:
-        return
-    if device.type != "cpu":
-        raise ValueError(f"quantization 'gguf' runs on device cpu alone, got {device.type}")
-    if path.suffix != ".gguf" or config.load_format == "dummy":
-        raise ValueError(f"quantization 'gguf' needs the weights of a .gguf file, got {path}")
-
-
-def _build(
-    cls: type[CausalLM],
-    model: ModelConfig,
-    max_position: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> CausalLM:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return cls(model, max_position, device)
-    finally:
-        torch.set_default_dtype(previous)

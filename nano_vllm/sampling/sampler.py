@@ -64,6 +64,8 @@ class Sampler:
             or no token is allowed.
         """
         rows = self._rows_of(sequences, num_ahead, logits.device)
+        if rows.steps_left is not None:
+            rows.steps_left -= 1
         adjusted = None
         if rows.adjustments:
             shape = rows.num_adjusted, logits.shape[1]
@@ -99,6 +101,16 @@ class Sampler:
         most = max(sequences[row].params.logprobs or 0 for row in rows)
         return logprob_table(logits, token_ids.clamp(min=0), most)
 
+    def is_greedy(self, sequences: list[Sequence], num_ahead: int, device: torch.device) -> bool:
+        """Whether the step's rows all take the likeliest token of the raw logits, and nothing else
+        is asked of these.
+
+        Args:
+            sequences: of the rows, as for `choose`, which may come next, as is num_ahead.
+            device: of the logits.
+        """
+        return self._rows_of(sequences, num_ahead, device).is_greedy
+
     def _rows_of(
         self, sequences: list[Sequence], num_ahead: int, device: torch.device
     ) -> SamplingRows:
@@ -107,8 +119,6 @@ class Sampler:
             rows = self._rows = SamplingRows(
                 sequences, num_ahead, self._seed, self._history, device
             )
-        if rows.steps_left is not None:
-            rows.steps_left -= 1
         return rows
 
 

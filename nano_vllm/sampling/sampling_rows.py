@@ -84,6 +84,7 @@ class SamplingRows:
         self.adjustments = dict(zip(adjustments, tensors[len(draws) :], strict=True))
         """Arguments of `ops.adjust_logits`; none if all rows are drawn from as they are."""
         self.num_adjusted = len(adjusted)
+        self.is_greedy = not (adjusted or self.logprob_rows or any(p.temperature for p in params))
 
 
 def rows_with_logprobs(sequences: list[Sequence]) -> list[int]:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.quantization.packed_weight import QuantizedWeight
+
+
+class Region(NamedTuple):
+    """Consecutive rows and columns of a tensor."""
+
+    rows: slice = slice(None)
+    columns: slice = slice(None)
+
+    def of(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """What to index a tensor of the shape with."""
+        return (self.rows, self.columns)[: len(shape)]
+
+
+WHOLE = Region()
 
 
 class Checkpoint(Protocol):
@@ -22,14 +36,14 @@ class Checkpoint(Protocol):
         """The whole tensor on the CPU, in `dtype` or in the dtype it is stored in."""
         ...
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
-        """Fill a tensor of the same shape, of any dtype, on any device, without holding a second
-        copy.
+    def read_into(self, name: str, destination: torch.Tensor, part: Region = WHOLE) -> None:
+        """Fill a tensor of the part's shape, of any dtype, on any device, without holding a second
+        copy, and without reading more than it has to.
         """
         ...
 
-    def read_quantized(self, name: str) -> QuantizedWeight | None:
-        """The tensor as it is stored, where that is in groups of few bits."""
+    def read_quantized(self, name: str, part: Region = WHOLE) -> QuantizedWeight | None:
+        """The part as it is stored, where that is in groups of few bits, which it does not cut."""
         ...
 
     def close(self) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from gguf.quants import dequantize
 from nano_vllm.config import ModelConfig
 from nano_vllm.quantization.gguf_blocks import FORMATS, quantized_weight
 from nano_vllm.quantization.packed_weight import GROUP_SIZE, QuantizedWeight
+from nano_vllm.weights.checkpoint import WHOLE, Region
 from nano_vllm.weights.gguf_file import GGUFFile, GGUFTensor
 
 _TOP_NAMES = {
@@ -90,39 +92,46 @@ class GGUFCheckpoint:
         self.read_into(name, tensor)
         return tensor
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
+    def read_into(self, name: str, destination: torch.Tensor, part: Region = WHOLE) -> None:
         tensor = self._tensors[name]
-        num_rows = tensor.shape[0]
-        rows = destination.view(num_rows, -1)
+        first, end, _ = part.rows.indices(tensor.shape[0])
+        rows = destination.view(end - first, -1)
+        num_columns = prod(tensor.shape[1:])
         permuted = self._is_permuted(tensor)
         # The converter has added what the model adds to the weights of a Hugging Face checkpoint.
         offset = self._norm_offset if tensor.name.endswith("norm.weight") else 0.0
         unit = self._head_dim if permuted else 1
-        chunk = max(1, _CHUNK_ELEMENTS // (rows.shape[1] * unit)) * unit
+        chunk = max(1, _CHUNK_ELEMENTS // (num_columns * unit)) * unit
 
         @torch.inference_mode()  # of this thread; parameters may be inference tensors
         def fill(start: int) -> None:
             target = rows[start : start + chunk]
-            values = self._read_rows(tensor, start, target.shape[0]).view(target.shape)
+            values = self._read_rows(tensor, first + start, len(target)).view(-1, num_columns)
             if offset:
                 values = values - offset
-            target.copy_(unpermute(values, self._head_dim) if permuted else values)
+            values = unpermute(values, self._head_dim) if permuted else values
+            target.copy_(values[:, part.columns])
 
-        list(self._threads.map(fill, range(0, num_rows, chunk)))
+        list(self._threads.map(fill, range(0, end - first, chunk)))
 
-    def read_quantized(self, name: str) -> QuantizedWeight | None:
-        """The tensor as the file has it, where its type is of blocks of 32 elements."""
+    def read_quantized(self, name: str, part: Region = WHOLE) -> QuantizedWeight | None:
+        """The part as the file has it, where its type is of blocks of 32 elements."""
         tensor = self._tensors[name]
         if tensor.type_name not in FORMATS or len(tensor.shape) != 2:
             return None
         num_rows, num_columns = tensor.shape
-        blocks = np.frombuffer(self._read_bytes(tensor, 0, num_rows), dtype=np.uint8)
+        first, end, _ = part.rows.indices(num_rows)
+        left, right, _ = part.columns.indices(num_columns)
+        if left % GROUP_SIZE or right % GROUP_SIZE:
+            return None
+        data = np.frombuffer(self._read_bytes(tensor, first, end - first), dtype=np.uint8)
+        blocks = data.reshape(end - first, num_columns // GROUP_SIZE, -1)
         weight = quantized_weight(
-            blocks.reshape(num_rows, num_columns // GROUP_SIZE, -1), tensor.type_name
+            blocks[:, left // GROUP_SIZE : right // GROUP_SIZE], tensor.type_name
         )
         if self._is_permuted(tensor):
-            for part in ("quants", "scales", "minima"):
-                setattr(weight, part, unpermute(getattr(weight, part), self._head_dim))
+            for numbers in ("quants", "scales", "minima"):
+                setattr(weight, numbers, unpermute(getattr(weight, numbers), self._head_dim))
         return weight
 
     def _read_rows(self, tensor: GGUFTensor, start: int, num_rows: int) -> torch.Tensor:

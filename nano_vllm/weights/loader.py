@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.distributed.sharding import Sharding
 from nano_vllm.layers.embedding import Embedding
-from nano_vllm.layers.linear import Linear, StackedLinear
+from nano_vllm.layers.linear import Linear
 from nano_vllm.quantization.packed_weight import pack
-from nano_vllm.weights.checkpoint import Checkpoint, open_checkpoint
+from nano_vllm.weights.checkpoint import WHOLE, Checkpoint, Region, open_checkpoint
 from nano_vllm.weights.dummy import fill_dummy_weights
 from nano_vllm.weights.model_config import load_model_config
 
@@ -33,7 +34,7 @@ class _Assignment(NamedTuple):
 
     tensor_name: str
     parameter: torch.Tensor
-    shard_id: int | str | None
+    shard_id: str | None
     is_transposed: bool = False
 
 
@@ -50,10 +51,12 @@ def load_weights(
     """Fill the parameters of `model`, on the device and in the dtype they have, from `source`.
 
     Parameters have Hugging Face names, except that `model.stacked` (component of a checkpoint's
-    name -> component of the parameter's name, shard id) joins several tensors in one parameter,
-    whose `weight_loader(parameter, tensor, shard_id)` knows where each goes. Buffers with a
+    name -> component of the parameter's name, shard id) joins several tensors in one parameter. A
+    parameter's `sharding` tells which parts of which tensors it holds; no others are read. Its
+    `weight_loader(parameter, tensor, shard_id)`, if it has one, takes what is read. Buffers with a
     `weight_loader` are filled from what the checkpoint has of them. `model.parameter_name` knows
-    names of another style, `model.transposed` which matrices lie the other way. Names and shapes
+    names of another style, `model.transposed` which matrices lie the other way,
+    `model.is_elsewhere` which parameters another stage has. Names and shapes
     are checked before anything is read: ValueError names the tensors that are missing, left over or
     of a wrong shape. With `load_format` dummy, `source` is not touched. With `keep_quantized`,
     linear layers whose tensors are stored in groups of few bits get them as they are
@@ -75,7 +78,7 @@ def load_weights(
             steps = assignments
         with torch.no_grad():
             for assignment in steps:
-                _load(checkpoint, source, *assignment)
+                _load(checkpoint, source, assignment)
     finally:
         checkpoint.close()
 
@@ -96,22 +99,17 @@ def _load_quantized(
     done: set[str] = set()
     for parameter_id, shards in parts.items():
         linear = linear_of[parameter_id]
-        if isinstance(linear, StackedLinear):
-            shards = sorted(shards, key=lambda shard: linear.first_row(_shard_name(shard)))
-        weights = []
-        for shard in shards:
-            weight = checkpoint.read_quantized(shard.tensor_name)
-            if weight is None:
-                break
-            weights.append(weight)
-        if len(weights) < len(shards):
-            continue
-        rows = sum(weight.quants.shape[0] for weight in weights)
-        if any(w.quants.shape[1] != linear.weight.shape[1] for w in weights) or (
-            rows != linear.weight.shape[0]
-        ):
-            continue  # a wrong shape, which loading reports
-        linear.packed = pack(weights)
+        shards = sorted(shards, key=_first_row)
+        weights = [
+            checkpoint.read_quantized(shard.tensor_name, region)
+            for shard in shards
+            for region, _ in _regions(shard)
+        ]
+        quantized = [weight for weight in weights if weight is not None]
+        rows = sum(weight.quants.shape[0] for weight in quantized)
+        if len(quantized) < len(weights) or rows != linear.weight.shape[0]:
+            continue  # the latter of a padded vocabulary
+        linear.packed = pack(quantized)
         if parameter_id not in embedded:
             done.update(shard.tensor_name for shard in shards)
     if not parts or not any(linear.packed is not None for linear in linear_of.values()):
@@ -119,32 +117,36 @@ def _load_quantized(
     return [a for a in assignments if a.tensor_name not in done]
 
 
-def _shard_name(shard: _Assignment) -> str | None:
-    return None if shard.shard_id is None else str(shard.shard_id)
+def _first_row(shard: _Assignment) -> int:
+    return min((target.start or 0 for _, (target, _) in _regions(shard)), default=0)
 
 
-def _load(
-    checkpoint: Checkpoint,
-    source: Path,
-    name: str,
-    parameter: torch.Tensor,
-    shard_id: int | str | None,
-    is_transposed: bool,
-) -> None:
+def _regions(assignment: _Assignment) -> list[tuple[Region, Region]]:
+    """The parts of the tensor that are wanted, as it lies transposed, and where they go."""
+    sharding: Sharding | None = getattr(assignment.parameter, "sharding", None)
+    if sharding is None:
+        return [(WHOLE, WHOLE)]
+    shard_id = assignment.shard_id
+    lie = Region if sharding.dim == 0 else lambda columns: Region(columns=columns)
+    regions = [(lie(source), lie(target)) for source, target in sharding.parts[shard_id]]
+    return [(WHOLE, regions[0][1])] if sharding.is_whole(shard_id) else regions
+
+
+def _load(checkpoint: Checkpoint, source: Path, assignment: _Assignment) -> None:
+    name, parameter, shard_id, is_transposed = assignment
     weight_loader = getattr(parameter, "weight_loader", None)
-    if weight_loader is None and not is_transposed:
-        checkpoint.read_into(name, parameter.data)
-        return
-    tensor = checkpoint.read(name, parameter.dtype)
-    if is_transposed:
-        tensor = tensor.T
-    if weight_loader is None:
-        parameter.data.copy_(tensor)
-        return
-    try:
-        weight_loader(parameter, tensor, shard_id)
-    except ValueError as error:
-        raise ValueError(f"{source}: tensor {name!r}: {error}") from None
+    for region, target in _regions(assignment):
+        destination = parameter.data[target.of(tuple(parameter.shape))]
+        part = Region(region.columns, region.rows) if is_transposed else region
+        if weight_loader is None:
+            checkpoint.read_into(name, destination.T if is_transposed else destination, part)
+            continue
+        tensor = checkpoint.read(name, parameter.dtype)
+        tensor = tensor[part.of(tuple(tensor.shape))]
+        try:
+            weight_loader(destination, tensor.T if is_transposed else tensor, shard_id)
+        except ValueError as error:
+            raise ValueError(f"{source}: tensor {name!r}: {error}") from None
 
 
 def _assign(
@@ -152,15 +154,18 @@ def _assign(
 ) -> list[_Assignment]:
     parameters = dict(model.named_parameters())
     buffers = {n: b for n, b in model.named_buffers() if hasattr(b, "weight_loader")}
-    stacked: dict[str, tuple[str, int | str]] = getattr(model, "stacked", {})
+    stacked: dict[str, tuple[str, str]] = getattr(model, "stacked", {})
     transposed: tuple[str, ...] = getattr(model, "transposed", ())
     rename: Callable[[str], str | None] = getattr(model, "parameter_name", lambda name: name)
+    is_elsewhere: Callable[[str], bool] = getattr(model, "is_elsewhere", lambda name: False)
     assignments, leftover, misshapen = [], [], []
     filled = set()
     for name, shape in checkpoint.shapes.items():
         known_as = rename(name)
         is_tied_head = config.tie_word_embeddings and known_as == "lm_head.weight"
         if known_as is None or is_tied_head or name.endswith(_NOT_WEIGHTS):
+            continue
+        if is_elsewhere(known_as):
             continue
         buffer = buffers.get(_CACHE_SCALE.sub(r"\1.\2", known_as))
         if buffer is not None:
@@ -174,8 +179,9 @@ def _assign(
         if parameter is None:
             leftover.append(name)
             continue
-        if not hasattr(parameter, "weight_loader") and shape != tuple(parameter.shape):
-            misshapen.append(f"{name} {list(shape)} instead of {list(parameter.shape)}")
+        wanted = _whole_shape(parameter, shard_id)
+        if wanted is not None and shape != wanted:
+            misshapen.append(f"{name} {list(shape)} instead of {list(wanted)}")
         filled.add((parameter_name, shard_id))
         assignments.append(_Assignment(name, parameter, shard_id, is_transposed))
     missing = [
@@ -194,9 +200,15 @@ def _assign(
     return assignments
 
 
-def _destination(
-    name: str, stacked: dict[str, tuple[str, int | str]]
-) -> tuple[str, int | str | None]:
+def _whole_shape(parameter: torch.Tensor, shard_id: str | None) -> tuple[int, ...] | None:
+    """Of the tensor that fills the parameter or its shard; None where its loader knows."""
+    sharding: Sharding | None = getattr(parameter, "sharding", None)
+    if sharding is not None:
+        return sharding.shapes[shard_id]
+    return None if hasattr(parameter, "weight_loader") else tuple(parameter.shape)
+
+
+def _destination(name: str, stacked: dict[str, tuple[str, str]]) -> tuple[str, str | None]:
     """The parameter a tensor belongs to, and its shard id in it."""
     parts = name.split(".")
     for i, part in enumerate(parts):
@@ -207,13 +219,13 @@ def _destination(
 
 
 def _expected(
-    parameters: dict[str, torch.nn.Parameter], stacked: dict[str, tuple[str, int | str]]
-) -> dict[str, tuple[str, int | str | None]]:
+    parameters: dict[str, torch.nn.Parameter], stacked: dict[str, tuple[str, str]]
+) -> dict[str, tuple[str, str | None]]:
     """Every tensor the checkpoint must hold -> what it fills."""
     parts_of = defaultdict(list)
     for component, (joined, shard_id) in stacked.items():
         parts_of[joined].append((component, shard_id))
-    expected: dict[str, tuple[str, int | str | None]] = {}
+    expected: dict[str, tuple[str, str | None]] = {}
     for name in parameters:
         module = next((part for part in name.split(".") if part in parts_of), None)
         if module is None:

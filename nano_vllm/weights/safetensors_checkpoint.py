@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nano_vllm.weights.checkpoint import WHOLE, Region
 from nano_vllm.weights.safetensors_index import INDEX, weight_files
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -66,10 +67,16 @@ class SafetensorsCheckpoint:
         self._bytes_read += prod(tensor.shape) * tensor.element_size()
         return tensor
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
-        destination.copy_(self.read(name, destination.dtype))
+    def read_into(self, name: str, destination: torch.Tensor, part: Region = WHOLE) -> None:
+        if part == WHOLE:
+            destination.copy_(self.read(name, destination.dtype))
+            return
+        view = self._open(self._files[name]).get_slice(name)
+        tensor = view[part.of(self.shapes[name])]
+        self._bytes_read += prod(tensor.shape) * tensor.element_size()
+        destination.copy_(tensor)
 
-    def read_quantized(self, name: str) -> None:
+    def read_quantized(self, name: str, part: Region = WHOLE) -> None:
         return None
 
     def close(self) -> None:

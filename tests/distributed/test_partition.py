@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 
 import pytest
 import torch
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.distributed.collectives import Collectives
 from nano_vllm.distributed.partition import parameter_shard, stage_elements, vocabulary_part
 from nano_vllm.distributed.stages import split_layers, whole
 from nano_vllm.model_size import head_elements, matrix_elements
@@ -74,42 +73,6 @@ def test_stages_keep_the_kinds_of_their_layers() -> None:
     assert [(s.window(i), s.rope(i)) for s in shapes for i in range(s.num_layers)] == expected
 
 
-def sharded_elements(config: ModelConfig, tp: int) -> Iterator[int]:
-    """Parameters of the whole model, each cut as Megatron-LM does: by its name."""
-    with torch.device("meta") as meta:
-        model = CausalLM(config, 8, meta)
-    head_dim, kv = config.head_dim, max(config.num_kv_heads, tp)
-    for name, parameter in model.named_parameters():
-        leaf = name.split(".")[-2]
-        shape = list(parameter.shape)
-        if leaf == "qkv_proj":
-            shape[0] = (config.num_heads + 2 * kv) * head_dim // tp
-        elif leaf in ("gate_up_proj", "up_proj"):
-            shape[0] //= tp
-        elif leaf in ("embed_tokens", "lm_head"):
-            shape[0] = vocabulary_part(shape[0], tp)
-        elif leaf in ("o_proj", "down_proj") and len(shape) == 2:
-            shape[1] //= tp
-        yield prod(shape)
-
-
-@pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 12])
-def test_a_rank_holds_its_part_of_every_parameter(tp: int) -> None:
-    for config in (
-        LLAMA,
-        replace(
-            LLAMA, qk_norm=True, attention_bias=True, attention_output_bias=True, mlp_bias=True
-        ),
-        replace(LLAMA, gated_mlp=False, tie_word_embeddings=True, vocab_size=199),
-    ):
-        if config.num_kv_heads % tp and tp % config.num_kv_heads:
-            with pytest.raises(ValueError, match=r"num_kv_heads = 4 .*, got "):
-                parameter_shard(config, tp)
-            continue
-        share = parameter_shard(config, tp)
-        assert stage_elements(share, whole(config)) == sum(sharded_elements(config, tp))
-
-
 def test_the_vocabulary_is_covered() -> None:
     for size, tp in itertools.product((1, 199, 200, 50257, 151936), (1, 2, 3, 8)):
         part = vocabulary_part(size, tp)
@@ -150,3 +113,31 @@ def test_columns_that_do_not_divide_are_refused() -> None:
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="must be at most num_layers = 6, got 7"):
         split_layers(LLAMA, 7)
+
+
+class RankOf(Collectives):
+    """One of several, who sends nothing."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (12, 1), (1, 3), (2, 2), (4, 6)])
+@pytest.mark.parametrize("kind", ["llama", "tied", "biases", "norms over heads", "no gate"])
+def test_the_ranks_hold_what_is_counted(tp: int, pp: int, kind: str) -> None:
+    config = {
+        "llama": LLAMA,
+        "tied": replace(LLAMA, tie_word_embeddings=True, vocab_size=199),
+        "biases": replace(
+            LLAMA, attention_bias=True, attention_output_bias=True, mlp_bias=True, qk_norm=True
+        ),
+        "norms over heads": replace(LLAMA, qk_norm=True, qk_norm_over_heads=True),
+        "no gate": replace(LLAMA, gated_mlp=False, learned_positions=True, layer_norm=True),
+    }[kind]
+    for stage in split_layers(config, pp):
+        shard = parameter_shard(config, tp, stage.layers)
+        for rank in range(tp):
+            with torch.device("meta") as meta:
+                model = CausalLM(config, 8, meta, RankOf(rank, tp), stage)
+            held = sum(parameter.numel() for parameter in model.parameters())
+            assert stage_elements(shard, stage) == held

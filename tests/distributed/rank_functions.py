@@ -1,0 +1,136 @@
+"""What the ranks of the tests do; imported once for all of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nano_vllm.runner.model_runner  # noqa: F401
+from nano_vllm import LLM, SamplingParams
+from nano_vllm.runner.follower import Follower
+from nano_vllm.runner.step_message import Step
+
+VOCAB_SIZE = 199
+
+
+def options_of(path: str, **options: Any) -> dict[str, Any]:
+    """Of an engine whose pool is small: sequences are cut in chunks, preempted and found again."""
+    settings = {
+        "model": path,
+        "device": "cpu",
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "num_blocks": 16,
+        "block_size": 8,
+        "max_num_batched_tokens": 24,
+        "max_model_len": 80,
+        "max_num_seqs": 6,
+    }
+    return settings | options
+
+
+def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
+    """A mix of requests, some of which are aborted; results go into a file."""
+    torch.set_num_threads(1)
+    draw = random.Random(seed)
+    shared = [draw.randrange(3, VOCAB_SIZE) for _ in range(20)]
+    with LLM(**options) as llm:
+        engine = llm.engine
+        engine.scheduler.admission_horizon = 0  # who is admitted may have to leave again
+        results: dict[str, Any] = {}
+        for number in range(14):
+            prompt = shared[: draw.choice((0, 9, 20))]
+            prompt = prompt + [draw.randrange(3, VOCAB_SIZE) for _ in range(draw.randint(1, 30))]
+            engine.add_request(str(number), prompt, _params(draw, number))
+        for step in range(10_000):
+            if not engine.has_work:
+                break
+            if step == 6:
+                engine.abort("3")
+            for output in engine.step():
+                results[output.request_id] = [
+                    [c.token_ids, _rounded(c.logprobs), c.finish_reason] for c in output.outputs
+                ] + [_rounded(output.prompt_logprobs)]
+        # All alike: chosen where the logits are.
+        greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        prompts = [[draw.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in (3, 30, 11)]
+        for output in llm.generate(prompts, greedy, use_tqdm=False):
+            results[f"greedy {output.request_id}"] = output.outputs[0].token_ids
+        metrics = llm.get_metrics()
+        results["preemptions"] = metrics.num_preemptions > 0
+        results["cached"] = metrics.num_cached_tokens > 0
+        results["free"] = metrics.num_free_blocks
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def _params(draw: random.Random, number: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=draw.choice((0.0, 0.7, 1.2)),
+        top_p=draw.choice((1.0, 0.9)),
+        seed=draw.choice((None, number)),
+        n=draw.choice((1, 1, 2)),
+        max_tokens=draw.randint(10, 30),
+        presence_penalty=draw.choice((0.0, 0.5)),
+        logprobs=draw.choice((None, None, 2)),
+        prompt_logprobs=draw.choice((None, None, 1)),
+        ignore_eos=True,
+    )
+
+
+def _rounded(entries: Any) -> Any:
+    if entries is None:
+        return None
+    return [
+        entry and {token: round(found.logprob, 2) for token, found in entry.items()}
+        for entry in entries
+    ]
+
+
+def generate_slowly(folder: Path, options: dict[str, Any]) -> None:
+    """Steps without end, whose number goes into a file."""
+    torch.set_num_threads(1)
+    with LLM(**options) as llm:
+        greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        step = 0
+        while True:
+            llm.engine.add_request(str(step), [5, 6, 7], greedy)
+            while llm.engine.has_work:
+                llm.engine.step()
+                step += 1
+                (folder / "step").write_text(str(step))
+
+
+def _in_step_of_followers(number: int, action: Callable[[], None]) -> None:
+    execute, count = Follower._execute, itertools.count()
+
+    def changed(follower: Follower, step: Step) -> None:
+        if next(count) == number:
+            action()
+        execute(follower, step)
+
+    Follower._execute = changed  # type: ignore[method-assign]
+
+
+def fail_in_a_step(folder: Path, options: dict[str, Any]) -> None:
+    def fail() -> None:
+        raise OSError("no more")
+
+    _in_step_of_followers(7, fail)
+    generate_slowly(folder, options)
+
+
+def hang_in_a_step(folder: Path, options: dict[str, Any]) -> None:
+    _in_step_of_followers(7, lambda: time.sleep(1000))
+    generate_slowly(folder, options)
+
+
+def generate_with_own_seeds(folder: Path, options: dict[str, Any]) -> None:
+    generate_slowly(folder, options | {"seed": int(os.environ["RANK"])})

@@ -1,0 +1,77 @@
+"""Ranks of a group generate what one process does."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nano_vllm.config import ModelConfig
+from nano_vllm.distributed.stages import split_layers
+from tests.conftest import SEED
+from tests.distributed.launch_ranks import start_ranks
+from tests.distributed.rank_functions import generate_all, options_of
+from tests.models.checkpoints import make_checkpoint
+
+SECONDS = 120
+
+
+def results_of(folder: Path, size: int, options: dict[str, Any], seed: int) -> dict[str, Any]:
+    ranks = start_ranks(generate_all, size, folder, options, seed)
+    codes = ranks.join(SECONDS)
+    assert codes == [0] * size, [ranks.errors(rank) for rank in range(size)]
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[str, Any]]:
+    """A model, a seed of requests, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("one process")
+    make_checkpoint(folder / "model", num_hidden_layers=3)
+    seed = random.Random(f"{SEED} {__name__}").getrandbits(63)
+    results = results_of(folder, 1, options_of(str(folder / "model")), seed)
+    assert results["preemptions"]
+    assert results["cached"]
+    return folder / "model", seed, results
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 3), (2, 2)])
+def test_ranks_generate_the_same(
+    tmp_path: Path, expected: tuple[Path, int, dict[str, Any]], tp: int, pp: int
+) -> None:
+    model, seed, results = expected
+    print(f"to repeat: NANO_VLLM_TEST_SEED={SEED}")
+    options = options_of(str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp)
+    assert results_of(tmp_path, tp * pp, options, seed) == results
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "vocab_size", "num_stages", "counts"),
+    [
+        (8, 8, 1, [8]),
+        (8, 8, 2, [4, 4]),
+        (8, 8, 3, [3, 3, 2]),
+        # The head weighs as much as 3 layers.
+        (9, 3 * 12 * 64, 2, [6, 3]),
+        (4, 99 * 12 * 64, 3, [2, 1, 1]),
+    ],
+)
+def test_stages_cost_the_same(
+    num_layers: int, vocab_size: int, num_stages: int, counts: list[int]
+) -> None:
+    # A layer: 12 * hidden_size^2 weights.
+    config = ModelConfig("X", vocab_size, 64, 128, num_layers, 1, 1, 96, 64, 1e-5, 1e4)
+    stages = split_layers(config, num_stages)
+    assert [len(stage.layers) for stage in stages] == counts
+    assert [i for stage in stages for i in stage.layers] == list(range(num_layers))
+    assert [stage.is_first for stage in stages] == [i == 0 for i in range(num_stages)]
+    assert [stage.is_last for stage in stages] == [i + 1 == num_stages for i in range(num_stages)]
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    config = ModelConfig("X", 99, 64, 128, 2, 1, 1, 96, 64, 1e-5, 1e4)
+    with pytest.raises(ValueError, match="at most num_layers = 2, got 3"):
+        split_layers(config, 3)
