@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ def facts_of(
         shapes = checkpoint.shapes
         checkpoint.close()
     return {
-        "nano_vllm": version("nano_vllm"),
+        "nano_vllm": _version(),
         "torch": torch.__version__,
         "the model's configuration": _digest(model),
         "the tensors' names and shapes": _digest(sorted(shapes.items())),
@@ -41,3 +41,10 @@ def facts_of(
 
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _version() -> str:
+    try:
+        return version("nano_vllm")
+    except PackageNotFoundError:  # run from its source
+        return "not installed"
