@@ -1,4 +1,4 @@
-"""`nano-vllm generate|serve|bench ...` is `python -m nano_vllm.generate ...` and so on."""
+"""`nano-vllm generate|serve|bench|plan ...` is `python -m nano_vllm.generate ...` and so on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ COMMANDS = {
     "generate": ("nano_vllm.generate", "prompts in, text out"),
     "serve": ("nano_vllm.serve", "the OpenAI API"),
     "bench": ("nano_vllm.bench.__main__", "benchmarks"),
+    "plan": ("nano_vllm.plan.__main__", "what a model needs of GPUs, and how fast they would be"),
 }
 
 

@@ -1,15 +1,17 @@
-"""Command-line flags from dataclass fields, and errors of one line."""
+"""Command-line flags from dataclass fields, errors of one line, and tables."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import difflib
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nano_vllm.config import EngineConfig
@@ -17,6 +19,7 @@ from nano_vllm.config import EngineConfig
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 SHORT_FLAGS = {"tensor_parallel_size": ("--tp",), "pipeline_parallel_size": ("--pp",)}
 """Fields that have other flags beside that of their name."""
 
@@ -128,3 +131,30 @@ def run_command(command: Callable[[], int], debug: bool) -> int:
 
 def print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
+
+
+def check_plot(path: str) -> None:
+    """ValueError for a picture that could not be drawn once all has run."""
+    if Path(path).suffix not in PLOT_FORMATS:
+        raise ValueError(f"--plot must end with {', '.join(PLOT_FORMATS)}, got {path}")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ValueError(f"--plot needs matplotlib (pip install matplotlib): {error}")
+
+
+def print_table(lines: Sequence[dict[str, Any]]) -> None:
+    """Rows that share the keys of the first, under these."""
+    columns = list(lines[0])
+    cells = [[_text(line[column]) for column in columns] for line in lines]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in (columns, ["-" * width for width in widths], *cells):
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

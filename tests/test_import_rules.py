@@ -18,6 +18,8 @@ FLOORS = (
     (
         "config",
         "config_fields",
+        "model_family",
+        "model_size",
         "sampling_params",
         "sequence",
         "batch",
@@ -35,7 +37,7 @@ FLOORS = (
     ("engine",),
     ("server",),
     ("cli",),
-    ("", "__main__", "generate", "serve", "bench", "check"),
+    ("", "__main__", "generate", "serve", "bench", "check", "plan"),
 )
 PLAIN_DATA = FLOORS[0]
 LIGHT = (
@@ -48,6 +50,14 @@ LIGHT = (
     "check",
     "server.server_config",
     "bench.__main__",
+    "plan",
+    "distributed.partition",
+    "distributed.stages",
+    "models.registry",
+    "runner.input_layout",
+    "runner.limits",
+    "runner.memory",
+    "sampling.logprob_rows",
     "engine.scheduler",
     "engine.waiting_queue",
     "engine.beam_group",

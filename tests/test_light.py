@@ -57,7 +57,7 @@ def test_import_is_light(names: str) -> None:
     assert not HEAVY & modules
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "bench", "check"])
+@pytest.mark.parametrize("command", ["generate", "serve", "bench", "check", "plan"])
 def test_help_is_light(command: str) -> None:
     """`python -m nano_vllm.<command> --help`."""
     modules = modules_after(

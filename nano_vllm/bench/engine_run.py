@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nano_vllm.bench.workload import positive
-from nano_vllm.cli import add_engine_arguments
+from nano_vllm.cli import add_engine_arguments, check_plot
 
 if TYPE_CHECKING:
     import torch
@@ -40,14 +39,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def check_files(args: argparse.Namespace) -> None:
     """Raise ValueError for a file that could not be written once all has run; make the others."""
     if args.plot is not None:
-        from nano_vllm.bench.step_plot import FORMATS
-
-        if Path(args.plot).suffix not in FORMATS:
-            raise ValueError(f"--plot must end with {', '.join(FORMATS)}, got {args.plot}")
-        try:
-            importlib.import_module("matplotlib.figure")
-        except ImportError as error:
-            raise ValueError(f"--plot needs matplotlib (pip install matplotlib): {error}")
+        check_plot(args.plot)
     try:
         for path in filter(None, (args.plot, args.trace)):
             Path(path).open("ab").close()

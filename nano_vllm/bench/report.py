@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Sequence
 from typing import Any
+
+from nano_vllm.cli import print_table
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -47,25 +48,9 @@ def report(
     """
     more = more or {}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    _print_table(rows if table is None else table)
+    print_table(rows if table is None else table)
     for name, lines in more.items():
         if lines:
             print(f"\n{name}")
-            _print_table(lines)
+            print_table(lines)
     print(json.dumps({"benchmark": benchmark, **machine, "rows": rows, **more}))
-
-
-def _print_table(lines: Sequence[dict[str, Any]]) -> None:
-    columns = list(lines[0])
-    cells = [[_text(line[column]) for column in columns] for line in lines]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    for line in (columns, ["-" * width for width in widths], *cells):
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,15 +4,21 @@ these take at the device's own ceilings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from nano_vllm.bench import timing
 from nano_vllm.bench.workload import Workload
-from nano_vllm.cache.kv_cache import bytes_per_block
 from nano_vllm.config import ModelConfig
+from nano_vllm.model_size import (
+    attended,
+    bytes_per_block,
+    head_elements,
+    layer_flops,
+    matrix_elements,
+    windows,
+)
 from nano_vllm.step_record import StepRecord
 
 
@@ -52,17 +58,12 @@ class Roofline:
     @property
     def layer_weights(self) -> int:
         """Elements of all layers' matrices; norms and biases are nothing beside them."""
-        c = self.config
-        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        attention = c.hidden_size * (qkv + c.num_heads * c.head_dim)
-        return c.num_layers * (
-            attention + (3 if c.gated_mlp else 2) * c.hidden_size * c.intermediate_size
-        )
+        return self.config.num_layers * matrix_elements(self.config)
 
     @property
     def head_weights(self) -> int:
         """Elements of the language-model head."""
-        return self.config.vocab_size * self.config.hidden_size
+        return head_elements(self.config)
 
     @property
     def step_weight_bytes(self) -> int:
@@ -72,14 +73,14 @@ class Roofline:
     @property
     def token_kv_bytes(self) -> int:
         """Keys and values of one token in all layers."""
-        return bytes_per_block(self.config, 1, self.cache_dtype)
+        return bytes_per_block(self.config, 1, self.cache_dtype.itemsize)
 
     def decode_bytes(self, workload: Workload) -> int:
         """Read after the prompts, if all requests advance together: in each step the weights once,
         and the keys and values of every sequence.
         """
         tokens = sum(
-            self._attended(inputs + outputs - 1) - self._attended(inputs)
+            attended(self.config, inputs + outputs - 1) - attended(self.config, inputs)
             for inputs, outputs in zip(workload.input_lens, workload.output_lens, strict=True)
         )
         steps = max(workload.output_lens) - 1
@@ -88,7 +89,7 @@ class Roofline:
 
     def prefill_flops(self, workload: Workload) -> int:
         """Of the prompts: the layers' products, and attention over what the causal mask leaves."""
-        return self._layer_flops(workload.input_lens, workload.input_lens)
+        return layer_flops(self.config, workload.input_lens, workload.input_lens)
 
     def step_bytes(self, step: StepRecord) -> int | None:
         """Read by a step: the weights once, and the keys and values that its tokens attend over.
@@ -99,7 +100,7 @@ class Roofline:
         tokens = sum(
             min(length, (window or length) + queries - 1)
             for queries, length in zip(step.query_lens, step.seq_lens, strict=True)
-            for window in self._windows()
+            for window in windows(self.config)
         )
         return self.step_weight_bytes + tokens * self.token_kv_bytes // self.config.num_layers
 
@@ -108,7 +109,7 @@ class Roofline:
         attention over what the causal mask leaves.
         """
         head = 2 * self.head_weights * step.num_sampled
-        return head + self._layer_flops(step.query_lens, step.seq_lens)
+        return head + layer_flops(self.config, step.query_lens, step.seq_lens)
 
     def decode_seconds(self, workload: Workload) -> float | None:
         """The least time of the decode steps of all requests."""
@@ -133,30 +134,6 @@ class Roofline:
             "copy GB/s": round(self.copy / 1e9),
             "matmul TFLOP/s": round(self.matmul / 1e12, 2),
         }
-
-    def _layer_flops(self, query_lens: Iterable[int], seq_lens: Iterable[int]) -> int:
-        """Of the layers, for the last query_lens tokens of sequences of seq_lens."""
-        c = self.config
-        num_tokens = num_seen = 0
-        for queries, length in zip(query_lens, seq_lens, strict=True):
-            num_tokens += queries
-            num_seen += self._attended(length) - self._attended(length - queries)
-        attention = 4 * c.num_heads * c.head_dim
-        return 2 * self.layer_weights * num_tokens + attention * num_seen
-
-    def _attended(self, length: int) -> int:
-        """Tokens that the queries at all positions below `length` see, themselves included, in all
-        layers.
-        """
-        total = 0
-        for window in self._windows():
-            seen = min(length, window or length)
-            total += seen * (seen + 1) // 2 + (length - seen) * seen
-        return total
-
-    def _windows(self) -> list[int]:
-        """Of each layer; 0 for one that sees all tokens."""
-        return [self.config.window(layer) for layer in range(self.config.num_layers)]
 
 
 def share(floor: float | None, seconds: float) -> float | None:

@@ -10,7 +10,6 @@ from nano_vllm.bench.roofline import Roofline
 from nano_vllm.bench.step_report import RecordedRun, TimedStep, figures, idle_share
 from nano_vllm.step_record import KINDS
 
-FORMATS = (".png", ".svg", ".pdf")
 COLORS = dict(zip(KINDS, ("tab:orange", "tab:green", "tab:blue"), strict=True))
 
 
@@ -22,7 +21,7 @@ def write_plot(
     file cannot be written.
 
     Args:
-        path: ends with one of FORMATS.
+        path: ends with one of cli.PLOT_FORMATS.
         title: stands above.
         runs: of at least one step each.
         roofline: gives floors and ceilings.

@@ -1,4 +1,4 @@
-"""The tensors that hold keys and values, and how many blocks of them fit."""
+"""The tensors that hold keys and values."""
 
 from __future__ import annotations
 
@@ -43,9 +43,3 @@ class KVCache:
         self.layers: list[LayerCache] = [
             (keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in self.pool
         ]
-
-
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values, in all layers, of block_size tokens."""
-    elements = config.num_layers * 2 * config.num_kv_heads * block_size * config.head_dim
-    return elements * dtype.itemsize

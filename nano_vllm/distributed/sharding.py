@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from nano_vllm.distributed.partition import vocabulary_part
+
 
 class Ranks(Protocol):
     """Where a rank stands among those that share the layers."""
@@ -100,19 +102,13 @@ def on_first_rank(size: int, ranks: Ranks) -> Sharding:
     return Sharding(0, {None: (size,)}, {None: [Part(whole, whole)] if ranks.rank == 0 else []})
 
 
-ROW_MULTIPLE = 8
-"""Of a rank's part of the vocabulary: rows of logits begin at multiples of 16 bytes."""
-
-
 def vocabulary_rows(num_rows: int, columns: int, ranks: Ranks) -> tuple[int, range, Sharding]:
     """An embedding's rows, dealt out evenly, with padding behind the last ones.
 
     Returns:
         rows of each rank's parameter; the tokens that this rank holds; how they are filled.
     """
-    each = num_rows
-    if ranks.size > 1:
-        each = -(-num_rows // (ranks.size * ROW_MULTIPLE)) * ROW_MULTIPLE
+    each = vocabulary_part(num_rows, ranks.size)
     first = min(ranks.rank * each, num_rows)
     held = range(first, min(first + each, num_rows))
     parts = [Part(slice(held.start, held.stop), slice(0, len(held)))] if held else []

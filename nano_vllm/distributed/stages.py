@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.model_size import head_elements, matrix_elements
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ def split_layers(config: ModelConfig, num_stages: int) -> list[Stage]:
             f"pipeline_parallel_size must be at most num_layers = {config.num_layers}, "
             f"got {num_stages}"
         )
-    layer = _layer_weights(config)
+    layer = matrix_elements(config)
     costs = [layer] * num_stages
-    costs[-1] += config.vocab_size * config.hidden_size
+    costs[-1] += head_elements(config)
     counts = [1] * num_stages
     for _ in range(config.num_layers - num_stages):
         cheapest = costs.index(min(costs))
@@ -49,9 +50,3 @@ def split_layers(config: ModelConfig, num_stages: int) -> list[Stage]:
         stages.append(Stage(range(first, first + count), index == 0, index == num_stages - 1))
         first += count
     return stages
-
-
-def _layer_weights(config: ModelConfig) -> int:
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    matrices = 3 if config.gated_mlp else 2
-    return config.hidden_size * (heads * config.head_dim + matrices * config.intermediate_size)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from nano_vllm import ops
 from nano_vllm.config import ModelConfig
-from nano_vllm.config_fields import ConfigFields
 from nano_vllm.distributed.collectives import ALONE, Collectives
 from nano_vllm.distributed.sharding import share
 from nano_vllm.distributed.stages import Stage, whole
@@ -21,6 +19,7 @@ from nano_vllm.layers.linear import RowParallelLinear, StackedLinear
 from nano_vllm.layers.norm import LayerNorm, RMSNorm, SharedRMSNorm
 from nano_vllm.layers.rotary import cos_sin_cache
 from nano_vllm.metrics import nvtx_range
+from nano_vllm.model_family import ModelFamily
 
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
@@ -304,7 +303,7 @@ class Decoder(nn.Module):
         return x if self.embed_positions is None else x + self.embed_positions(positions)
 
 
-class CausalLM(nn.Module):
+class CausalLM(ModelFamily, nn.Module):
     """A decoder with a language-model head: token ids in, hidden states and logits out.
 
     Args:
@@ -314,48 +313,6 @@ class CausalLM(nn.Module):
         ranks: who shares the layers' weights.
         stage: which layers these are; None for all.
     """
-
-    stacked: ClassVar[dict[str, tuple[str, str]]] = {
-        "q_proj": ("qkv_proj", "q"),
-        "k_proj": ("qkv_proj", "k"),
-        "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", "gate"),
-        "up_proj": ("gate_up_proj", "up"),
-    }
-    """Checkpoint module -> (stacked module, shard)."""
-    transposed: ClassVar[tuple[str, ...]] = ()
-    """Endings of the checkpoint's tensors that lie [in_features, out_features]."""
-    config_names: ClassVar[dict[str, str]] = {}
-    """Fields of config.json that the family calls otherwise: Llama's name -> its own."""
-    config_defaults: ClassVar[dict[str, Any]] = {}
-    """Fields of config.json, by the family's names, that mean this where they are absent."""
-    mlp_ratio: ClassVar[int | None] = None
-    """intermediate_size / hidden_size, where config.json may leave the former out."""
-    always: ClassVar[dict[str, Any]] = {}
-    """Fields of ModelConfig that are the same for all models of the family."""
-    sliding_layers: ClassVar[str] = "none"
-    """Layers that have the configuration's sliding window: none, all, or as layer_types says."""
-    rope_by_layer_type: ClassVar[bool] = False
-    """Whether config.json has rotary parameters for each of the layer_types."""
-
-    @classmethod
-    def layer_types(cls, fields: ConfigFields, num_layers: int) -> list[str]:
-        """full_attention or sliding_attention for each layer, where config.json has no
-        `layer_types`.
-        """
-        return ["sliding_attention"] * num_layers
-
-    @classmethod
-    def read_config(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
-        """The configuration with what config.json has for this family alone."""
-        return config
-
-    @classmethod
-    def parameter_name(cls, name: str) -> str | None:
-        """The parameter, or the part of a stacked one, that a tensor of a Hugging Face checkpoint
-        fills; None where it is no weight.
-        """
-        return name
 
     def __init__(
         self,

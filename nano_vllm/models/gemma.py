@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from nano_vllm.config import LayerNorms, ModelConfig
 from nano_vllm.config_fields import ConfigFields
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 _SANDWICH = LayerNorms(
     "input_layernorm",
@@ -17,7 +17,7 @@ _SANDWICH = LayerNorms(
 )
 
 
-class Gemma2ForCausalLM(CausalLM):
+class Gemma2ForCausalLM(ModelFamily):
     """Norms before and behind each block, their weights stored as the difference from 1; a sliding
     window in every other layer, soft caps. Source: arXiv 2408.00118.
     """

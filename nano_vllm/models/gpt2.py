@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.config_fields import ConfigFields
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 _MODULES = {
     "wte": "model.embed_tokens",
@@ -23,7 +23,7 @@ _MODULES = {
 }
 
 
-class GPT2LMHeadModel(CausalLM):
+class GPT2LMHeadModel(ModelFamily):
     """Learned positions, LayerNorm, biases, an MLP without a gate. Source: Radford et al. 2019,
     *Language Models are Unsupervised Multitask Learners*.
     """

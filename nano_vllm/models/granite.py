@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.config_fields import ConfigFields
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 
-class GraniteForCausalLM(CausalLM):
+class GraniteForCausalLM(ModelFamily):
     """A Llama with multipliers. Source: the Granite 3.0 report; arXiv 2408.13359."""
 
     @classmethod

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 
-class LlamaForCausalLM(CausalLM):
+class LlamaForCausalLM(ModelFamily):
     """Source: arXiv 2302.13971, 2407.21783."""
 
 
-class MistralForCausalLM(CausalLM):
+class MistralForCausalLM(ModelFamily):
     """A sliding window in all layers. Source: arXiv 2310.06825."""
 
     sliding_layers: ClassVar[str] = "all"
 
 
-class MinistralForCausalLM(CausalLM):
+class MinistralForCausalLM(ModelFamily):
     """A sliding window in some layers."""
 
     sliding_layers: ClassVar[str] = "layer_types"

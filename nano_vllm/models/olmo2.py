@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from nano_vllm.config import LayerNorms
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 
-class Olmo2ForCausalLM(CausalLM):
+class Olmo2ForCausalLM(ModelFamily):
     """Norms behind the blocks alone, and of queries and keys over all heads. Source: arXiv
     2501.00656.
     """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 
-class Phi3ForCausalLM(CausalLM):
+class Phi3ForCausalLM(ModelFamily):
     """Query, key and value in one tensor of the checkpoint, gate and up in another. Source: arXiv
     2404.14219, 2412.08905.
     """

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from nano_vllm.config_fields import ConfigFields
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 
-class Qwen2ForCausalLM(CausalLM):
+class Qwen2ForCausalLM(ModelFamily):
     """Biases on query, key and value. Source: arXiv 2407.10671, 2412.15115."""
 
     always: ClassVar[dict[str, Any]] = {"attention_bias": True}

@@ -1,9 +1,12 @@
-"""Finds a model's class by the architecture that its checkpoint names."""
+"""Finds a model's family and class by the architecture that its checkpoint names."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING
+
+from nano_vllm.model_family import ModelFamily
 
 if TYPE_CHECKING:
     from nano_vllm.models.decoder import CausalLM
@@ -22,13 +25,21 @@ SUPPORTED = {
     "GraniteForCausalLM": "nano_vllm.models.granite",
     "GPT2LMHeadModel": "nano_vllm.models.gpt2",
 }
-"""Architecture, as config.json's `architectures` has it -> the module of the class of that name."""
+"""Architecture, as config.json's `architectures` has it -> the module with the family's class."""
 
 
-def model_class(architecture: str) -> type[CausalLM]:
-    """The class for an architecture; ValueError names the supported ones."""
+def model_family(architecture: str) -> type[ModelFamily]:
+    """What an architecture's checkpoints are read by; ValueError names the supported ones."""
     if architecture not in SUPPORTED:
         raise ValueError(
             f"architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}"
         )
     return getattr(importlib.import_module(SUPPORTED[architecture]), architecture)
+
+
+@functools.cache
+def model_class(architecture: str) -> type[CausalLM]:
+    """The family on the shared decoder: the class that an architecture's models are built of."""
+    from nano_vllm.models.decoder import CausalLM
+
+    return type(architecture, (model_family(architecture), CausalLM), {})

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.config_fields import ConfigFields
-from nano_vllm.models.decoder import CausalLM
+from nano_vllm.model_family import ModelFamily
 
 
-class SmolLM3ForCausalLM(CausalLM):
+class SmolLM3ForCausalLM(ModelFamily):
     """Every fourth layer rotates nothing. Source: the SmolLM3 release; arXiv 2501.18795."""
 
     config_defaults: ClassVar[dict[str, Any]] = {

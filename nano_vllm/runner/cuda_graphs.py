@@ -10,12 +10,10 @@ import torch
 
 from nano_vllm.batch import Batch
 from nano_vllm.runner.input_batch import ModelInput
+from nano_vllm.runner.limits import MAX_GRAPH_TOKENS
 
 Forward = Callable[[ModelInput], torch.Tensor]
 """Inputs of a step -> what the model makes of each of its tokens."""
-
-MAX_GRAPH_TOKENS = 2048
-"""Of a step with prompts. The kernels of longer ones take longer than their launches."""
 
 
 class Padding(NamedTuple):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +14,24 @@ from nano_vllm._core import DecodeStep, find_shared_prefixes, prepare_batch
 from nano_vllm.batch import Batch
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.attention import AttentionMetadata
+from nano_vllm.runner.input_layout import (
+    Layout,
+    array_bytes,
+    decode_layout,
+    layout_bytes,
+    mixed_layout,
+    staging_bytes,
+)
 
 SHARED_PREFIX_BYTES = 32 << 20
 """Of keys and values of a layer that reading a prefix once must spare: 11 us of memory time on an
 H100, about what the kernel that reads it costs besides."""
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtypes and shapes of arrays that lie one behind the other."""
-_NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
+_DTYPES: dict[str, tuple[Any, torch.dtype]] = {
+    "int32": (np.int32, torch.int32),
+    "int64": (np.int64, torch.int64),
+}
+"""By their names in a Layout, for host and device."""
 Arrays = dict[str, np.ndarray]
 Tensors = dict[str, torch.Tensor]
 
@@ -99,12 +108,7 @@ class InputBatch:
         self.block_size = block_size
         self.device = device
         self.max_blocks_per_seq = max_blocks_per_seq
-        capacity = max(
-            _num_bytes(
-                mixed_layout(max_num_tokens, max_num_seqs, (max_num_seqs, max_blocks_per_seq))
-            ),
-            _num_bytes(decode_layout(max_num_seqs, max_num_seqs * max_blocks_per_seq)),
-        )
+        capacity = staging_bytes(max_num_tokens, max_num_seqs, max_blocks_per_seq)
         on_gpu = device.type == "cuda"
         self.staging = torch.empty(capacity, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffer = torch.empty_like(self.staging, device=device) if on_gpu else self.staging
@@ -183,7 +187,7 @@ class InputBatch:
     def _decode_arrays(self, size: int) -> tuple[Arrays, Tensors, int]:
         if size not in self._decode_views:
             views = self._views(decode_layout(size, size * self.max_blocks_per_seq))
-            self._decode_views[size] = *views, _num_bytes(decode_layout(size, 0))
+            self._decode_views[size] = *views, layout_bytes(decode_layout(size, 0))
         return self._decode_views[size]
 
     def _write_decodes(self, decodes: DecodeStep, padded_size: int | None) -> StagedInput:
@@ -299,7 +303,7 @@ class InputBatch:
             seq_lens[num_seqs:] = 0
             host["shared_prefix"][:, num_seqs:] = 0
         return StagedInput(
-            num_bytes=_num_bytes(layout),
+            num_bytes=layout_bytes(layout),
             is_decode=False,
             is_padded=padding is not None,
             num_tokens=padded_tokens,
@@ -334,9 +338,10 @@ class InputBatch:
         device: Tensors = {}
         offset = 0
         for name, (dtype, shape) in layout.items():
-            end = offset + dtype.itemsize * prod(shape)
-            host[name] = self._host[offset:end].view(_NUMPY[dtype]).reshape(shape)
-            device[name] = self._buffer[offset:end].view(dtype).view(shape)
+            end = offset + array_bytes(dtype, shape)
+            on_host, on_device = _DTYPES[dtype]
+            host[name] = self._host[offset:end].view(on_host).reshape(shape)
+            device[name] = self._buffer[offset:end].view(on_device).view(shape)
             offset = end
         return host, device
 
@@ -382,44 +387,3 @@ class InputBatch:
                 sliding_window=window,
                 shared_prefix=attention.shared_prefix,
             )
-
-
-def decode_layout(size: int, num_changes: int) -> Layout:
-    """The staging buffer of a step of decodes: but for the changes at its end, which travel as far
-    as there are any, it is the same for all steps of a padded size.
-
-    A change is a place in the device's block tables, table row * max_blocks_per_seq + index, and
-    the block that is there from now on. `table_rows` says where each sequence's table is.
-    """
-    return {
-        **_inputs_layout(size, size),
-        "table_rows": (torch.int32, (size,)),
-        "num_changes": (torch.int32, (1,)),
-        "changes": (torch.int32, (num_changes, 2)),
-    }
-
-
-def mixed_layout(num_tokens: int, num_seqs: int, tables: tuple[int, int]) -> Layout:
-    """The staging buffer of any other step: but for the block tables at its end, as many as there
-    are sequences and as wide as the longest, it is the same for all steps of a padding.
-    """
-    return {
-        "sampled": (torch.int64, (2, num_seqs)),
-        **_inputs_layout(num_tokens, num_seqs),
-        "block_tables": (torch.int32, tables),
-    }
-
-
-def _inputs_layout(num_tokens: int, num_seqs: int) -> Layout:
-    return {
-        "input_ids": (torch.int64, (num_tokens,)),
-        "positions": (torch.int64, (num_tokens,)),
-        "slot_mapping": (torch.int64, (num_tokens,)),
-        "query_start_loc": (torch.int32, (num_seqs + 1,)),
-        "seq_lens": (torch.int32, (num_seqs,)),
-        "shared_prefix": (torch.int32, (2, num_seqs)),
-    }
-
-
-def _num_bytes(layout: Layout) -> int:
-    return sum(dtype.itemsize * prod(shape) for dtype, shape in layout.values())

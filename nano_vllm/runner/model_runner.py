@@ -14,9 +14,9 @@ from nano_vllm.batch import Batch, ScheduledSequence, StepResult
 from nano_vllm.config import EngineConfig
 from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.outputs import Logprob
-from nano_vllm.runner.memory import LOGPROB_ROWS
 from nano_vllm.runner.model_worker import ModelWorker, choose_dtype
 from nano_vllm.runner.step_message import Step, StepSender
+from nano_vllm.sampling.logprob_rows import PROMPT_ROWS
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.sequence import Sequence
@@ -182,7 +182,7 @@ def _wanted_logprobs(batch: Batch) -> list[_WantedLogprobs]:
         if first >= last:
             continue
         end = begin + last - first
-        spans = [(low, min(low + LOGPROB_ROWS, end)) for low in range(begin, end, LOGPROB_ROWS)]
+        spans = [(low, min(low + PROMPT_ROWS, end)) for low in range(begin, end, PROMPT_ROWS)]
         token_ids = sequence.token_ids[first:last]
         result.append(_WantedLogprobs(row, token_ids, num_logprobs, spans))
     return result

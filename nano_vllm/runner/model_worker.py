@@ -11,7 +11,7 @@ import torch
 from nano_vllm import ops
 from nano_vllm.cache.host_cache import HostCache
 from nano_vllm.cache.kv_cache import KVCache
-from nano_vllm.config import HEAD_DIMS, EngineConfig, ModelConfig
+from nano_vllm.config import EngineConfig, ModelConfig
 from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.distributed.process_groups import ParallelState, join
 from nano_vllm.distributed.stages import split_layers
@@ -20,15 +20,18 @@ from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.runner.cuda_graphs import StepGraphs
 from nano_vllm.runner.input_batch import InputBatch, ModelInput
-from nano_vllm.runner.memory import num_host_blocks, num_kv_blocks
+from nano_vllm.runner.limits import (
+    check_head_dim,
+    choose_dtype_name,
+    choose_max_model_len,
+    choose_max_num_batched_tokens,
+)
+from nano_vllm.runner.memory import DeviceMemory, num_host_blocks, num_kv_blocks
 from nano_vllm.runner.same_everywhere import facts_of
 from nano_vllm.runner.step_message import Step, most_bytes
 from nano_vllm.sampling.greedy import likeliest_tokens
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
-
-MAX_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens computed in one step by default."""
 
 
 class ModelWorker:
@@ -66,18 +69,17 @@ class ModelWorker:
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
         self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
         self.block_size = config.block_size
-        self.max_model_len = _choose_max_model_len(config, self.model_config)
-        self.max_num_batched_tokens = config.max_num_batched_tokens or max(
-            MAX_BATCHED_TOKENS[self.device.type],
-            0 if config.enable_chunked_prefill else self.max_model_len,
+        self.max_model_len = choose_max_model_len(config, self.model_config)
+        self.max_num_batched_tokens = choose_max_num_batched_tokens(
+            config, self.device.type, self.max_model_len
         )
         _check_quantization(config, self.model_path, self.device)
         pipeline = self.parallel.pipeline
         self.stage = split_layers(self.model_config, pipeline.num_stages)[pipeline.stage]
         shard = self.model_config.shard(config.tensor_parallel_size, self.stage.layers)
-        self.num_host_blocks = num_host_blocks(config, shard, self.cache_dtype)
+        self.num_host_blocks = num_host_blocks(config, shard, self.cache_dtype.itemsize)
         cls = model_class(self.model_config.architecture)
-        _check_head_dim(self.model_config, self.device)
+        check_head_dim(self.model_config, self.device.type)
         if self.parallel.size > 1:
             self.parallel.compare(facts_of(config, self.model_path, self.model_config, self.dtype))
         timer.lap("config")
@@ -112,9 +114,9 @@ class ModelWorker:
                 shard,
                 self.max_model_len,
                 self.max_num_batched_tokens,
-                self.dtype,
-                self.cache_dtype,
-                self.device,
+                self.dtype.itemsize,
+                self.cache_dtype.itemsize,
+                _device_memory(self.device),
             )
             self.num_blocks, self.num_host_blocks = self.parallel.agree(
                 num_blocks, self.num_host_blocks
@@ -282,29 +284,11 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
 
 def choose_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
     """The dtype asked for by name; for auto the checkpoint's own, if it names one."""
-    if name == "auto":
-        # A GGUF does not say. Its scales are float16, and bfloat16 would round the weights eight
-        # times as coarsely.
-        name = stored or ("float16" if device.type == "cuda" else "float32")
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {name!r}")
-    return getattr(torch, name)
+    return getattr(torch, choose_dtype_name(name, stored, device.type))
 
 
-def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    scaling = model.rope_scaling
-    limit = model.max_position
-    stretches = scaling is not None and scaling.kind in ("linear", "dynamic", "yarn")
-    if scaling is not None and stretches and scaling.original_max_position:
-        limit = max(limit, int(scaling.original_max_position * scaling.factor))
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ValueError(
-            f"max_model_len must be at most the model's context of {limit}, "
-            f"got {config.max_model_len}"
-        )
-    return config.max_model_len
+def _device_memory(device: torch.device) -> DeviceMemory | None:
+    return DeviceMemory(*torch.cuda.mem_get_info(device)) if device.type == "cuda" else None
 
 
 def _check_quantization(config: EngineConfig, path: Path, device: torch.device) -> None:
@@ -314,11 +298,3 @@ def _check_quantization(config: EngineConfig, path: Path, device: torch.device) 
         raise ValueError(f"quantization 'gguf' runs on device cpu alone, got {device.type}")
     if path.suffix != ".gguf" or config.load_format == "dummy":
         raise ValueError(f"quantization 'gguf' needs the weights of a .gguf file, got {path}")
-
-
-def _check_head_dim(model: ModelConfig, device: torch.device) -> None:
-    if device.type == "cuda" and model.head_dim not in HEAD_DIMS:
-        raise ValueError(
-            f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))} on CUDA, "
-            f"got {model.head_dim}"
-        )

@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 
 from nano_vllm.outputs import Logprob
-
-ROWS_AT_ONCE = 32
-"""Rows that exist in float64 at the same time: else the last bits of a sum would depend on how many
-rows there are.
-"""
+from nano_vllm.sampling.logprob_rows import ROWS_AT_ONCE
 
 
 def logprob_table(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from nano_vllm.config import ModelConfig, Rope, RopeScaling
 from nano_vllm.config_fields import ConfigFields
+from nano_vllm.model_family import FindFamily
 from nano_vllm.weights.gguf_file import GGUFFile
-from nano_vllm.weights.hf_config import FindFamily
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

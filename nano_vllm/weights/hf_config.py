@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.config_fields import REQUIRED, ConfigFields
+from nano_vllm.model_family import FindFamily, ModelFamily
 from nano_vllm.weights.json_file import read_json_object
 from nano_vllm.weights.rope_config import parse_rope
 
@@ -56,27 +56,6 @@ _CHANGES_THE_MATHS: dict[str, tuple[Any, ...]] = {
 """Fields that some model computes by -> values that mean nothing is different. One that a family
 does not read must have such a value, or be absent.
 """
-
-
-class ModelFamily(Protocol):
-    """What a model's class tells about its config.json; see `models.decoder.CausalLM`."""
-
-    config_names: ClassVar[dict[str, str]]
-    config_defaults: ClassVar[dict[str, Any]]
-    mlp_ratio: ClassVar[int | None]
-    always: ClassVar[dict[str, Any]]
-    sliding_layers: ClassVar[str]
-    rope_by_layer_type: ClassVar[bool]
-
-    @classmethod
-    def layer_types(cls, fields: ConfigFields, num_layers: int) -> list[str]: ...
-
-    @classmethod
-    def read_config(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig: ...
-
-
-FindFamily = Callable[[str], type[ModelFamily]]
-"""Architecture -> its model's class; ValueError for one that cannot run."""
 
 
 def parse_hf_config(folder: Path, find_family: FindFamily) -> ModelConfig:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.model_family import FindFamily
 from nano_vllm.weights.gguf_config import parse_gguf_config
 from nano_vllm.weights.gguf_file import GGUFFile
-from nano_vllm.weights.hf_config import FindFamily, parse_hf_config
+from nano_vllm.weights.hf_config import parse_hf_config
 
 MAX_POSITIONS = 1 << 25
 """The angles of as many positions take gigabytes."""

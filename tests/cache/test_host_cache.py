@@ -9,8 +9,9 @@ import torch
 
 from nano_vllm.cache import host_cache
 from nano_vllm.cache.host_cache import HostCache
-from nano_vllm.cache.kv_cache import KVCache, bytes_per_block
+from nano_vllm.cache.kv_cache import KVCache
 from nano_vllm.config import ModelConfig
+from nano_vllm.model_size import bytes_per_block
 
 NUM_BLOCKS, NUM_HOST_BLOCKS, SIZE = 12, 7, 8
 CONFIG = ModelConfig("LlamaForCausalLM", 10, 32, 32, 3, 4, 2, 16, 64, 1e-6, 1e4)
@@ -28,7 +29,7 @@ def make_caches(
     pool = cache.pool.view(torch.uint8)
     pool.copy_(torch.randint(0, 256, pool.shape, dtype=torch.uint8))
     if monkeypatch is not None:
-        block_bytes = bytes_per_block(CONFIG, SIZE, dtype)
+        block_bytes = bytes_per_block(CONFIG, SIZE, dtype.itemsize)
         # One byte too little for another block
         chunk = (blocks_at_once + 1) * block_bytes - 1
         monkeypatch.setattr(host_cache, "CHUNK_BYTES", chunk)

@@ -10,7 +10,8 @@ import torch
 
 from nano_vllm.batch import Batch
 from nano_vllm.runner.cuda_graphs import Padding, StepGraphs
-from nano_vllm.runner.input_batch import InputBatch, ModelInput, decode_layout
+from nano_vllm.runner.input_batch import InputBatch, ModelInput
+from nano_vllm.runner.input_layout import decode_layout
 from tests.engine import test_scheduler_traces
 from tests.engine.fake_runner import FakeRunner
 

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from nano_vllm.cache.kv_cache import bytes_per_block
 from nano_vllm.config import DEFAULT_MODEL, EngineConfig
+from nano_vllm.model_size import bytes_per_block
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.weights.model_config import load_model_config
@@ -114,6 +114,21 @@ def test_only_data_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     assert list(wanted) == ["config.json", "a.safetensors", "chat_template.jinja"]
 
 
+def test_without_weights_the_configuration_is_enough(hub: Hub, tmp_path: Path) -> None:
+    snapshot = fill_cache("org/cached", ("config.json",))
+    assert resolve_model("org/cached", with_weights=False) == snapshot
+    assert resolve_model("qwen3-0.6b", with_weights=False).name == "qwen3-0.6b"
+    assert not hub.calls
+    hub.folders["org/name"] = tmp_path
+    (tmp_path / "config.json").touch()
+    resolve_model("org/name", with_weights=False)
+    ((_, options),) = hub.calls
+    wanted = huggingface_hub.utils.filter_repo_objects(
+        ["config.json", "generation_config.json", "a.safetensors", "tokenizer.json"], **options
+    )
+    assert list(wanted) == ["config.json", "generation_config.json"]
+
+
 def test_without_network(hub: Hub) -> None:
     with pytest.raises(ValueError, match=r"'org/name': .* hub cannot be reached; give a local"):
         resolve_model("org/name")
@@ -138,7 +153,7 @@ def test_bundled_configuration_has_the_size_of_the_model(hub: Hub, name: str) ->
         model: CausalLM = model_class(config.architecture)(config, 1, meta)
     assert sum(p.numel() for p in model.parameters()) == BUNDLED[name][0]
     assert config.dtype == "bfloat16"
-    assert bytes_per_block(config, 1, torch.bfloat16) == BUNDLED[name][1]
+    assert bytes_per_block(config, 1, 2) == BUNDLED[name][1]
     assert not hub.calls
 
 

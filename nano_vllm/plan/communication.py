@@ -1,0 +1,72 @@
+"""What GPUs send to each other in a step, and how long that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nano_vllm.distributed.partition import vocabulary_part
+from nano_vllm.plan.gpus import Links
+from nano_vllm.plan.setup import Layout, Setup
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Collectives of one step, summed over the stages."""
+
+    all_reduces: int
+    """Of hidden states: one behind the embedding, two in each layer."""
+    all_reduce_bytes: int
+    """Of a token, in all of them, on each GPU that takes part."""
+    sends: int
+    """From stage to stage, by each GPU of a stage."""
+    send_bytes: int
+    """Of a token, in all of them."""
+    greedy_bytes: int
+    """Of a row that takes the likeliest token, to all ranks: each one's best and its logit."""
+    logits_bytes: int
+    """Of a row that is sampled otherwise, to the first rank: a GPU's part of the logits."""
+
+    @classmethod
+    def of(cls, setup: Setup, layout: Layout) -> Communication:
+        row = setup.model.hidden_size * setup.itemsize
+        reduces = 2 * setup.model.num_layers + 1 if layout.tp > 1 else 0
+        sends = layout.pp - 1
+        greedy = logits = 0
+        if layout.tp > 1:
+            greedy = 2 * 8
+            logits = vocabulary_part(setup.model.vocab_size, layout.tp) * setup.itemsize
+        return cls(reduces, reduces * row, sends, sends * row, greedy, logits)
+
+
+def all_reduce_seconds(links: Links, num_bytes: float, ranks: int, gpus_per_host: int) -> float:
+    """The quickest way that there is: all GPUs read all others' parts (one-shot), each sums a part
+    and all read the sums (two-shot), or NCCL's ring; between hosts NCCL, each GPU with those of its
+    place on other hosts.
+
+    Args:
+        links: figures.
+        num_bytes: of each rank's tensor.
+        ranks: GPUs, those of a host next to each other.
+        gpus_per_host: of each host.
+    """
+    if ranks == 1:
+        return 0.0
+    here = min(ranks, gpus_per_host)
+    ring = 2 * (here - 1) / here * num_bytes
+    if ranks > here:
+        hosts = -(-ranks // here)
+        across = 2 * (hosts - 1) / hosts * num_bytes / here
+        return links.hosts_latency + ring / links.bus + across / links.network
+    times = [links.nccl_latency + ring / links.bus]
+    if links.has_peer_kernels:
+        latency = links.one_shot_latency + links.one_shot_latency_per_gpu * ranks
+        times.append(latency + (ranks - 1) * num_bytes / links.send)
+        times.append(links.two_shot_latency + ring / links.two_shot_bus)
+    return min(times)
+
+
+def send_seconds(links: Links, num_bytes: float, to_other_host: bool) -> float:
+    """From a GPU of a stage to that of the next."""
+    if to_other_host:
+        return links.network_latency + num_bytes / links.network
+    return links.send_latency + num_bytes / links.send
