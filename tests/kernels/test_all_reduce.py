@@ -13,7 +13,7 @@ MAX_BYTES = 1 << 18
 
 
 class Ranks:
-    """Ranks whose kernels run at the same time on one GPU, which is large enough for all of them."""
+    """Ranks whose kernels run at the same time on one GPU, which is large enough for all."""
 
     def __init__(self, count: int) -> None:
         self.count = count
