@@ -216,6 +216,9 @@ class DecodeStep:
         rows. Not to be changed.
         """
     @property
+    def num_missing(self) -> int:
+        """Rows that the step could have held but for the blocks they lack."""
+    @property
     def ahead_rows(self) -> list[int]:
         """Of a step scheduled ahead: for each row, its place in the step before."""
     def join(self, row_id: int) -> None:
@@ -337,9 +340,14 @@ class DecodeRows:
         """
     def remove(self, row_id: int) -> None:
         """The row's blocks stay as they are. ValueError if there is no such row."""
-    def schedule(self, max_rows: int) -> DecodeStep:
+    def schedule(self, max_rows: int, under_way: list[DecodeStep] = ...) -> DecodeStep:
         """The step of the oldest rows, max_rows at most, up to the first that has no slot for its
         last token and gets no block for it.
+
+        Args:
+            max_rows: what the step may hold.
+            under_way: steps that are not taken in yet; rows of theirs, and that joined them, are
+                left out.
         """
     def schedule_ahead(self, behind: DecodeStep, max_rows: int) -> DecodeStep | None:
         """The step behind one whose tokens are not known yet, of all rows but those that reach

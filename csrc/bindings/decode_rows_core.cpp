@@ -93,8 +93,10 @@ Step make_step(std::shared_ptr<Rows> rows, DecodeStep step) {
   return {std::move(rows), std::move(step), std::move(scheduled)};
 }
 
-Step schedule(std::shared_ptr<Rows> rows, int64_t max_rows) {
-  DecodeStep step = rows->schedule(max_rows, on_block);
+Step schedule(std::shared_ptr<Rows> rows, int64_t max_rows, const py::list& under_way) {
+  std::vector<const DecodeStep*> steps;
+  for (const py::handle each : under_way) steps.push_back(&each.cast<const Step&>().step);
+  DecodeStep step = rows->schedule(max_rows, steps, on_block);
   return make_step(std::move(rows), std::move(step));
 }
 
@@ -204,6 +206,7 @@ void bind_decode_rows(py::module_& module) {
   py::class_<Step>(module, "DecodeStep")
       .def("__len__", [](const Step& self) { return self.step.ids.size(); })
       .def_readonly("scheduled", &Step::scheduled)
+      .def_property_readonly("num_missing", [](const Step& self) { return self.step.num_missing; })
       .def_property_readonly("ahead_rows",
                              [](const Step& self) { return to_list(self.step.ahead_rows); })
       .def(
@@ -227,7 +230,7 @@ void bind_decode_rows(py::module_& module) {
           "remove",
           [](Rows& self, int64_t row_id) { delete static_cast<Owner*>(self.remove(row_id)); },
           py::arg("row_id"))
-      .def("schedule", &schedule, py::arg("max_rows"))
+      .def("schedule", &schedule, py::arg("max_rows"), py::arg("under_way") = py::list())
       .def("schedule_ahead", &schedule_ahead, py::arg("behind"), py::arg("max_rows"))
       .def("take", &take, py::arg("row_id"), py::arg("token_id"))
       .def("advance", &advance, py::arg("step"), py::arg("token_ids"), py::arg("commits"));

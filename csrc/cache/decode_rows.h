@@ -2,6 +2,7 @@
 // computes one token of each of them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <unordered_map>
 #include <utility>
@@ -40,6 +41,7 @@ struct DecodeStep {
   std::vector<int32_t> ahead_rows;  // with a lead: for each row, its place in the step before
   std::vector<int64_t> joined;  // rows whose first tokens end in the step, by other means; behind
                                 // all others, in its places too
+  int64_t num_missing = 0;      // rows that were to take part, and had no slot
 };
 
 // A step's inputs, padded with sequences that have nothing to do.
@@ -96,18 +98,22 @@ class DecodeRows {
   DecodeRow& at(int64_t id);
 
   // The step of as many rows, the oldest first, as have a slot for their last token, max_rows at
-  // most. Calls on_block(row, block) for blocks that are taken.
+  // most, without those of steps under way. Calls on_block(row, block) for blocks that are taken.
   template <class OnBlock>
-  DecodeStep schedule(int64_t max_rows, OnBlock&& on_block) {
+  DecodeStep schedule(int64_t max_rows, const std::vector<const DecodeStep*>& under_way,
+                      OnBlock&& on_block) {
     compact();
     DecodeStep step;
     step.ids.reserve(rows_.size());
     for (DecodeRow& row : rows_) {
-      if (static_cast<int64_t>(step.ids.size()) >= max_rows) break;
-      if (needs_block(row, 0)) {
-        if (allocator_->num_free() == 0) break;
-        on_block(row, take_block(row));
+      if (static_cast<int64_t>(step.ids.size()) + step.num_missing >= max_rows) break;
+      if (is_part_of(under_way, row)) continue;
+      const bool grows = needs_block(row, 0);
+      if (step.num_missing > 0 || (grows && allocator_->num_free() == 0)) {
+        ++step.num_missing;  // as are all behind it
+        continue;
       }
+      if (grows) on_block(row, take_block(row));
       step.ids.push_back(row.id);
     }
     return step;
@@ -121,7 +127,7 @@ class DecodeRows {
                       OnBlock&& on_block) {
     compact();
     int64_t num_going = 0, num_blocks = 0;
-    step = {{}, 1, {}, {}};
+    step = {{}, 1, {}, {}, 0};
     const auto go_on = [&](int64_t place, const DecodeRow& row) {
       ++num_going;
       if (row.num_tokens + 1 >= row.max_num_tokens) return;
@@ -131,7 +137,7 @@ class DecodeRows {
     };
     visit(behind, go_on);
     const auto num_before = static_cast<int64_t>(behind.ids.size());
-    visit({behind.joined, 0, {}, {}},
+    visit({behind.joined, 0, {}, {}, 0},
           [&](int64_t place, const DecodeRow& row) { go_on(num_before + place, row); });
     if (num_going < size() || num_blocks > allocator_->num_free() ||
         static_cast<int64_t>(step.ids.size()) > max_rows) {
@@ -178,6 +184,13 @@ class DecodeRows {
 
  private:
   void compact();
+  // Whether a step computes the row's last token, as one of its rows or not.
+  static bool is_part_of(const std::vector<const DecodeStep*>& steps, const DecodeRow& row) {
+    return std::any_of(steps.begin(), steps.end(), [&](const DecodeStep* step) {
+      return std::binary_search(step->ids.begin(), step->ids.end(), row.id) ||
+             std::binary_search(step->joined.begin(), step->joined.end(), row.id);
+    });
+  }
   template <class Call>
   void visit_all(const DecodeStep& step, Call&& call);
   // Whether there is no slot yet for the token `lead` places behind the last one known.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,7 @@ class Engine:
             by_priority=config.scheduling_policy == "priority",
             prefill_pace=_prefill_pace(config),
             host_block_seconds=runner.host_block_seconds,
+            num_stages=config.pipeline_parallel_size,
         )
         self.scheduler: Scheduler | RecordedScheduler = scheduler
         if config.record is not None:
@@ -88,8 +90,8 @@ class Engine:
         self._clock = clock
         self._metrics = EngineMetrics()
         self._closed = False
-        self._launched: tuple[Batch, LaunchedStep] | None = None
-        """The step that was launched ahead."""
+        self._launched: deque[tuple[Batch, LaunchedStep]] = deque()
+        """Steps whose results were not waited for yet, in their order."""
         self._launch_time = 0.0
         self._result_time: float | None = None
         """Of the last step, where the next one follows at once."""
@@ -216,27 +218,25 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Advance the requests under way by one step; what is to be reported of them."""
         start, self._result_time = self._result_time, None
-        if self._launched is None:
-            launched = self._launch()
+        if not self._launched:
+            if not self._launch():
+                return []
             start = self._launch_time if start is None else start
-        else:
-            # Behind a pause it has been ready for who knows how long: there is no start.
-            launched, self._launched = self._launched, None
-        if launched is None:
-            return []
-        batch, step = launched
+        # else: behind a pause it has been ready for who knows how long: there is no start.
+        while len(self._launched) < self.config.pipeline_parallel_size and self._launch():
+            pass
+        batch, step = self._launched[0]
         try:
             if self.config.async_scheduling and self.runner.runs_ahead:
-                self._launched = self._launch(behind=batch)
+                self._launch(behind=batch)
             with step_range("wait", self._recorder):
                 result = step.result()
         except BaseException:
             # What came behind it is computed again, with the step itself.
-            if self._launched is not None:
-                self.scheduler.retract(self._launched[0])
-                self._launched = None
-            self.scheduler.retract(batch)
+            while self._launched:
+                self.scheduler.retract(self._launched.pop()[0])
             raise
+        self._launched.popleft()
         with step_range("update", self._recorder):
             now = self._result_time = self._clock()
             if start is not None:
@@ -288,7 +288,7 @@ class Engine:
         """Keep what each step does from here on; None ends that. RuntimeError while a step is under
         way.
         """
-        if self._launched is not None:
+        if self._launched:
             raise RuntimeError("a step is under way")
         self._recorder = self.runner.recorder = recorder
 
@@ -299,14 +299,14 @@ class Engine:
         self._closed = True
         for request_id in list(self._requests):
             self.abort(request_id)
-        self._launched = None
+        self._launched.clear()
         self.runner.close()
         if isinstance(self.scheduler, RecordedScheduler):
             self.scheduler.close()
 
-    def _launch(self, behind: Batch | None = None) -> tuple[Batch, LaunchedStep] | None:
-        """Start the next step: one behind a batch that is still computed, or None where its tokens
-        must be known first; or else any there is.
+    def _launch(self, behind: Batch | None = None) -> bool:
+        """Start the next step, if there is one: one behind a batch that is still computed, unless
+        its tokens must be known first; or else any that those under way leave.
         """
         with step_range("schedule", self._recorder):
             scheduler = self.scheduler
@@ -314,13 +314,14 @@ class Engine:
                 self._reclaim_leaks()  # which may be all that there is room in
             batch = scheduler.schedule() if behind is None else scheduler.schedule_ahead(behind)
         if batch is None:
-            return None
+            return False
         self._note_start(batch)
         try:
-            return batch, self.runner.launch(batch)
+            self._launched.append((batch, self.runner.launch(batch)))
         except BaseException:
             self.scheduler.retract(batch)
             raise
+        return True
 
     def _reclaim_leaks(self) -> None:
         leaks = self.scheduler.reclaim_leaks()

@@ -58,6 +58,8 @@ class Scheduler:
         host_block_seconds: what copying a block back from host memory takes; None for nothing.
         admission_horizon: steps for which those that run are to have blocks when another is
             admitted.
+        num_stages: of a pipeline: as many steps may be under way at the same time, each with other
+            sequences, and are taken in in the order in which they were scheduled.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Scheduler:
         prefill_pace: PrefillPace | None = None,
         host_block_seconds: float | None = None,
         admission_horizon: int = ADMISSION_HORIZON,
+        num_stages: int = 1,
     ) -> None:
         if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
             raise ValueError(
@@ -101,6 +104,9 @@ class Scheduler:
         self.prefill_pace = prefill_pace
         self.host_block_seconds = host_block_seconds
         self.admission_horizon = admission_horizon
+        self.num_stages = num_stages
+        self._under_way: list[Batch] = []
+        """Of a pipeline: steps that are not taken in yet."""
         self._num_streams = 0
         """Rows that are streamed."""
 
@@ -179,15 +185,21 @@ class Scheduler:
             self._beams.pop(sequence.request_id, None)
 
     def schedule(self) -> Batch | None:
-        """The next step; None if nothing is left to do."""
-        if not self.has_work:
+        """The next step; None if nothing is left to do, or a step under way must be taken in
+        first.
+        """
+        if not self.has_work or len(self._under_way) >= self.num_stages:
             return None
         batch = Batch([])
         self._fill(batch)
         while not batch.scheduled and not batch.num_decodes:
+            if self._under_way:
+                return None
             # All that run are beams that wait for one which has no room.
             self._preempt(self._last_to_come(), batch)
             self._fill(batch)
+        if self.num_stages > 1:
+            self._under_way.append(batch)
         return self._complete(batch)
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
@@ -216,6 +228,7 @@ class Scheduler:
         The sequences that decode take the step again. The others go back to the queue, and nobody
         finds what they were to compute. A step that was scheduled behind it is to be undone first.
         """
+        self._take_from_way(batch)
         self.block_manager.forget_swap_outs(batch)
         for scheduled in batch.scheduled[batch.num_decodes :]:
             sequence = scheduled.sequence
@@ -250,6 +263,7 @@ class Scheduler:
         Returns:
             the sequences that ended, that got their first token or one that somebody looks at.
         """
+        self._take_from_way(batch)
         for row, entry in result.logprobs.items():
             sequence = batch.scheduled[row].sequence
             if not sequence.is_finished and sequence.request_id not in self._beams:
@@ -373,14 +387,20 @@ class Scheduler:
         Returns:
             the rows and the beams that have one, and whether the pool was too small.
         """
-        manager, limit = self.block_manager, self.max_num_batched_tokens
+        manager = self.block_manager
+        share = -(-len(self._rows) // self.num_stages)
+        limit = min(share, self.max_num_batched_tokens)
+        steps = [batch.decodes for batch in self._under_way if batch.decodes is not None]
         dry = False
         while True:
-            decodes = self._rows.schedule(limit)
-            missing = min(len(self._rows), limit) - len(decodes)
-            beams = self._beams_to_advance(limit - len(decodes)) if not missing else []
+            decodes = self._rows.schedule(limit, steps)
+            missing = decodes.num_missing
+            room = self.max_num_batched_tokens - len(decodes)
+            beams = self._beams_to_advance(room) if not missing else []
             if not missing and manager.num_missing_blocks(beams) <= manager.num_free_blocks:
                 return decodes, beams, dry
+            if self._under_way:
+                return decodes, [], True  # those under way hold blocks, and cannot be preempted
             last = self._last_to_come()
             if missing == 1 and last.decode_row == max(s.decode_row for s in self._running):
                 # The one without a slot waits with its blocks for another to end, or to preempt it.
@@ -491,6 +511,9 @@ class Scheduler:
         if samples and sequence.request_id not in self._beams:
             self._join(sequence, batch)
         return num_tokens
+
+    def _take_from_way(self, batch: Batch) -> None:
+        self._under_way = [other for other in self._under_way if other is not batch]
 
     def _last_to_come(self) -> Sequence:
         """The running sequence that has to go first."""

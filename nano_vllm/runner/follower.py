@@ -25,13 +25,16 @@ class Follower(ModelWorker):
             signal.signal(number, signal.SIG_IGN)  # the deciding rank gets them too, and says
         receiver = StepReceiver(self.channel)
         try:
-            while (step := receiver.receive(self.input_batch.wait_for_staging)) is not None:
+            while (step := receiver.receive(self._staging_of)) is not None:
                 self.parallel.progress.step += 1
                 self._execute(step)
         except BaseException as error:
             self.parallel.fail(error)
             raise
         self.close()
+
+    def _staging_of(self, slot: int) -> torch.Tensor:
+        return self.input_batch.slots[slot].wait()
 
     @torch.inference_mode()
     def _execute(self, step: Step) -> None:

@@ -56,6 +56,8 @@ class StagedInput(NamedTuple):
     bytes.
     """
 
+    slot: int
+    """Which of the staging buffers."""
     num_bytes: int
     is_decode: bool
     is_padded: bool
@@ -75,6 +77,55 @@ class StagedInput(NamedTuple):
     """Whether sequences share a prefix that is to be read once."""
 
 
+class Slot:
+    """A staging buffer, and where its bytes go.
+
+    Args:
+        num_bytes: of the largest step.
+        buffer: on the device; None on a CPU, which reads the staging buffer itself.
+    """
+
+    def __init__(self, num_bytes: int, buffer: torch.Tensor | None) -> None:
+        on_gpu = buffer is not None
+        self.staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self.buffer = self.staging if buffer is None else buffer
+        self.copied = torch.cuda.Event() if on_gpu else None
+        self.decode_views: dict[int, tuple[Arrays, Tensors, int]] = {}
+        """By size: `decode_layout` on host and device, and its bytes ahead of the changes."""
+        self._host = self.staging.numpy()
+
+    def views(self, layout: Layout) -> tuple[Arrays, Tensors]:
+        """The arrays of a layout in the staging buffer and in the one on the device."""
+        host: Arrays = {}
+        device: Tensors = {}
+        offset = 0
+        for name, (dtype, shape) in layout.items():
+            end = offset + array_bytes(dtype, shape)
+            on_host, on_device = _DTYPES[dtype]
+            host[name] = self._host[offset:end].view(on_host).reshape(shape)
+            device[name] = self.buffer[offset:end].view(on_device).view(shape)
+            offset = end
+        return host, device
+
+    def decode_arrays(self, size: int, max_blocks_per_seq: int) -> tuple[Arrays, Tensors, int]:
+        if size not in self.decode_views:
+            views = self.views(decode_layout(size, size * max_blocks_per_seq))
+            self.decode_views[size] = *views, layout_bytes(decode_layout(size, 0))
+        return self.decode_views[size]
+
+    def wait(self) -> torch.Tensor:
+        """The staging buffer, once the copy of the last step that was written there has read it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.staging
+
+    def send(self, num_bytes: int) -> None:
+        """To the device, where it is another memory."""
+        if self.copied is not None:
+            self.buffer[:num_bytes].copy_(self.staging[:num_bytes], non_blocking=True)
+            self.copied.record()
+
+
 class InputBatch:
     """Staging buffers of fixed size: a step is written by C++ into one host buffer and travels in
     one copy.
@@ -90,6 +141,7 @@ class InputBatch:
         block_size: tokens per block.
         device: where the tensors go.
         shares_prefixes: look for sequences that begin with the same blocks.
+        num_slots: steps that may be written before the first of them is loaded.
     """
 
     def __init__(
@@ -101,6 +153,7 @@ class InputBatch:
         block_size: int,
         device: torch.device,
         shares_prefixes: bool = False,
+        num_slots: int = 1,
     ) -> None:
         self._config = config
         self._shares_prefixes = shares_prefixes
@@ -110,12 +163,9 @@ class InputBatch:
         self.max_blocks_per_seq = max_blocks_per_seq
         capacity = staging_bytes(max_num_tokens, max_num_seqs, max_blocks_per_seq)
         on_gpu = device.type == "cuda"
-        self.staging = torch.empty(capacity, dtype=torch.uint8, pin_memory=on_gpu)
-        self._buffer = torch.empty_like(self.staging, device=device) if on_gpu else self.staging
-        self._host = self.staging.numpy()
-        self._copied = torch.cuda.Event() if on_gpu else None
-        self._decode_views: dict[int, tuple[Arrays, Tensors, int]] = {}
-        """By size: `decode_layout` on host and device, and its bytes ahead of the changes."""
+        buffer = torch.empty(capacity, dtype=torch.uint8, device=device) if on_gpu else None
+        self.slots = [Slot(capacity, buffer) for _ in range(num_slots)]
+        self._next_slot = 0
         tables = torch.zeros(
             (2, max_num_seqs, max_blocks_per_seq), dtype=torch.int32, device=device
         )
@@ -155,20 +205,17 @@ class InputBatch:
                 where it is not all decodes, tokens that belong to none. Batches of a padding have
                 their tensors always in the same memory, and bounds that hold for all of them.
         """
-        self.wait_for_staging()
+        number = self._next_slot
+        self._next_slot = (number + 1) % len(self.slots)
+        self.slots[number].wait()
         if batch.decodes is None or not batch.is_decode:
-            return self._write_mixed(batch, padding)
+            return self._write_mixed(batch, padding, number)
         try:
-            return self._write_decodes(batch.decodes, None if padding is None else padding[1])
+            padded_size = None if padding is None else padding[1]
+            return self._write_decodes(batch.decodes, padded_size, number)
         except BaseException:
             self._sent[:] = 0  # what the tables lack is not known
             raise
-
-    def wait_for_staging(self) -> torch.Tensor:
-        """The staging buffer, once the copy of the step before has read it."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self.staging
 
     def load(self, staged: StagedInput, begin: Callable[[], None] | None = None) -> ModelInput:
         """Send what the staging buffer holds to the device.
@@ -178,21 +225,17 @@ class InputBatch:
             begin: called where the host's part is done and the device's begins.
         """
         try:
-            self._send(staged.num_bytes, begin)
+            self._send(staged, begin)
             return self._load_decodes(staged) if staged.is_decode else self._load_mixed(staged)
         except BaseException:
             self._sent[:] = 0  # whether it has arrived is not known
             raise
 
-    def _decode_arrays(self, size: int) -> tuple[Arrays, Tensors, int]:
-        if size not in self._decode_views:
-            views = self._views(decode_layout(size, size * self.max_blocks_per_seq))
-            self._decode_views[size] = *views, layout_bytes(decode_layout(size, 0))
-        return self._decode_views[size]
-
-    def _write_decodes(self, decodes: DecodeStep, padded_size: int | None) -> StagedInput:
+    def _write_decodes(
+        self, decodes: DecodeStep, padded_size: int | None, number: int
+    ) -> StagedInput:
         size = padded_size or len(decodes)
-        host, _, num_bytes = self._decode_arrays(size)
+        host, _, num_bytes = self.slots[number].decode_arrays(size, self.max_blocks_per_seq)
         max_seq_len = decodes.write_inputs(
             host["input_ids"],
             host["positions"],
@@ -208,6 +251,7 @@ class InputBatch:
             self._min_saved_tokens, host["shared_prefix"]
         )
         return StagedInput(
+            slot=number,
             num_bytes=num_bytes + num_changes * host["changes"].itemsize * 2,
             is_decode=True,
             is_padded=padded_size is not None,
@@ -223,7 +267,8 @@ class InputBatch:
         )
 
     def _load_decodes(self, staged: StagedInput) -> ModelInput:
-        _, device, _ = self._decode_arrays(staged.num_seqs)
+        slot = self.slots[staged.slot]
+        _, device, _ = slot.decode_arrays(staged.num_seqs, self.max_blocks_per_seq)
         block_tables = self._expand_tables(
             device["table_rows"],
             device["changes"][: staged.num_changes],
@@ -249,7 +294,9 @@ class InputBatch:
         block_tables = self._block_tables[:padded_size]
         return torch.index_select(self._tables, 0, table_rows, out=block_tables)
 
-    def _write_mixed(self, batch: Batch, padding: tuple[int, int] | None) -> StagedInput:
+    def _write_mixed(
+        self, batch: Batch, padding: tuple[int, int] | None, number: int
+    ) -> StagedInput:
         num_tokens, num_seqs, num_decodes = (
             batch.num_tokens,
             len(batch.scheduled),
@@ -259,7 +306,7 @@ class InputBatch:
         width = max(len(s.sequence.block_table) for s in batch.scheduled)
         padded_tokens, padded_seqs = padding or (num_tokens, num_seqs)
         layout = mixed_layout(padded_tokens, padded_seqs, (num_seqs, width))
-        host, _ = self._views(layout)
+        host, _ = self.slots[number].views(layout)
         max_decode_len = 0
         if batch.decodes is not None:
             max_decode_len = batch.decodes.write_inputs(
@@ -303,6 +350,7 @@ class InputBatch:
             seq_lens[num_seqs:] = 0
             host["shared_prefix"][:, num_seqs:] = 0
         return StagedInput(
+            slot=number,
             num_bytes=layout_bytes(layout),
             is_decode=False,
             is_padded=padding is not None,
@@ -320,7 +368,7 @@ class InputBatch:
     def _load_mixed(self, staged: StagedInput) -> ModelInput:
         num_tables, width = staged.num_tables, staged.table_width
         layout = mixed_layout(staged.num_tokens, staged.num_seqs, (num_tables, width))
-        _, device = self._views(layout)
+        _, device = self.slots[staged.slot].views(layout)
         block_tables = device["block_tables"]
         if staged.is_padded:
             self._block_tables[:num_tables, :width] = block_tables
@@ -332,25 +380,10 @@ class InputBatch:
         """A bound of all sequences."""
         return self.max_blocks_per_seq * self.block_size
 
-    def _views(self, layout: Layout) -> tuple[Arrays, Tensors]:
-        """The arrays of a layout in the staging buffer and in the one on the device."""
-        host: Arrays = {}
-        device: Tensors = {}
-        offset = 0
-        for name, (dtype, shape) in layout.items():
-            end = offset + array_bytes(dtype, shape)
-            on_host, on_device = _DTYPES[dtype]
-            host[name] = self._host[offset:end].view(on_host).reshape(shape)
-            device[name] = self._buffer[offset:end].view(on_device).view(shape)
-            offset = end
-        return host, device
-
-    def _send(self, num_bytes: int, begin: Callable[[], None] | None) -> None:
+    def _send(self, staged: StagedInput, begin: Callable[[], None] | None) -> None:
         if begin is not None:
             begin()
-        if self._copied is not None:
-            self._buffer[:num_bytes].copy_(self.staging[:num_bytes], non_blocking=True)
-            self._copied.record()
+        self.slots[staged.slot].send(staged.num_bytes)
 
     def _model_input(
         self, device: Tensors, block_tables: torch.Tensor, staged: StagedInput

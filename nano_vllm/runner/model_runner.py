@@ -66,9 +66,10 @@ class ModelRunner(ModelWorker):
         recorder = self.recorder
         with step_range("prepare", recorder):
             step, rows, wanted = self._decide(batch)
-            inputs = self.prepare(step, None if recorder is None else recorder.begin)
+            begin = None if recorder is None else recorder.begin
+            inputs = self.prepare(step, begin)
         with step_range("forward", recorder):
-            out = self.forward(step, inputs)
+            out = self.forward(step, inputs, begin)
             logits = self.sampled_logits(step, inputs, out)
             seq_lens, token_ids = inputs.attention.seq_lens, inputs.input_ids
             if inputs.sampled is None:
@@ -133,7 +134,7 @@ class ModelRunner(ModelWorker):
                 self._sequences, batch.num_decodes * batch.lead, self.device
             )
             self.parallel.progress.step += 1
-            self._others.send(step, self.input_batch.staging)
+            self._others.send(step, self.input_batch.slots[staged.slot].staging)
         return step, rows, wanted
 
     def _prompt_logprobs(self, wanted: _WantedLogprobs, hidden: torch.Tensor) -> PromptLogprobs:

@@ -108,6 +108,7 @@ class ModelWorker:
                 self.block_size,
                 self.device,
                 config.enable_cascade_attention and self.device.type == "cuda",
+                num_slots=pipeline.num_stages,
             )
             num_blocks = num_kv_blocks(
                 config,
@@ -142,7 +143,7 @@ class ModelWorker:
         """Hidden states of the stage before; graphs read them where they are."""
         num_rows = self.max_num_batched_tokens + config.max_num_seqs
         self.channel = self.parallel.step_channel(
-            most_bytes(self.input_batch.staging, self.num_blocks, num_rows)
+            most_bytes(self.input_batch.slots[0].staging, self.num_blocks, num_rows)
         )
         self._token_ids = torch.empty(0, dtype=torch.int64, device=self.device)
         """What the last step sampled."""
@@ -155,7 +156,8 @@ class ModelWorker:
 
         Args:
             step: what to do.
-            begin: called where the host's part is done and the device's begins.
+            begin: called where the host's part is done and the device's begins; behind another
+                stage, `forward` calls it.
         """
         assert self.kv_cache is not None, "the runner is closed"
         if self.host_cache is not None:
@@ -164,18 +166,28 @@ class ModelWorker:
         if step.block_copies:
             mapping = torch.tensor(step.block_copies, dtype=torch.int64)
             ops.copy_blocks(self.kv_cache.pool, mapping.to(self.device, non_blocking=True))
-        inputs = self.input_batch.load(step.staged, begin)
+        inputs = self.input_batch.load(step.staged, begin if self.stage.is_first else None)
         if step.fed_rows:
             self._feed_tokens(inputs, step.fed_rows)
         return inputs
 
-    def forward(self, step: Step, inputs: ModelInput) -> torch.Tensor:
+    def forward(
+        self, step: Step, inputs: ModelInput, begin: Callable[[], None] | None = None
+    ) -> torch.Tensor:
         """What this rank's layers make of the step's tokens, which goes to the stage behind if
         there is one; of a step of decodes on the last stage, their logits already.
+
+        Args:
+            step: what to do.
+            inputs: from `prepare`.
+            begin: called where there is something to compute: what comes before is the pipeline's
+                bubble.
         """
         num_tokens = len(inputs.input_ids)
         if not self.stage.is_first:
             self.parallel.pipeline.receive(self._received[:num_tokens])
+            if begin is not None:
+                begin()
         forward = self._decode if step.staged.is_decode and self.stage.is_last else self._forward
         if self.graphs is not None and step.staged.is_padded:
             out = self.graphs.run(forward, inputs)

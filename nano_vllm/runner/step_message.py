@@ -108,12 +108,13 @@ class StepReceiver:
         self._channel = channel
         self._number = 0
 
-    def receive(self, staging: Callable[[], torch.Tensor]) -> Step | None:
+    def receive(self, staging_of: Callable[[int], torch.Tensor]) -> Step | None:
         """Wait for the next step; None behind the last one. RuntimeError for a message that is not
         the next one, or has been changed on its way.
 
         Args:
-            staging: gives the buffer that gets the staging buffer's bytes, once it may be written.
+            staging_of: slot -> the staging buffer that gets the bytes of the first rank's, once it
+                may be written.
         """
         message = torch.empty(HEADER.size // 8, dtype=torch.int64)
         self._channel.receive(message)
@@ -124,7 +125,7 @@ class StepReceiver:
                 f"expected message {self._number} of kind {MAGIC:#x}, got {number} of {magic:#x}"
             )
         staged = StagedInput(*header[5 : 5 + len(StagedInput._fields)])
-        payload = staging()[: staged.num_bytes]
+        payload = staging_of(staged.slot)[: staged.num_bytes]
         numbers = torch.empty(num_numbers, dtype=torch.int64)
         for part in (payload, numbers):
             self._channel.receive(part)

@@ -94,7 +94,7 @@ struct Trace {
     };
     for (int turn = 0; turn < 200; ++turn) {
       if (draw(0, 2) == 0) add();
-      DecodeStep step = rows.schedule(kMaxRows, on_block);
+      DecodeStep step = rows.schedule(kMaxRows, {}, on_block);
       check_written(step);
       const int64_t newest = rows.ids().empty() ? 0 : rows.ids().back();
       if (draw(0, 2) == 0) add(true);
@@ -154,7 +154,7 @@ void test_refusals() {
   row.block_table = {allocator.allocate()};
   const int64_t id = rows.add(row).id;
   CHECK(throws([&] { rows.add(row); }));
-  const DecodeStep step = rows.schedule(9, [](const DecodeRow&, int32_t) {});
+  const DecodeStep step = rows.schedule(9, {}, [](const DecodeRow&, int32_t) {});
   CHECK(step.ids.size() == 1);
   rows.remove(id);
   CHECK(throws([&] { rows.remove(id); }));

@@ -57,12 +57,12 @@ def test_what_arrives_is_what_was_sent(seed: int) -> None:
         step, staging = draw_step(draw), staging_of(draw)
         arrived = torch.zeros(1000, dtype=torch.uint8)
         sender.send(step, staging)
-        assert receiver.receive(lambda arrived=arrived: arrived) == step
+        assert receiver.receive(lambda _, arrived=arrived: arrived) == step
         num_bytes = step.staged.num_bytes
         assert torch.equal(arrived[:num_bytes], staging[:num_bytes])
         assert not arrived[num_bytes:].any()
     sender.stop()
-    assert receiver.receive(lambda: torch.empty(0, dtype=torch.uint8)) is None
+    assert receiver.receive(lambda _: torch.empty(0, dtype=torch.uint8)) is None
 
 
 @pytest.mark.parametrize("part", range(3))
@@ -77,11 +77,11 @@ def test_a_bit_that_changes_on_the_way_is_noticed(seed: int, part: int) -> None:
         changed = line.parts[part].view(torch.uint8)
         # But for what says how many bytes there are, without which nothing can be received.
         place = draw.randrange(len(changed))
-        if part == 0 and place // 8 in (4, 5):
+        if part == 0 and place // 8 in (4, 6):
             continue
         changed[place] ^= 1 << draw.randrange(8)
         with pytest.raises(RuntimeError, match=r"^(message 0 has checksum|expected message 0 )"):
-            StepReceiver(line).receive(lambda: torch.empty(1000, dtype=torch.uint8))
+            StepReceiver(line).receive(lambda _: torch.empty(1000, dtype=torch.uint8))
 
 
 def test_a_message_that_is_left_out_is_noticed(seed: int) -> None:
@@ -92,7 +92,7 @@ def test_a_message_that_is_left_out_is_noticed(seed: int) -> None:
     line.parts.clear()
     sender.send(draw_step(draw), staging_of(draw))
     with pytest.raises(RuntimeError, match=r"expected message 0 of .*, got 1"):
-        StepReceiver(line).receive(lambda: torch.empty(1000, dtype=torch.uint8))
+        StepReceiver(line).receive(lambda _: torch.empty(1000, dtype=torch.uint8))
 
 
 @pytest.mark.skipif(not SharedMemoryChannel.is_supported(), reason="Gloo is used here")
@@ -109,7 +109,7 @@ def test_shared_memory(seed: int) -> None:
         receiver = StepReceiver(channels[rank])
         while True:
             arrived = torch.zeros(1000, dtype=torch.uint8)
-            step = receiver.receive(lambda arrived=arrived: arrived)
+            step = receiver.receive(lambda _, arrived=arrived: arrived)
             if step is None:
                 return
             found[rank].append((step, arrived))

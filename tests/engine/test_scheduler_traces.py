@@ -36,8 +36,13 @@ def check_batch(engine: Any, runner: FakeRunner) -> None:
     assert not {s.seq_id for s in batch.preempted} & set(scheduled)
 
 
-def run_trace(seed: int) -> dict[str, int]:
-    """Run a random trace and compare; what happened in it, so that a test can ask for variety."""
+def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
+    """Run a random trace and compare; what happened in it, so that a test can ask for variety.
+
+    Args:
+        seed: of the trace.
+        num_stages: steps that are under way at the same time.
+    """
     draw = random.Random(seed)
     block_size = draw.choice([8, 16])
     max_model_len = draw.choice([40, 64, 100])
@@ -50,10 +55,12 @@ def run_trace(seed: int) -> dict[str, int]:
         max_model_len=max_model_len,
         max_num_batched_tokens=draw.choice([5, 16, 64]) if chunked else max_model_len,
         num_host_blocks=draw.choice([0, 1, 5, 40]),
+        runs_ahead=num_stages == 1,
     )
     engine = make_engine(
         runner,
         async_scheduling=draw.random() < 0.7,
+        pipeline_parallel_size=num_stages,
         max_num_seqs=draw.choice([1, 3, 16]),
         enable_chunked_prefill=chunked,
         enable_prefix_caching=draw.random() < 0.7,
@@ -175,4 +182,14 @@ def test_every_stream_is_that_of_a_sequence_alone(group: int) -> None:
     for seed in range(NUM_TRACES * group // NUM_GROUPS, NUM_TRACES * (group + 1) // NUM_GROUPS):
         for name, count in run_trace(seed).items():
             happened[name] = happened.get(name, 0) + count
+    assert all(happened.values()), f"the traces lack variety: {happened}"
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_steps_under_way_in_a_pipeline(num_stages: int) -> None:
+    happened: dict[str, int] = {}
+    for seed in range(NUM_TRACES // 100):
+        for name, count in run_trace(seed, num_stages).items():
+            happened[name] = happened.get(name, 0) + count
+    assert not happened.pop("ahead") + happened.pop("ahead with prompts")
     assert all(happened.values()), f"the traces lack variety: {happened}"
