@@ -17,6 +17,8 @@ from nano_vllm.distributed.progress import Progress
 BEAT_SECONDS = 0.5
 SILENCE_SECONDS = 7.0
 """Without a beat, a process is dead or stopped."""
+LOADING_SILENCE_SECONDS = 60.0
+"""While it loads, it may be reading a tensor from a slow disk."""
 FROZEN_SECONDS = 20.0
 """Behind which a rank that has not joined the collective that others wait in is frozen."""
 EXIT_CODE = 1
@@ -55,7 +57,7 @@ class Watchdog:
         self._num_beats = 0
         self._beats: dict[int, tuple[Beat, float]] = {}
         """Of each rank the last one, and when it was first seen."""
-        self._last_answer = time.monotonic()
+        self._num_answers = 0
         """Of the store."""
         self._is_closed = threading.Event()
         self._beat()
@@ -86,14 +88,20 @@ class Watchdog:
                 gone = self._whoever_is_gone()
             except RuntimeError:
                 gone = self._without_store("is dead")
-            self._last_answer = time.monotonic()
+            self._num_answers += 1
             if gone is not None:
                 self._end(gone)
 
     def _watch_store(self) -> None:
-        """Its calls wait for whoever serves it, who may be frozen."""
+        """Its calls wait for whoever serves it, who may be frozen.
+
+        Turns are counted, not seconds: this process may have been frozen itself.
+        """
+        num_seen = num_turns = 0
         while not self._is_closed.wait(BEAT_SECONDS):
-            if time.monotonic() - self._last_answer > SILENCE_SECONDS + 1:
+            num_turns = num_turns + 1 if num_seen == self._num_answers else 0
+            num_seen = self._num_answers
+            if num_turns * BEAT_SECONDS > SILENCE_SECONDS:
                 self._end(self._without_store("does not answer"), tells=False)
 
     def _without_store(self, what: str) -> str:
@@ -136,7 +144,7 @@ class Watchdog:
     def _why_gone(self, beat: Beat, silence: float) -> str | None:
         if is_near(beat) and is_dead(beat.pid):
             return "is dead"
-        if silence > SILENCE_SECONDS:
+        if silence > (LOADING_SILENCE_SECONDS if beat.step < 0 else SILENCE_SECONDS):
             kill_if_near(beat)
             return f"has given no sign of life for {silence:.0f} s"
         waiting_since = self._progress.waiting_since

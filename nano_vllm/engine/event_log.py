@@ -32,7 +32,7 @@ VERSION = 1
 SCHEDULING_PARAMS = ("max_tokens", "min_tokens", "prompt_logprobs")
 """Of SamplingParams, what scheduling depends on."""
 NUM_BATCHES = 4
-"""The last batches, one of which the next call may name."""
+"""The last batches, one of which the next call may name; a pipeline has more under way."""
 
 
 class RecordedScheduler:
@@ -55,7 +55,8 @@ class RecordedScheduler:
         """Cache roots, numbered as they come: they are made with a secret of the process."""
         self._num_batches = 0
         self.batches: dict[int, Batch] = {}
-        """The last NUM_BATCHES, by their number among all."""
+        """The last ones, by their number among all."""
+        self._num_kept = NUM_BATCHES + scheduler.num_stages
         self._write_line(header_fields(scheduler))
 
     def __getattr__(self, name: str) -> Any:
@@ -141,7 +142,7 @@ class RecordedScheduler:
         number = self._num_batches
         self._num_batches += 1
         self.batches[number] = batch
-        self.batches.pop(number - NUM_BATCHES, None)
+        self.batches.pop(number - self._num_kept, None)
         return {"step": number, **batch_fields(batch, self._tables)}
 
     def _write(self, event: str, **fields: Any) -> None:

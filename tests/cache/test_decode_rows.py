@@ -409,3 +409,34 @@ def test_peak_growth_counts_what_is_taken_and_given_back() -> None:
         growth(-1)
     with pytest.raises(ValueError, match="a growing sequence must have tokens, got 0"):
         growth(1, [(0, 4, 1)])
+
+
+def test_rows_of_steps_under_way_are_left_out() -> None:
+    allocator = BlockAllocator(4, 8)
+    rows = DecodeRows(allocator, 6)
+    names = ["a", "b", "c", "d"]
+
+    def add(name: str) -> int:
+        return rows.add(name, [1, 2, 3], [allocator.allocate()], [], 9, 0, (), False)
+
+    for name in names[:3]:
+        add(name)
+    first = rows.schedule(1)
+    joined = add(names[3])
+    first.join(joined)
+    second = rows.schedule(1, [first])
+    third = rows.schedule(6, [first, second])
+    assert [step.scheduled for step in (first, second, third)] == [["a"], ["b"], ["c"]]
+    assert not rows.schedule(6, [first, second, third]).scheduled
+    rows.advance(first, [7], False)
+    assert rows.schedule(6, [second, third]).scheduled == ["a", "d"]
+
+
+def test_rows_without_a_block_are_counted() -> None:
+    """As far as the step could have held them; those under way are not."""
+    allocator = BlockAllocator(4, 8)
+    rows = DecodeRows(allocator, 4)
+    for name in "abcd":  # each of them needs another block
+        rows.add(name, [1] * 9, [allocator.allocate()], [], 20, 0, (), False)
+    assert rows.schedule(3).num_missing == 3
+    assert rows.schedule(9).num_missing == 4
