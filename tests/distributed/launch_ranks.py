@@ -53,7 +53,7 @@ def start_ranks(
 ) -> Ranks:
     """Start `function(*args)` in each of so many processes, in torchrun's environment."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(size):
         variables = {
@@ -80,7 +80,7 @@ def _run(
     function(folder, *args)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

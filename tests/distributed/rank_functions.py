@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 import nano_vllm.runner.model_runner  # noqa: F401
-from nano_vllm import LLM, SamplingParams
+from nano_vllm import LLM, SamplingParams, serve
+from nano_vllm.distributed import process_groups, watchdog
 from nano_vllm.runner.follower import Follower
 from nano_vllm.runner.step_message import Step
 
@@ -134,3 +136,14 @@ def hang_in_a_step(folder: Path, options: dict[str, Any]) -> None:
 
 def generate_with_own_seeds(folder: Path, options: dict[str, Any]) -> None:
     generate_slowly(folder, options | {"seed": int(os.environ["RANK"])})
+
+
+def generate_all_on_hosts_of_their_own(folder: Path, options: dict[str, Any], seed: int) -> None:
+    """The ranks cannot see each other's processes, nor share memory."""
+    process_groups.process_space = watchdog.process_space = lambda: os.environ["RANK"]
+    generate_all(folder, options, seed)
+
+
+def serve_ids(folder: Path, options: list[str]) -> None:
+    """The server, of token ids."""
+    sys.exit(serve.main(options))

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from nano_vllm.config import ModelConfig
 from nano_vllm.distributed.stages import split_layers
 from tests.conftest import SEED
-from tests.distributed.launch_ranks import start_ranks
-from tests.distributed.rank_functions import generate_all, options_of
+from tests.distributed.launch_ranks import free_port, start_ranks
+from tests.distributed.rank_functions import (
+    generate_all,
+    generate_all_on_hosts_of_their_own,
+    options_of,
+    serve_ids,
+)
 from tests.models.checkpoints import make_checkpoint
 
 SECONDS = 120
 
 
-def results_of(folder: Path, size: int, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    ranks = start_ranks(generate_all, size, folder, options, seed)
+def results_of(
+    folder: Path,
+    size: int,
+    options: dict[str, Any],
+    seed: int,
+    function: Callable[..., None] = generate_all,
+) -> dict[str, Any]:
+    ranks = start_ranks(function, size, folder, options, seed)
     codes = ranks.join(SECONDS)
     assert codes == [0] * size, [ranks.errors(rank) for rank in range(size)]
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -46,6 +61,45 @@ def test_ranks_generate_the_same(
     print(f"to repeat: NANO_VLLM_TEST_SEED={SEED}")
     options = options_of(str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp)
     assert results_of(tmp_path, tp * pp, options, seed) == results
+
+
+def test_ranks_of_two_hosts_generate_the_same(
+    tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]
+) -> None:
+    """Steps go over the network."""
+    model, seed, results = expected
+    options = options_of(str(model), tensor_parallel_size=2)
+    found = results_of(tmp_path, 2, options, seed, generate_all_on_hosts_of_their_own)
+    assert found == results
+
+
+def test_two_ranks_serve(tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]) -> None:
+    """The first rank's engine is a process of the server's; a signal to the server ends all."""
+    model, _, _ = expected
+    port = free_port()
+    options = options_of(str(model), tensor_parallel_size=2, skip_tokenizer_init=True)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags.remove("--skip-tokenizer-init=True")
+    ranks = start_ranks(serve_ids, 2, tmp_path, [*flags, "--skip-tokenizer-init", f"--port={port}"])
+    try:
+        url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + SECONDS
+        while not is_ready(url):
+            assert time.monotonic() < end, [ranks.errors(rank) for rank in range(2)]
+            time.sleep(0.1)
+        body = {"prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "return_token_ids": True}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        assert len(answer["choices"][0]["token_ids"]) == 6
+        ranks.processes[0].terminate()
+        assert ranks.join(30) == [0, 0], [ranks.errors(rank) for rank in range(2)]
+    finally:
+        ranks.kill()
+
+
+def is_ready(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/health").status_code == 200
+    return False
 
 
 @pytest.mark.parametrize(
