@@ -31,6 +31,7 @@ def options_of(path: str, **options: Any) -> dict[str, Any]:
         "dtype": "float32",
         "skip_tokenizer_init": True,
         "num_blocks": 16,
+        "host_cache_memory": 200_000,
         "block_size": 8,
         "max_num_batched_tokens": 24,
         "max_model_len": 80,
@@ -47,6 +48,7 @@ def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
     with LLM(**options) as llm:
         engine = llm.engine
         engine.scheduler.admission_horizon = 0  # who is admitted may have to leave again
+        engine.scheduler.host_block_seconds = None  # what is in host memory comes back from there
         results: dict[str, Any] = {}
         for number in range(14):
             prompt = shared[: draw.choice((0, 9, 20))]
@@ -69,6 +71,7 @@ def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
         metrics = llm.get_metrics()
         results["preemptions"] = metrics.num_preemptions > 0
         results["cached"] = metrics.num_cached_tokens > 0
+        results["loaded"] = metrics.num_loaded_tokens > 0
         results["free"] = metrics.num_free_blocks
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
 

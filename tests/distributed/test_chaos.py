@@ -62,9 +62,10 @@ def check_end(ranks: Ranks, victim: int, seconds: float, line: str) -> None:
 
 
 def strike(model: str, folder: Path, number: int, draw: random.Random) -> None:
-    size, name = draw.choice((2, 2, 4)), draw.choice((signal.SIGKILL, signal.SIGSTOP))
+    tp, pp = draw.choice(((2, 1), (2, 1), (1, 2), (4, 1), (2, 2)))
+    size, name = tp * pp, draw.choice((signal.SIGKILL, signal.SIGSTOP))
     victim, step = draw.randrange(size), draw.randint(1, 40)
-    options = options_of(model, tensor_parallel_size=size)
+    options = options_of(model, tensor_parallel_size=tp, pipeline_parallel_size=pp)
     ranks = start_ranks(generate_slowly, size, folder / str(number), options)
     try:
         wait_for_step(ranks, step)

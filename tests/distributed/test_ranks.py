@@ -50,6 +50,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[
     results = results_of(folder, 1, options_of(str(folder / "model")), seed)
     assert results["preemptions"]
     assert results["cached"]
+    assert results["loaded"]
     return folder / "model", seed, results
 
 
