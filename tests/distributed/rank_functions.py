@@ -61,8 +61,8 @@ def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
                 engine.abort("3")
             for output in engine.step():
                 results[output.request_id] = [
-                    [c.token_ids, _rounded(c.logprobs), c.finish_reason] for c in output.outputs
-                ] + [_rounded(output.prompt_logprobs)]
+                    [c.token_ids, _numbers(c.logprobs), c.finish_reason] for c in output.outputs
+                ] + [_numbers(output.prompt_logprobs)]
         # All alike: chosen where the logits are.
         greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
         prompts = [[draw.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in (3, 30, 11)]
@@ -90,13 +90,10 @@ def _params(draw: random.Random, number: int) -> SamplingParams:
     )
 
 
-def _rounded(entries: Any) -> Any:
+def _numbers(entries: Any) -> Any:
     if entries is None:
         return None
-    return [
-        entry and {token: round(found.logprob, 2) for token, found in entry.items()}
-        for entry in entries
-    ]
+    return [entry and {token: found.logprob for token, found in entry.items()} for entry in entries]
 
 
 def generate_slowly(folder: Path, options: dict[str, Any]) -> None:
