@@ -89,7 +89,7 @@ class StepWork(NamedTuple):
     """Tokens that the decodes attend over, of all of them together."""
     prefill_tokens: int
     prefill_pairs: int
-    """Of a prompt's token in the step and one that it attends over."""
+    """Of a prompt's token in the step and one that it attends over; see `StepCost.pairs`."""
 
 
 @dataclass(slots=True)

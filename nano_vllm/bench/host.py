@@ -162,6 +162,7 @@ class ModelLessRunner:
         self.num_blocks = num_seqs * max_blocks_per_seq
         self.num_host_blocks = 0
         self.host_block_seconds = None
+        self.saturating_tokens = 1
         self.input_batch = InputBatch(
             heads,  # type: ignore[arg-type]
             MAX_BATCHED_TOKENS,

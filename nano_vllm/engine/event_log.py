@@ -198,7 +198,11 @@ class TableChanges:
 def header_fields(scheduler: Scheduler) -> dict[str, Any]:
     settings = _settings(scheduler, leave_out="block_manager")
     if scheduler.prefill_pace is not None:
-        settings["prefill_pace"] = {"limit": scheduler.prefill_pace.limit}
+        pace = scheduler.prefill_pace
+        settings["prefill_pace"] = {
+            "limit": pace.limit,
+            "saturating_tokens": pace.cost.saturating_tokens,
+        }
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -254,7 +254,7 @@ class Scheduler:
                 context += computed + 1
             else:
                 num_tokens += num
-                num_pairs += num * computed + num * (num + 1) // 2
+                num_pairs += self.prefill_pace.cost.pairs(num, computed)
         self.prefill_pace.observe(StepWork(num_decodes, context, num_tokens, num_pairs), seconds)
 
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:

@@ -13,6 +13,10 @@ MIN_PREFILL_TOKENS = 4
 """A prompt goes on by so many tokens a step, whatever they cost."""
 MIN_PREFILL_SHARE = 0.1
 """A prompt may lengthen a step by so much of what it takes without, however low the limit is."""
+MIN_PREFILL_RETURN = 0.25
+"""And by so much of what any part of it, were it one token, costs the step: streams that have to
+wait for that are better off where the prompt is soon done.
+"""
 
 _ROWS, _CONTEXT, _TOKENS, _PAIRS = 1 / 64, 1 / 2**16, 1 / 2**8, 1 / 2**20
 """Units in which the features of usual steps are about 1."""
@@ -60,9 +64,14 @@ class StepCost:
     decode steps hide). The other weights are at least 0: more work never takes less time.
 
     Each line has a memory of its own: hours of decodes do not wash away what a prompt costs.
+
+    Args:
+        saturating_tokens: of a prompt, whose attention keeps the whole device busy; that of fewer
+            takes as long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saturating_tokens: int = 1) -> None:
+        self.saturating_tokens = saturating_tokens
         self._decode = _Line(
             (_FIRST_GUESS, 0.0, 0.0), ridge=(_RIDGE, _RIDGE, _RIDGE), memory=_DECODE_MEMORY
         )
@@ -78,6 +87,13 @@ class StepCost:
         self._prefill.first_doubt = _FIRST_DOUBT
         self._last = 0, inf
         """Tokens of prompts of the last step that had any, and its seconds."""
+
+    def pairs(self, num_tokens: int, context: int) -> int:
+        """Of so many tokens of a prompt and those that they attend over, behind `context` others of
+        it: in units of attention's time, so that few tokens count as `saturating_tokens` do.
+        """
+        triangle = num_tokens * (num_tokens + 1) // 2
+        return max(num_tokens, self.saturating_tokens) * context + triangle
 
     @property
     def error(self) -> float:
@@ -129,25 +145,45 @@ class StepCost:
             prefill_context: tokens of the prompt that are in the cache already.
 
         Returns:
-            at least MIN_PREFILL_TOKENS, and what takes MIN_PREFILL_SHARE of a step without.
+            at least MIN_PREFILL_TOKENS, and what takes MIN_PREFILL_SHARE of a step without or
+            MIN_PREFILL_RETURN of what it costs to have any.
         """
         base = self._decode.at(num_decodes * _ROWS, decode_context * _CONTEXT)
         overhead, per_token, per_pair = self._prefill.weights
         per_token, per_pair = per_token * _TOKENS, per_pair * _PAIRS
-        room = max(limit - base, MIN_PREFILL_SHARE * base + max(overhead, 0.0)) - overhead
-        # n tokens have n * prefill_context + n^2 / 2 pairs.
-        slope = per_token + per_pair * prefill_context
+        few = self.saturating_tokens
+        by_any = per_pair * few * prefill_context
+        fixed = max(overhead, 0.0) + by_any
+        least = fixed + max(MIN_PREFILL_SHARE * base, MIN_PREFILL_RETURN * fixed)
+        room = max(limit - base, least) - overhead
+
+        def slope_at(num_tokens: float) -> float:
+            """What another token costs, without the pairs among those of the step."""
+            return per_token + (per_pair * prefill_context if num_tokens > few else 0.0)
+
+        def left_behind(num_tokens: float) -> float:
+            pairs = max(num_tokens, few) * prefill_context + num_tokens * num_tokens / 2
+            return room - per_token * num_tokens - per_pair * pairs
+
         known = self._prefill.reach / _TOKENS
-        left = room - (slope + per_pair * known / 2) * known
+        left = left_behind(known)
         if left < 0.0:
-            most = 2.0 * room / (slope + sqrt(slope * slope + 2.0 * per_pair * room))
+            is_few = left_behind(few) < 0.0
+            slope = slope_at(few if is_few else few + 1)
+            kept = room - by_any if is_few else room
+            most = 2.0 * kept / (slope + sqrt(slope * slope + 2.0 * per_pair * kept))
         else:
-            price = max(slope + per_pair * known, self._decode.weights[0] / _GUESSED_TOKENS)
+            price = max(slope_at(known) + per_pair * known, self._guessed_price)
             most = min(known + left / price, _GROWTH * known)
         num_tokens, seconds = self._last
         if num_tokens < _KNOWN_TOKENS and seconds < _SLACK * limit:
             most = max(most, _STEP_UP * num_tokens)
         return max(int(most), MIN_PREFILL_TOKENS)
+
+    @property
+    def _guessed_price(self) -> float:
+        """Seconds of a token."""
+        return self._decode.weights[0] / _GUESSED_TOKENS
 
     def prompt_seconds(self, num_tokens: int, context: int) -> float:
         """What tokens of a prompt add to steps, behind `context` others of it."""
@@ -165,13 +201,14 @@ class PrefillPace:
     Args:
         limit: seconds between two tokens of a running stream; None for twice what they are without
             prompts, 0 for as many as there may be.
+        saturating_tokens: as in StepCost.
     """
 
     MAX_STEPS = 32
     """So many steps with prompts in a row; then one without shows what decodes take by now."""
 
-    def __init__(self, limit: float | None = None) -> None:
-        self.cost = StepCost()
+    def __init__(self, limit: float | None = None, saturating_tokens: int = 1) -> None:
+        self.cost = StepCost(saturating_tokens)
         self.limit = limit
         self._num_steps = 0
 

@@ -33,6 +33,9 @@ from nano_vllm.sampling.greedy import likeliest_tokens
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
+TILE_ROWS = 128
+"""Tokens times heads that a multiprocessor attends for at a time, in a prompt."""
+
 
 class ModelWorker:
     """Weights, KV cache and step buffers of one rank on its device.
@@ -131,6 +134,8 @@ class ModelWorker:
             if self.num_host_blocks:
                 self.host_cache = HostCache(self.kv_cache, self.num_host_blocks)
                 self.host_block_seconds = self.host_cache.measure_copy_in()
+            self.saturating_tokens = _saturating_tokens(shard.num_heads, self.device)
+            """Of a prompt; see StepCost."""
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
                 self.graphs = StepGraphs(self.max_num_batched_tokens, config.max_num_seqs)
@@ -269,6 +274,15 @@ class ModelWorker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.parallel.close()
+
+
+def _saturating_tokens(num_heads: int, device: torch.device) -> int:
+    """The attention's tiles of a prompt's tokens and heads are as many as the GPU computes at a
+    time.
+    """
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count * TILE_ROWS // num_heads
 
 
 def _choose_device(name: str, local_rank: int) -> torch.device:

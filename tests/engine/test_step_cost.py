@@ -234,3 +234,26 @@ def test_first_steps_that_load_what_they_run_do_not_make_prompts_dear(held_up: i
         done += work.prefill_tokens
         num_steps += 1
     assert num_steps < 80
+
+
+def test_a_prompt_takes_many_tokens_where_few_cost_as_much() -> None:
+    """Far behind in a long prompt on a large device: attention takes so long for any part of it
+    that the promise cannot be kept, and streams wait the least if it is soon done.
+    """
+    pace, done, num_steps = PrefillPace(None, saturating_tokens=64), 0, 0
+    assert pace.cost.pairs(8, 1000) == 64 * 1000 + 8 * 9 // 2
+    assert pace.cost.pairs(100, 1000) == 100 * 1000 + 100 * 101 // 2
+    for _ in range(200):
+        pace.observe(StepWork(1, 600, 0, 0), SMALL.seconds(StepWork(1, 600, 0, 0)))
+    base = SMALL.seconds(StepWork(1, 600, 0, 0))
+    longest = 0.0
+    while done < 32_000:
+        chunk = pace.max_prefill_tokens(1, 600, done)
+        work = StepWork(1, 600, chunk, pace.cost.pairs(chunk, done) if chunk else 0)
+        pace.observe(work, SMALL.seconds(work))
+        longest = max(longest, SMALL.seconds(work))
+        done += chunk
+        num_steps += 1
+    by_any = SMALL.seconds(StepWork(1, 600, 1, pace.cost.pairs(1, 32_000))) - base
+    assert longest < 1.02 * (base + 1.25 * by_any)
+    assert num_steps < 500
