@@ -30,6 +30,7 @@ $(VENV)/model: | $(VENV)/installed
 
 $(VENV)/test-tools: pyproject.toml constraints.txt | $(VENV)/installed
 	$(PIP) --no-build-isolation --editable '.[test,dev]'
+	$(PIP) --no-deps mistral-common
 	touch $@
 
 lint: $(VENV)/test-tools

@@ -290,22 +290,27 @@ class DecodeRows:
     Args:
         allocator: where blocks come from.
         max_rows: rows at the same time.
+        sliding_window: tokens that a query sees in any layer, itself included; 0 for all. A row
+            that takes a block gives back those behind the window: they stay in its table, where
+            nobody reads them, and `scheduled.sequence.num_freed_blocks` says how many they are.
     """
 
-    def __init__(self, allocator: BlockAllocator, max_rows: int) -> None: ...
+    def __init__(
+        self, allocator: BlockAllocator, max_rows: int, sliding_window: int = 0
+    ) -> None: ...
     def __len__(self) -> int: ...
     @property
     def num_blocks(self) -> int:
-        """Of all block tables together."""
-    def peak_growth(self, horizon: int, others: list[tuple[int, int, int]]) -> int:
-        """The most blocks that the rows will have taken beyond what those of them have given back
-        that reach max_num_tokens, at any of the next steps. Blocks that a row shared with others
-        when it was added are not given back.
+        """That the rows hold."""
+    def peak_growth(self, horizon: int, others: list[tuple[int, int, int, int]]) -> int:
+        """The most blocks that the rows will have taken beyond what they have given back, at
+        max_num_tokens and behind the sliding window, at any of the next steps. Blocks that a row
+        shared with others when it was added are not given back.
 
         Args:
             horizon: steps to look ahead.
-            others: sequences that are no rows yet, but take part: num_tokens, max_num_tokens and
-                number of blocks of each.
+            others: sequences that are no rows yet, but take part: num_tokens, max_num_tokens,
+                number of blocks and how many of these are freed, of each.
         """
     def add(
         self,
@@ -318,6 +323,7 @@ class DecodeRows:
         end_token_ids: Iterable[int],
         is_followed: bool,
         root: bytes = ...,
+        num_freed_blocks: int = 0,
     ) -> int:
         """A row behind all others.
 
@@ -331,6 +337,7 @@ class DecodeRows:
             end_token_ids: tokens that end the sequence.
             is_followed: whether `advance` is to name it for each of its tokens.
             root: as in `commit_blocks`.
+            num_freed_blocks: leading blocks behind the sliding window that are not its own.
 
         Returns:
             its id, above those of all rows before.
@@ -354,7 +361,7 @@ class DecodeRows:
         max_num_tokens in it.
 
         Returns:
-            None, and nothing has changed, where a row neither is part of that step nor joined it,
+            None, and no block is taken, where a row neither is part of that step nor joined it,
             blocks do not suffice, or more than max_rows stay.
         """
     def take(self, row_id: int, token_id: int) -> None:

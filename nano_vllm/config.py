@@ -308,6 +308,12 @@ class ModelConfig:
         """Those of all layers, each once."""
         return tuple(sorted({self.window(layer) for layer in range(self.num_layers)}))
 
+    @property
+    def widest_window(self) -> int:
+        """Tokens that a query sees in any layer, itself included; 0 for all."""
+        windows = self.windows()
+        return 0 if 0 in windows else windows[-1]
+
     def rope(self, layer: int) -> Rope | None:
         """How the layer rotates queries and keys; None for not at all."""
         if self.learned_positions or layer in self.nope_layers:

@@ -22,8 +22,9 @@ class Sequence:
     """The tokens of one completion, and how far the cache has them.
 
     Invariants: num_computed_tokens <= num_tokens; block_table covers every computed or scheduled
-        token while the sequence holds blocks and is empty otherwise; output_token_ids only grows.
-        While the sequence runs, its lists grow in place, from C++ (DecodeRows).
+        token while the sequence holds blocks and is empty otherwise; none of its first
+        num_freed_blocks is seen by a token that is still to be computed; output_token_ids only
+        grows. While the sequence runs, its lists grow in place, from C++ (DecodeRows).
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class Sequence:
         "num_cached_tokens",
         "num_preemptions",
         "block_table",
+        "num_freed_blocks",
         "block_hashes",
         "output_logprobs",
         "prompt_logprobs",
@@ -98,7 +100,11 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         """Prompt and output."""
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.block_table: list[int] = []  # set by BlockManager, as are the hashes
+        self.block_table: list[int] = []  # set by BlockManager, as are the next two
+        self.num_freed_blocks = 0
+        """Leading blocks of the table that lie behind the sliding window: they may be others' by
+        now, and nobody reads them.
+        """
         self.block_hashes: list[bytes] = []
         """Content hashes of the leading full blocks, as far as they are committed."""
         self.output_logprobs: list[
@@ -119,6 +125,11 @@ class Sequence:
     @num_computed_tokens.setter
     def num_computed_tokens(self, count: int) -> None:
         self._num_computed_tokens = count
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """Those of the table that are not freed."""
+        return self.block_table[self.num_freed_blocks :]
 
     @property
     def num_tokens(self) -> int:

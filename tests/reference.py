@@ -37,13 +37,15 @@ def paged_attention(
         num_heads, query_len, _ = queries.shape
         if query_len == 0:
             continue
-        keys = _cached_tokens(key_cache, k_scale, block_tables[s], seq_len, num_heads)
-        values = _cached_tokens(value_cache, v_scale, block_tables[s], seq_len, num_heads)
+        # Tokens that no query sees; blocks of nothing else may be another sequence's.
+        unseen = max(seq_len - query_len + 1 - sliding_window, 0) if sliding_window else 0
+        keys = _cached_tokens(key_cache, k_scale, block_tables[s], unseen, seq_len, num_heads)
+        values = _cached_tokens(value_cache, v_scale, block_tables[s], unseen, seq_len, num_heads)
         scores = queries @ keys.transpose(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         query_positions = torch.arange(seq_len - query_len, seq_len, device=query.device)[:, None]
-        key_positions = torch.arange(seq_len, device=query.device)[None, :]
+        key_positions = torch.arange(unseen, seq_len, device=query.device)[None, :]
         visible = key_positions <= query_positions
         if sliding_window:
             visible &= key_positions > query_positions - sliding_window
@@ -55,13 +57,16 @@ def _cached_tokens(
     cache: torch.Tensor,
     scale: torch.Tensor | None,
     block_table: torch.Tensor,
-    seq_len: int,
+    begin: int,
+    end: int,
     num_heads: int,
 ) -> torch.Tensor:
-    """The cache of one sequence, a head per query head: [num_heads, seq_len, head_dim]."""
+    """Tokens of one sequence, a head per query head: [num_heads, end - begin, head_dim]."""
     _, block_size, num_kv_heads, _ = cache.shape
-    blocks = block_table[: -(-seq_len // block_size)].long()
-    tokens = cache[blocks].flatten(0, 1)[:seq_len].double()
+    first = begin // block_size
+    blocks = block_table[first : -(-end // block_size)].long()
+    offset = first * block_size
+    tokens = cache[blocks].flatten(0, 1)[begin - offset : end - offset].double()
     if scale is not None:
         tokens = tokens * scale.double()[:, None]
     return tokens.repeat_interleave(num_heads // num_kv_heads, dim=1).transpose(0, 1)

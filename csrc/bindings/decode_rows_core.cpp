@@ -22,8 +22,9 @@ Owner& owner_of(const DecodeRow& row) { return *static_cast<Owner*>(row.owner); 
 
 class Rows : public DecodeRows {
  public:
-  Rows(const py::object& allocator, int64_t max_rows)
-      : DecodeRows(allocator.cast<BlockAllocator&>(), max_rows), allocator_object_(allocator) {}
+  Rows(const py::object& allocator, int64_t max_rows, int64_t sliding_window)
+      : DecodeRows(allocator.cast<BlockAllocator&>(), max_rows, sliding_window),
+        allocator_object_(allocator) {}
   Rows(const Rows&) = delete;
   ~Rows() {
     for (const int64_t id : ids()) delete static_cast<Owner*>(remove(id));
@@ -45,7 +46,8 @@ struct Step {
 
 int64_t add(Rows& rows, py::object scheduled, py::list token_ids, py::list block_table,
             py::list block_hashes, int64_t max_num_tokens, int64_t min_num_tokens,
-            const py::iterable& end_token_ids, bool is_followed, py::bytes root) {
+            const py::iterable& end_token_ids, bool is_followed, py::bytes root,
+            int32_t num_freed_blocks) {
   check(token_ids.size() > 0, "a row needs a token");
   DecodeRow row;
   row.num_tokens = static_cast<int32_t>(token_ids.size());
@@ -55,6 +57,7 @@ int64_t add(Rows& rows, py::object scheduled, py::list token_ids, py::list block
   row.is_followed = is_followed;
   for (const py::handle token : end_token_ids) row.end_token_ids.push_back(token.cast<int32_t>());
   row.block_table = to_blocks(block_table);
+  row.num_freed = num_freed_blocks;
   auto owner = std::make_unique<Owner>(Owner{std::move(scheduled), std::move(token_ids),
                                              std::move(block_table), std::move(block_hashes),
                                              std::move(root)});
@@ -66,17 +69,22 @@ int64_t add(Rows& rows, py::object scheduled, py::list token_ids, py::list block
 int64_t peak_growth(const Rows& rows, int64_t horizon, const py::list& others) {
   std::vector<GrowingSequence> growing;
   for (const py::handle each : others) {
-    const auto [num_tokens, max_num_tokens, num_blocks] =
-        each.cast<std::tuple<int64_t, int64_t, int64_t>>();
-    check(num_tokens > 0 && num_blocks >= 0, "a growing sequence must have tokens, got ",
-          num_tokens, " in ", num_blocks, " blocks");
-    growing.push_back({num_tokens, max_num_tokens, num_blocks});
+    const auto [num_tokens, max_num_tokens, num_blocks, num_freed] =
+        each.cast<std::tuple<int64_t, int64_t, int64_t, int64_t>>();
+    check(num_tokens > 0 && num_freed >= 0 && num_blocks >= num_freed,
+          "a growing sequence must have tokens, got ", num_tokens, " in ", num_blocks,
+          " blocks, of which ", num_freed, " are freed");
+    growing.push_back({num_tokens, max_num_tokens, num_blocks, num_freed});
   }
   return rows.peak_growth(horizon, growing);
 }
 
 void on_block(const DecodeRow& row, int32_t block) {
   owner_of(row).block_table.append(py::int_(block));
+}
+
+void on_freed(const DecodeRow& row) {
+  owner_of(row).scheduled.attr("sequence").attr("num_freed_blocks") = row.num_freed;
 }
 
 // With the rows' `scheduled` in their order: the same list as before where these are the same rows.
@@ -96,14 +104,14 @@ Step make_step(std::shared_ptr<Rows> rows, DecodeStep step) {
 Step schedule(std::shared_ptr<Rows> rows, int64_t max_rows, const py::list& under_way) {
   std::vector<const DecodeStep*> steps;
   for (const py::handle each : under_way) steps.push_back(&each.cast<const Step&>().step);
-  DecodeStep step = rows->schedule(max_rows, steps, on_block);
+  DecodeStep step = rows->schedule(max_rows, steps, on_block, on_freed);
   return make_step(std::move(rows), std::move(step));
 }
 
 std::unique_ptr<Step> schedule_ahead(std::shared_ptr<Rows> rows, const Step& behind,
                                      int64_t max_rows) {
   DecodeStep step;
-  if (!rows->schedule_ahead(behind.step, max_rows, step, on_block)) return nullptr;
+  if (!rows->schedule_ahead(behind.step, max_rows, step, on_block, on_freed)) return nullptr;
   return std::make_unique<Step>(make_step(std::move(rows), std::move(step)));
 }
 
@@ -219,13 +227,15 @@ void bind_decode_rows(py::module_& module) {
            py::arg("sent"), py::arg("out_table_rows"), py::arg("out_changes"))
       .def("find_shared_prefixes", &find_prefixes, py::arg("min_saved_tokens"), py::arg("out"));
   py::class_<Rows, std::shared_ptr<Rows>>(module, "DecodeRows")
-      .def(py::init<py::object, int64_t>(), py::arg("allocator"), py::arg("max_rows"))
+      .def(py::init<py::object, int64_t, int64_t>(), py::arg("allocator"), py::arg("max_rows"),
+           py::arg("sliding_window") = 0)
       .def("__len__", &Rows::size)
       .def_property_readonly("num_blocks", &Rows::num_blocks)
       .def("peak_growth", &peak_growth, py::arg("horizon"), py::arg("others"))
       .def("add", &add, py::arg("scheduled"), py::arg("token_ids"), py::arg("block_table"),
            py::arg("block_hashes"), py::arg("max_num_tokens"), py::arg("min_num_tokens"),
-           py::arg("end_token_ids"), py::arg("is_followed"), py::arg("root") = py::bytes())
+           py::arg("end_token_ids"), py::arg("is_followed"), py::arg("root") = py::bytes(),
+           py::arg("num_freed_blocks") = 0)
       .def(
           "remove",
           [](Rows& self, int64_t row_id) { delete static_cast<Owner*>(self.remove(row_id)); },

@@ -15,8 +15,12 @@ bool DecodeRow::take(int32_t token) {
          std::find(end_token_ids.begin(), end_token_ids.end(), token) != end_token_ids.end();
 }
 
-DecodeRows::DecodeRows(BlockAllocator& allocator, int64_t max_rows)
-    : allocator_(&allocator), block_size_(allocator.block_size()), max_rows_(max_rows) {
+DecodeRows::DecodeRows(BlockAllocator& allocator, int64_t max_rows, int64_t sliding_window)
+    : allocator_(&allocator),
+      block_size_(allocator.block_size()),
+      sliding_window_(sliding_window),
+      max_rows_(max_rows) {
+  check(sliding_window >= 0, "sliding_window must be at least 0, got ", sliding_window);
   check(max_rows > 0 && max_rows < INT32_MAX, "max_rows must be in [1, ", INT32_MAX, "), got ",
         max_rows);
   rows_.reserve(static_cast<size_t>(max_rows));
@@ -36,6 +40,8 @@ DecodeRow& DecodeRows::add(DecodeRow row) {
   const int64_t num_slots = static_cast<int64_t>(row.block_table.size()) * block_size_;
   check(row.num_tokens > 0 && num_slots > 0 && num_slots >= row.num_tokens - 1, "a row of ",
         row.num_tokens, " tokens has blocks for ", num_slots);
+  check(row.num_freed >= 0 && row.num_freed <= num_behind_window(row.num_tokens), "a row of ",
+        row.num_tokens, " tokens lacks its first ", row.num_freed, " blocks");
   row.id = next_id_++;
   row.table_row = free_table_rows_.back();
   free_table_rows_.pop_back();
@@ -43,10 +49,10 @@ DecodeRow& DecodeRows::add(DecodeRow row) {
   row.last_block = row.block_table.back();
   const auto is_shared = [&](int32_t block) { return allocator_->ref_count(block) > 1; };
   row.num_shared = static_cast<int32_t>(
-      std::find_if_not(row.block_table.begin(), row.block_table.end(), is_shared) -
+      std::find_if_not(row.block_table.begin() + row.num_freed, row.block_table.end(), is_shared) -
       row.block_table.begin());
   ++num_rows_of_head_[row.block_table[0]];
-  num_blocks_ += static_cast<int64_t>(row.block_table.size());
+  num_blocks_ += static_cast<int64_t>(row.block_table.size()) - row.num_freed;
   rows_.push_back(std::move(row));
   return rows_.back();
 }
@@ -59,15 +65,22 @@ int64_t DecodeRows::peak_growth(int64_t horizon, const std::vector<GrowingSequen
     // It takes part in so many steps; step `slots` is the first without a slot for it.
     const int64_t end = std::max<int64_t>(sequence.max_num_tokens - sequence.num_tokens, 0);
     int64_t slots = sequence.num_blocks * block_size_ - (sequence.num_tokens - 1);
+    // What others keep frees no block.
+    int64_t num_given_back = std::max(sequence.num_freed, num_kept);
     for (; slots <= horizon && slots < end; slots += block_size_) {
-      ++change[static_cast<size_t>(std::max<int64_t>(slots, 0))];
+      const int64_t step = std::max<int64_t>(slots, 0);
+      const int64_t behind = num_behind_window(sequence.num_tokens + step);
+      const int64_t freed = std::max(behind - num_given_back, int64_t{0});
+      change[static_cast<size_t>(step)] += 1 - freed;
+      num_given_back += freed;
       ++sequence.num_blocks;
     }
-    if (end <= horizon) change[static_cast<size_t>(end)] -= sequence.num_blocks - num_kept;
+    if (end <= horizon) change[static_cast<size_t>(end)] -= sequence.num_blocks - num_given_back;
   };
   for (const DecodeRow& row : rows_) {
     if (row.is_gone) continue;
-    grow({row.num_tokens, row.max_num_tokens, static_cast<int64_t>(row.block_table.size())},
+    grow({row.num_tokens, row.max_num_tokens, static_cast<int64_t>(row.block_table.size()),
+          row.num_freed},
          row.num_shared);
   }
   for (const GrowingSequence& sequence : others) grow(sequence, 0);
@@ -87,7 +100,7 @@ void* DecodeRows::remove(int64_t id) {
   DecodeRow& row = at(id);
   row.is_gone = true;
   ++num_gone_;
-  num_blocks_ -= static_cast<int64_t>(row.block_table.size());
+  num_blocks_ -= static_cast<int64_t>(row.block_table.size()) - row.num_freed;
   free_table_rows_.push_back(row.table_row);
   const auto head = num_rows_of_head_.find(row.block_table[0]);
   if (--head->second == 0) num_rows_of_head_.erase(head);
@@ -159,6 +172,8 @@ int64_t DecodeRows::write_table_changes(const DecodeStep& step, int64_t width, S
 
 int64_t DecodeRows::find_shared_prefixes(const DecodeStep& step, int64_t min_saved_tokens,
                                          int32_t* leaders, int32_t* lens) {
+  // With a window nothing is read together; and tables begin with blocks that may be others'.
+  if (sliding_window_ > 0) return 0;
   if (num_rows_of_head_.size() == rows_.size() - static_cast<size_t>(num_gone_)) return 0;
   std::vector<const int32_t*> tables(step.ids.size());
   std::vector<int32_t> seq_lens(step.ids.size());
@@ -190,6 +205,16 @@ int32_t DecodeRows::take_block(DecodeRow& row) {
   row.block_table.push_back(row.last_block);
   ++num_blocks_;
   return row.last_block;
+}
+
+bool DecodeRows::free_behind_window(DecodeRow& row) {
+  const auto num_behind = static_cast<int32_t>(num_behind_window(row.num_tokens));
+  if (num_behind <= row.num_freed) return false;
+  num_blocks_ -= num_behind - row.num_freed;
+  for (; row.num_freed < num_behind; ++row.num_freed) {
+    allocator_->free(row.block_table[static_cast<size_t>(row.num_freed)]);
+  }
+  return true;
 }
 
 }  // namespace nano_vllm

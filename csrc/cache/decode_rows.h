@@ -23,6 +23,7 @@ struct DecodeRow {
   int32_t min_num_tokens = 0;  // an end token counts only beyond so many
   bool is_followed = false;    // somebody looks at each of its tokens
   bool is_gone = false;
+  int32_t num_freed = 0;   // leading blocks that lie behind the window and are not its own any more
   int32_t num_shared = 0;  // leading blocks that others had too when the row was added
   int32_t last_block = 0;  // of block_table, here so that most steps read nothing but the row
   std::vector<int32_t> block_table;
@@ -67,22 +68,27 @@ struct TableChange {
 
 // A sequence that is no row yet: it takes its blocks as a row of so many tokens does.
 struct GrowingSequence {
-  int64_t num_tokens, max_num_tokens, num_blocks;
+  int64_t num_tokens, max_num_tokens, num_blocks, num_freed;
 };
 
 // Steps are taken in the order in which they were scheduled, and prepared before the next one is
 // taken in. Rows may go at any time: what comes of them in a step under way is dropped.
 //
+// With a sliding window, a row gives back the blocks that none of its tokens to come attends to,
+// whenever it takes one: so many tokens behind the last one known, as the step under way may have
+// to be taken again. They stay in its table, where nobody reads them.
+//
 // Invariants: the rows' ids rise; a row's block_table covers num_tokens - 1 tokens at least and
 //     num_tokens + 1 at most, in whole blocks.
 class DecodeRows {
  public:
-  // The allocator must outlive it.
-  DecodeRows(BlockAllocator& allocator, int64_t max_rows);
+  // The allocator must outlive it. sliding_window: tokens that a query sees in any layer, itself
+  // included; 0 for all.
+  DecodeRows(BlockAllocator& allocator, int64_t max_rows, int64_t sliding_window = 0);
 
   int64_t size() const { return static_cast<int64_t>(rows_.size()) - num_gone_; }
   int64_t max_rows() const { return max_rows_; }
-  // Of all rows' tables.
+  // That the rows hold.
   int64_t num_blocks() const { return num_blocks_; }
   // The most blocks that the rows, and these others, will have taken beyond what those of them have
   // given back that reach their length, at any of the next `horizon` steps.
@@ -98,10 +104,11 @@ class DecodeRows {
   DecodeRow& at(int64_t id);
 
   // The step of as many rows, the oldest first, as have a slot for their last token, max_rows at
-  // most, without those of steps under way. Calls on_block(row, block) for blocks that are taken.
-  template <class OnBlock>
+  // most, without those of steps under way. Calls on_block(row, block) for blocks that are taken,
+  // on_freed(row) where some are given back.
+  template <class OnBlock, class OnFreed>
   DecodeStep schedule(int64_t max_rows, const std::vector<const DecodeStep*>& under_way,
-                      OnBlock&& on_block) {
+                      OnBlock&& on_block, OnFreed&& on_freed) {
     compact();
     DecodeStep step;
     step.ids.reserve(rows_.size());
@@ -109,6 +116,7 @@ class DecodeRows {
       if (static_cast<int64_t>(step.ids.size()) + step.num_missing >= max_rows) break;
       if (is_part_of(under_way, row)) continue;
       const bool grows = needs_block(row, 0);
+      if (grows && free_behind_window(row)) on_freed(row);
       if (step.num_missing > 0 || (grows && allocator_->num_free() == 0)) {
         ++step.num_missing;  // as are all behind it
         continue;
@@ -120,25 +128,28 @@ class DecodeRows {
   }
 
   // The step of all rows but those that reach their length with the step before, whose tokens are
-  // not known yet. False, and nothing has changed, where a row is not part of that step, blocks do
+  // not known yet. False, and no block is taken, where a row is not part of that step, blocks do
   // not suffice or more than max_rows stay.
-  template <class OnBlock>
+  template <class OnBlock, class OnFreed>
   bool schedule_ahead(const DecodeStep& behind, int64_t max_rows, DecodeStep& step,
-                      OnBlock&& on_block) {
+                      OnBlock&& on_block, OnFreed&& on_freed) {
     compact();
     int64_t num_going = 0, num_blocks = 0;
     step = {{}, 1, {}, {}, 0};
-    const auto go_on = [&](int64_t place, const DecodeRow& row) {
+    const auto go_on = [&](int64_t place, DecodeRow& row) {
       ++num_going;
       if (row.num_tokens + 1 >= row.max_num_tokens) return;
-      num_blocks += needs_block(row, 1);
+      if (needs_block(row, 1)) {
+        ++num_blocks;
+        if (free_behind_window(row)) on_freed(row);
+      }
       step.ids.push_back(row.id);
       step.ahead_rows.push_back(static_cast<int32_t>(place));
     };
     visit(behind, go_on);
     const auto num_before = static_cast<int64_t>(behind.ids.size());
     visit({behind.joined, 0, {}, {}, 0},
-          [&](int64_t place, const DecodeRow& row) { go_on(num_before + place, row); });
+          [&](int64_t place, DecodeRow& row) { go_on(num_before + place, row); });
     if (num_going < size() || num_blocks > allocator_->num_free() ||
         static_cast<int64_t>(step.ids.size()) > max_rows) {
       return false;
@@ -199,9 +210,16 @@ class DecodeRows {
            static_cast<int32_t>(row.block_table.size());
   }
   int32_t take_block(DecodeRow& row);
+  // Blocks that the last of so many tokens does not see, nor any behind it.
+  int64_t num_behind_window(int64_t num_tokens) const {
+    if (sliding_window_ == 0) return 0;
+    return std::max<int64_t>(num_tokens - sliding_window_, 0) / block_size_;
+  }
+  bool free_behind_window(DecodeRow& row);
 
   BlockAllocator* allocator_;
   int32_t block_size_;
+  int64_t sliding_window_;
   int64_t max_rows_;
   int64_t next_id_ = 1;
   int64_t num_gone_ = 0;

@@ -35,8 +35,8 @@ COLUMNS = (
 """Of each step, as it was scheduled: seconds, or null; whether ahead; number of decodes; [seq_id,
 num_tokens] of each prefill; ids of preempted sequences; numbers of blocks copied within the pool,
 to host memory and back; sequences that run and wait; blocks held and cached. Since the step before:
-[seq_id, place, blocks] of tables, as `TableChanges` has them; blocks that nobody holds any more, by
-what they are now.
+[seq_id, place, blocks] of tables, as `TableChanges` has them, null for a freed one; blocks that
+nobody holds any more, by what they are now.
 """
 
 
@@ -58,8 +58,8 @@ class Picture:
         self._num_events = 0
         self._peak = 0
         self._tables = TableChanges()
-        self._holders: dict[int, tuple[Sequence, list[int]]] = {}
-        """Sequences with blocks, and those blocks, at the last step."""
+        self._holders: dict[int, tuple[Sequence, list[int | None]]] = {}
+        """Sequences with blocks, and their tables, at the last step; None for a freed block."""
 
     def see(self, event: dict[str, Any], sequences: Mapping[int, Sequence]) -> None:
         """Take in an event that was replayed as it is.
@@ -176,13 +176,13 @@ class Picture:
         candidates = {s.seq_id: s for s, _ in self._holders.values()}
         candidates |= {s.seq_id: s for s in (*self._pins.values(), *self._scheduler.running)}
         for seq_id, sequence in candidates.items():
-            change = self._tables.of(sequence)
+            change = self._table_change(sequence)
             if change is None:
                 continue
             changes.append(change)
             _, place, blocks = change
             _, table = self._holders.pop(seq_id, (sequence, []))
-            left.update(table[place:])
+            left.update(block for block in table[place:] if block is not None)
             table[place:] = blocks
             if table:
                 self._holders[seq_id] = sequence, table
@@ -195,6 +195,17 @@ class Picture:
             [block for block, state in states if state == BlockState.FREE],
             [block for block, state in states if state == BlockState.CACHED],
         )
+
+    def _table_change(self, sequence: Sequence) -> list[Any] | None:
+        change = self._tables.of(sequence)
+        table, freed = sequence.block_table, sequence.num_freed_blocks
+        _, known = self._holders.get(sequence.seq_id, (sequence, []))
+        place = len(known) if change is None else change[1]
+        if known.count(None) < freed:
+            place = min(place, known.count(None))
+        elif change is None:
+            return None
+        return [sequence.seq_id, place, [None] * (freed - place) + table[max(place, freed) :]]
 
 
 def _seconds(event: dict[str, Any]) -> float | None:

@@ -42,6 +42,8 @@ class BlockManager:
         enable_prefix_caching: find full blocks by their content.
         hash_key: secret of the content hashes, in [0, 2^64).
         num_host_blocks: blocks in host memory.
+        sliding_window: tokens that a query sees in any layer, itself included; 0 for all. Blocks
+            behind it are given back, and are found as long as nobody has taken them.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class BlockManager:
         enable_prefix_caching: bool = True,
         hash_key: int = 0,
         num_host_blocks: int = 0,
+        sliding_window: int = 0,
     ) -> None:
         self.allocator = BlockAllocator(num_blocks, block_size, hash_key)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.num_host_blocks = num_host_blocks
+        self.sliding_window = sliding_window
         self._hash_key = hash_key
         self.host_allocator: BlockAllocator | None = None
         if num_host_blocks and enable_prefix_caching:
@@ -104,17 +108,21 @@ class BlockManager:
             sibling: a sequence that begins with the same tokens and holds them all computed.
             may_load: whether to copy so many blocks back from host memory, behind so many found.
         """
-        if sibling is not None:
-            self.fork(sibling, sequence, sequence.num_tokens - 1)
+        num_tokens = sequence.num_tokens - 1
+        if sibling is not None and sibling.num_freed_blocks <= self._num_behind(num_tokens):
+            self.fork(sibling, sequence, num_tokens)
         elif self.enable_prefix_caching:
             self._find_prefix(sequence, may_load)
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
-        """Give a sequence without blocks those of the parent's first tokens, which are computed."""
+        """Give a sequence without blocks those of the parent's first tokens, which are computed,
+        and none of which is freed that the child's next token sees.
+        """
         blocks = parent.block_table[: self.num_blocks_for(num_tokens)]
-        for block in blocks:
+        for block in blocks[parent.num_freed_blocks :]:
             self.allocator.share(block)
         child.block_table = blocks
+        child.num_freed_blocks = parent.num_freed_blocks
         child.block_hashes = parent.block_hashes[: num_tokens // self.block_size]
         child.num_computed_tokens = num_tokens
 
@@ -161,6 +169,13 @@ class BlockManager:
                 sequence.cache_root,
             )
 
+    def free_behind_window(self, sequence: Sequence) -> None:
+        """Take away the blocks that no token sees which is still to be computed."""
+        num_behind = self._num_behind(sequence.num_computed_tokens)
+        if num_behind > sequence.num_freed_blocks:
+            self.allocator.free_many(sequence.block_table[sequence.num_freed_blocks : num_behind])
+            sequence.num_freed_blocks = num_behind
+
     def take_evictions(self, batch: Batch) -> None:
         """What scheduling the batch has evicted, for it to copy to host memory."""
         if self.host_allocator is not None:
@@ -171,16 +186,17 @@ class BlockManager:
 
     def free(self, sequence: Sequence) -> None:
         """Take the sequence's blocks away; nothing of it counts as computed any more."""
-        self.allocator.free_many(sequence.block_table)
+        self.allocator.free_many(sequence.held_blocks)
         for block in self._found_on_host.pop(sequence, ()):
             self._host.free(block, BlockOwner.TRANSFER)
         sequence.block_table = []
+        sequence.num_freed_blocks = 0
         sequence.block_hashes = []
         sequence.num_computed_tokens = 0
 
     def discard(self, sequence: Sequence) -> None:
         """Free blocks whose content is not to be trusted: nobody shall find them again."""
-        for block in sequence.block_table:
+        for block in sequence.held_blocks:
             if self.allocator.ref_count(block) == 1:
                 self.allocator.forget(block)
         self.free(sequence)
@@ -189,7 +205,7 @@ class BlockManager:
         """Free the blocks of a sequence whose step failed: what it was to write may be missing,
         whoever shares it.
         """
-        for block in sequence.block_table:
+        for block in sequence.held_blocks:
             self.allocator.forget(block)
         self.free(sequence)
 
@@ -237,7 +253,7 @@ class BlockManager:
         """Whether every reference has its owner, in constant time.
 
         Args:
-            num_table_blocks: of the block tables of all sequences.
+            num_table_blocks: that all sequences hold.
         """
         allocator = self.allocator
         return (
@@ -254,7 +270,7 @@ class BlockManager:
         """
         allocator = self.allocator
         expected: dict[BlockOwner, Counter[int]] = {
-            BlockOwner.SEQUENCE: Counter(b for s in sequences for b in s.block_table),
+            BlockOwner.SEQUENCE: Counter(b for s in sequences for b in s.held_blocks),
             BlockOwner.PIN: Counter(b for pin in self._pins.values() for b in pin),
             BlockOwner.TRANSFER: Counter(),
         }
@@ -308,6 +324,12 @@ class BlockManager:
         batch.swap_ins += zip(on_host, blocks, strict=True)
         self.num_loaded_tokens += len(blocks) * self.block_size
         self.commit(sequence, (first + len(blocks)) * self.block_size)
+
+    def _num_behind(self, num_tokens: int) -> int:
+        """Blocks that the token behind so many does not see, nor any that follows."""
+        if not self.sliding_window:
+            return 0
+        return max(num_tokens + 1 - self.sliding_window, 0) // self.block_size
 
     def _writes_into_last(self, sequence: Sequence) -> bool:
         """Whether the next token goes into a block that the sequence has, maybe with others."""

@@ -196,7 +196,7 @@ class EngineLoop:
         owners: dict[int, int] = {}
         for sequence in scheduler.running:
             owner = FIRST_OWNER + sequence.seq_id % NUM_OWNERS
-            for block in sequence.block_table:
+            for block in sequence.held_blocks:
                 owners[block] = SHARED if block in owners else owner
         return bytes(
             owners.get(block) or (CACHED if allocator.state(block) == cached else FREE)

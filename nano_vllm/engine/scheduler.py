@@ -91,7 +91,7 @@ class Scheduler:
         """In the order of admission."""
         self._prefilling: dict[Sequence, None] = {}
         """Those of them that are no rows."""
-        self._rows = DecodeRows(block_manager.allocator, max_num_seqs)
+        self._rows = DecodeRows(block_manager.allocator, max_num_seqs, block_manager.sliding_window)
         self._joining: set[Sequence] = set()
         """Rows whose prompts are computed in a step that is not taken in yet."""
         self._requests: dict[str, list[Sequence]] = {}
@@ -307,7 +307,7 @@ class Scheduler:
         to be; that there are none takes constant time.
         """
         manager = self.block_manager
-        num_table_blocks = self._rows.num_blocks + sum(len(s.block_table) for s in self._prefilling)
+        num_table_blocks = self._rows.num_blocks + sum(len(s.held_blocks) for s in self._prefilling)
         if manager.is_balanced(num_table_blocks):
             return []
         return manager.reclaim(self._running)
@@ -340,6 +340,7 @@ class Scheduler:
         """Put in what decodes, then prompts."""
         batch.decodes, beams, dry = self._schedule_decodes(batch)
         for beam in beams:
+            self.block_manager.free_behind_window(beam)
             self.block_manager.allocate(beam, batch)
             self._put(batch, beam, 1)
         self._schedule_prompts(batch, beams, dry)
@@ -362,6 +363,8 @@ class Scheduler:
         while budget > 0:
             head = None if dry else self.waiting.head
             if prefilling and (head is None or order(prefilling[0]) < order(head)):
+                # Not as it is admitted: what is loaded from host memory comes with this step.
+                self.block_manager.free_behind_window(prefilling[0])
                 budget -= self._put(batch, prefilling.pop(0), budget)
             elif head is not None and self._admit(head, batch, budget):
                 if head.num_computed_tokens and len(batch.scheduled) == len(beams):
@@ -431,7 +434,7 @@ class Scheduler:
         """
         manager = self.block_manager
         num_blocks = manager.num_blocks - manager.num_free_blocks
-        num_blocks -= sum(len(sequence.block_table) for sequence in (*self._prefilling, *joining))
+        num_blocks -= sum(len(sequence.held_blocks) for sequence in (*self._prefilling, *joining))
         return max(num_blocks, 0) * manager.block_size
 
     def _beams_to_advance(self, limit: int) -> list[Sequence]:
@@ -494,7 +497,12 @@ class Scheduler:
             return self._rows.peak_growth(
                 horizon,
                 [
-                    (s.num_tokens, self._max_num_tokens(s), len(s.block_table))
+                    (
+                        s.num_tokens,
+                        self._max_num_tokens(s),
+                        len(s.block_table),
+                        s.num_freed_blocks,
+                    )
                     for s in self._prefilling
                 ],
             )
@@ -570,6 +578,7 @@ class Scheduler:
             sequence.end_token_ids,
             sequence.is_followed,
             sequence.cache_root,
+            sequence.num_freed_blocks,
         )
         assert batch.decodes is not None
         batch.decodes.join(sequence.decode_row)

@@ -35,6 +35,7 @@ from nano_vllm.server.responses import (
     ModelCard,
     ModelList,
     Text,
+    TokenizerInfo,
     Tokens,
     Version,
 )
@@ -140,6 +141,21 @@ async def detokenize(request: Request) -> Response:
     asked: DetokenizeRequest = await body_of(request, DETOKENIZE)
     service.check_model(asked.model)
     return json_response(Text(await service.in_thread(gate.decode, asked.tokens)))
+
+
+@router.get("/tokenizer_info", **describe(None, TokenizerInfo))
+async def tokenizer_info(request: Request) -> Response:
+    """The tokens that begin and end a text, by their names; with /tokenize and /detokenize a client
+    such as lm-eval needs no tokenizer of its own.
+    """
+    tokenizer = service_of(request).check_open().tokenizer("tokenizer_info")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_ids[:1]
+    return json_response(
+        TokenizerInfo(
+            None if bos is None else tokenizer.id_to_piece(bos),
+            tokenizer.id_to_piece(eos[0]) if eos else None,
+        )
+    )
 
 
 @router.get("/v1/models", **describe(None, ModelList))

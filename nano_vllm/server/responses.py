@@ -169,6 +169,11 @@ class Text(Struct):
     prompt: str
 
 
+class TokenizerInfo(Struct):
+    bos_token: str | None
+    eos_token: str | None
+
+
 class Version(Struct):
     version: str
 

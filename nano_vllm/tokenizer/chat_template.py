@@ -1,18 +1,22 @@
-"""Chat templates: Jinja from a checkpoint, that is from a stranger, rendered in a sandbox."""
+"""Chat templates: Jinja from a checkpoint, that is from a stranger."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import jinja2
+from typing import Any
 
 
 class ChatTemplate:
     """Renders a conversation as transformers' apply_chat_template does.
+
+    A process of its own does it, which is started with the first conversation and has little time
+    and memory (`template_sandbox`). Messages, tools and variables must be JSON.
 
     Args: source: the template, or several by name; of those, "tool_use" renders conversations with
         tools and "default"
@@ -27,7 +31,7 @@ class ChatTemplate:
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
         self._special_tokens = dict(special_tokens)
         self._origin = origin
-        self._compiled: dict[str, jinja2.Template] = {}
+        self._sandbox = _Sandbox()
 
     def render(
         self,
@@ -36,9 +40,9 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt; ValueError in one line if the template is broken or refuses the messages."""
-        import jinja2
-
+        """The prompt; ValueError in one line if the template is broken, takes too long or refuses
+        the messages.
+        """
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f"a chat message must be an object with a role, got {message!r}")
@@ -48,72 +52,70 @@ class ChatTemplate:
             raise ValueError(
                 f"{self._origin} has no chat template named 'default'; it has: {known}"
             )
+        variables = {
+            **self._special_tokens,
+            "documents": None,
+            **variables,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            if name not in self._compiled:
-                self._compiled[name] = _environment().from_string(self._sources[name])
-            return self._compiled[name].render(
-                **{
-                    **self._special_tokens,
-                    "documents": None,
-                    **variables,
-                    "messages": messages,
-                    "tools": tools,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except jinja2.TemplateSyntaxError as error:
-            problem = f"line {error.lineno}: {error.message}"
-        except jinja2.TemplateError as error:
-            problem = str(error)
-        except Exception as error:  # whatever an expression of the template may raise
-            problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"chat template of {self._origin}: {' '.join(problem.split())}")
+            line = json.dumps({"source": self._sources[name], "variables": variables})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"what a chat template is given must be JSON: {error}") from None
+        answer = self._sandbox.ask(line)
+        if "text" in answer:
+            return answer["text"]
+        problem = " ".join(answer["problem"].split())
+        raise ValueError(f"chat template of {self._origin}: {problem}")
 
 
-def _environment() -> jinja2.Environment:
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class _Sandbox:
+    """`template_sandbox.serve` in a process; a new one behind one that ended."""
 
-    class GenerationTag(Extension):
-        """`{% generation %}` marks what the model wrote, for training; here its body is all that
-        counts.
-        """
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
 
-        tags = {"generation"}  # noqa: RUF012  (jinja's way)
+    def ask(self, line: str) -> dict[str, str]:
+        with self._lock:
+            process = self._process = self._process or self._start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(f"{line}\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if answer.endswith("\n"):
+                return json.loads(answer)
+            self._process = None
+            process.stdout.close()
+            status = process.wait()
+        if status == -signal.SIGXCPU:
+            return {"problem": "takes too long"}
+        return {"problem": f"the process that renders it ended with status {status}"}
 
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    # trim_blocks and lstrip_blocks are what templates on the hub are written for.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own tojson escapes for HTML, which would reach the model."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    def _start(self) -> subprocess.Popen[str]:
+        # Where this process finds its modules.
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            "from nano_vllm.tokenizer.template_sandbox import serve; serve()"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="ascii",
+            start_new_session=True,  # Ctrl-C is for this process alone
+        )
+        weakref.finalize(self, _end, process)
+        return process
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers
 
 from nano_vllm.config_fields import ConfigFields
+from nano_vllm.tokenizer.added_tokens import match_whole, of_type, surround
 from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.gguf_pre_tokenizer import PRE_TOKENIZATIONS
-from nano_vllm.tokenizer.gguf_sentencepiece import (
+from nano_vllm.tokenizer.sentencepiece_backend import (
     CONTROL,
     NORMAL,
     USER_DEFINED,
+    Pieces,
     build_sentencepiece,
+    byte_piece,
 )
 from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
 from nano_vllm.weights.gguf_file import GGUFFile
@@ -51,23 +54,21 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     if kind == "gpt2":
         backend, adds_bos = _byte_level(fields, tokens)
     elif kind == "llama":
-        scores = _array(fields, "scores", float, len(tokens))
-        unknown = named.get("unk_token")
-        backend, adds_bos = build_sentencepiece(fields, tokens, token_types, scores, unknown), True
+        backend, adds_bos = _sentencepiece(fields, tokens, token_types, ids["unknown"]), True
     else:
         raise ValueError(
             f"{path}: tokenizer model {kind!r} is not supported; supported: gpt2, llama"
         )
-    # Tokens that are matched whole wherever their text appears.
-    own = _of_type(USER_DEFINED, tokens, token_types)
-    special = dict.fromkeys([*_of_type(CONTROL, tokens, token_types), *named.values()])
+    own = of_type(USER_DEFINED, tokens, token_types)
+    special = dict.fromkeys([*of_type(CONTROL, tokens, token_types), *named.values()])
     # In the model's tokenizer.json, but in no field of GGUF.
     strips = kind == "llama" and fields.string("general.architecture", None) == "phi3"
-    backend.add_tokens(_added([token for token in own if token not in special], strips))
-    backend.add_special_tokens(_added(special, strips))
-    bos = ids["bos"] if fields.flag(f"{_PREFIX}add_bos_token", adds_bos) else None
-    eos = ids["eos"] if fields.flag(f"{_PREFIX}add_eos_token", False) else None
-    backend.post_processor = _surround(tokens, bos, eos)
+    stripping = () if not strips else {*own, *special}.difference(_NOT_STRIPPING)
+    match_whole(backend, own, special, stripping)
+    adds_bos = fields.flag(f"{_PREFIX}add_bos_token", adds_bos)
+    adds_eos = fields.flag(f"{_PREFIX}add_eos_token", False)
+    bos, eos = named.get("bos_token"), named.get("eos_token")
+    surround(backend, bos if adds_bos else None, eos if adds_eos else None)
     matched = {*own, *special}
     turn_ends = [tokens.index(t) for t in _TURN_ENDS if ids["eot"] is None and t in matched]
     template = fields.string("tokenizer.chat_template", None)
@@ -102,6 +103,32 @@ def _byte_level(fields: ConfigFields, tokens: list[str]) -> tuple[tokenizers.Tok
     backend.pre_tokenizer = pre_tokenization.build()
     backend.decoder = decoders.ByteLevel()
     return backend, pre_tokenization.adds_bos
+
+
+def _sentencepiece(
+    fields: ConfigFields, tokens: list[str], token_types: Sequence[int], unknown_id: int | None
+) -> tokenizers.Tokenizer:
+    scores = _array(fields, "scores", float, len(tokens))
+    if scores is None:
+        raise ValueError(f"{fields.source}: field {_PREFIX + 'scores'!r} is missing")
+    missing = {byte_piece(byte) for byte in range(256)}.difference(tokens)
+    if missing:
+        raise fields.error(
+            f"{_PREFIX}tokens", f"must hold a token for every byte, lacks {min(missing)!r}"
+        )
+    pieces = Pieces(
+        tokens,
+        token_types,
+        scores,
+        unknown_id,
+        is_unigram=False,
+        prefixes=fields.flag(f"{_PREFIX}add_space_prefix", True),
+        trims=fields.flag(f"{_PREFIX}remove_extra_whitespaces", False),
+    )
+    try:
+        return build_sentencepiece(pieces)
+    except ValueError as error:
+        raise ValueError(f"{fields.source}: tokenizer: {error}") from None
 
 
 def _bpe(
@@ -154,24 +181,3 @@ def _token_id(fields: ConfigFields, name: str, num_tokens: int) -> int | None:
             f"{_PREFIX}{name}_token_id", f"must be below {num_tokens}, got {token_id}"
         )
     return token_id
-
-
-def _of_type(wanted: int, tokens: list[str], token_types: Sequence[int]) -> list[str]:
-    return [token for token, kind in zip(tokens, token_types, strict=True) if kind == wanted]
-
-
-def _added(tokens: Iterable[str], strips: bool) -> list[AddedToken]:
-    """Args: strips: whether they take the white space behind them along."""
-    return [
-        AddedToken(token, normalized=False, rstrip=strips and token not in _NOT_STRIPPING)
-        for token in tokens
-    ]
-
-
-def _surround(tokens: list[str], bos: int | None, eos: int | None) -> processors.TemplateProcessing:
-    before = [] if bos is None else [tokens[bos]]
-    after = [] if eos is None else [tokens[eos]]
-    return processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        special_tokens=[(tokens[i], i) for i in {bos, eos} if i is not None],
-    )

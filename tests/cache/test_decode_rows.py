@@ -391,7 +391,7 @@ def test_peak_growth_counts_what_is_taken_and_given_back() -> None:
     def add(num_tokens: int, max_num_tokens: int, table: list[int]) -> None:
         rows.add(None, [1] * num_tokens, table, [], max_num_tokens, 0, (), False)
 
-    def growth(horizon: int, others: list[tuple[int, int, int]] | None = None) -> int:
+    def growth(horizon: int, others: list[tuple[int, int, int, int]] | None = None) -> int:
         return rows.peak_growth(horizon, others or [])
 
     assert growth(64) == 0
@@ -403,12 +403,37 @@ def test_peak_growth_counts_what_is_taken_and_given_back() -> None:
     add(4, 7, [first[0], allocator.allocate()])
     assert [growth(h) for h in (0, 2, 3, 6, 10)] == [0, 1, 1, 1, 2]
     # The same as a row of its own would.
-    assert [growth(h, [(7, 30, 2)]) for h in (1, 2, 6)] == [0, 2, 3]
-    assert growth(6, [(9, 30, 2)]) == 2 + 2 - 1
+    assert [growth(h, [(7, 30, 2, 0)]) for h in (1, 2, 6)] == [0, 2, 3]
+    assert growth(6, [(9, 30, 2, 0)]) == 2 + 2 - 1
     with pytest.raises(ValueError, match="horizon must be in"):
         growth(-1)
     with pytest.raises(ValueError, match="a growing sequence must have tokens, got 0"):
-        growth(1, [(0, 4, 1)])
+        growth(1, [(0, 4, 1, 0)])
+    with pytest.raises(ValueError, match="in 1 blocks, of which 2 are freed"):
+        growth(1, [(9, 14, 1, 2)])
+
+
+def test_peak_growth_counts_what_is_given_back_behind_a_window() -> None:
+    allocator = BlockAllocator(100, 4)
+    rows = DecodeRows(allocator, 8, sliding_window=6)
+    rows.add(None, [1] * 9, allocator.allocate_many(2), [], 60, 0, (), False)
+    # It takes its third block at once, the fourth and fifth for one each of those before.
+    assert [rows.peak_growth(h, []) for h in (0, 3, 4, 8, 40)] == [1, 1, 1, 1, 1]
+    assert [rows.peak_growth(h, [(9, 60, 2, 0)]) for h in (0, 40)] == [2, 2]
+    # Of three blocks the first is freed: the next is one more, those behind it are not.
+    assert [rows.peak_growth(h, [(12, 60, 3, 1)]) for h in (0, 1, 40)] == [1, 2, 2]
+
+
+def test_rows_know_which_blocks_are_not_their_own() -> None:
+    rows = DecodeRows(allocator := BlockAllocator(9, 4), 2, sliding_window=6)
+    table = allocator.allocate_many(3)
+    allocator.free(table[0])
+    rows.add(None, [1] * 10, table, [], 60, 0, (), False, num_freed_blocks=1)
+    assert rows.num_blocks == 2
+    with pytest.raises(ValueError, match="a row of 9 tokens lacks its first 1 blocks"):
+        rows.add(None, [1] * 9, table, [], 60, 0, (), False, num_freed_blocks=1)
+    with pytest.raises(ValueError, match="sliding_window must be at least 0, got -1"):
+        DecodeRows(allocator, 2, -1)
 
 
 def test_rows_of_steps_under_way_are_left_out() -> None:

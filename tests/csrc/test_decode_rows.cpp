@@ -3,6 +3,7 @@
 // element, for the sanitizers.
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -17,7 +18,7 @@ constexpr int32_t kBlockSize = 4;
 constexpr int64_t kMaxRows = 5, kWidth = 8;
 
 struct Trace {
-  explicit Trace(uint32_t seed) : random(seed) {}
+  explicit Trace(uint32_t seed) : random(seed), window(seed % 2 == 0 ? 0 : draw(1, 12)) {}
 
   int32_t draw(int32_t low, int32_t high) {
     return std::uniform_int_distribution<int32_t>(low, high)(random);
@@ -37,7 +38,7 @@ struct Trace {
   }
 
   void remove(const DecodeRow& row) {
-    allocator.free_many(row.block_table);
+    allocator.free_many({row.block_table.begin() + row.num_freed, row.block_table.end()});
     rows.remove(row.id);
   }
 
@@ -61,6 +62,10 @@ struct Trace {
     rows.visit(step, [&](int64_t place, const DecodeRow& row) {
       const int32_t position = row.num_tokens - 1 + step.lead;
       const int64_t block = row.block_table[static_cast<size_t>(position / kBlockSize)];
+      // What the token sees is the row's own, in the step under way too, and little beyond it.
+      const int32_t seen = window == 0 ? 0 : std::max(row.num_tokens - window, 0);
+      CHECK(row.num_freed <= seen / kBlockSize);
+      if (taken[row.id] > 0) CHECK(row.num_freed >= seen / kBlockSize - 1);
       CHECK(positions[place] == position && lens[place] == position + 1);
       CHECK(slots[place] == block * kBlockSize + position % kBlockSize);
       CHECK(starts[place] == place && table_rows[place] == row.table_row);
@@ -89,18 +94,21 @@ struct Trace {
   }
 
   void run() {
-    const auto on_block = [](const DecodeRow& row, int32_t block) {
+    const auto on_block = [&](const DecodeRow& row, int32_t block) {
       CHECK(row.block_table.back() == block);
+      ++taken[row.id];
     };
+    const auto on_freed = [](const DecodeRow& row) { CHECK(row.num_freed > 0); };
     for (int turn = 0; turn < 200; ++turn) {
       if (draw(0, 2) == 0) add();
-      DecodeStep step = rows.schedule(kMaxRows, {}, on_block);
+      DecodeStep step = rows.schedule(kMaxRows, {}, on_block, on_freed);
       check_written(step);
       const int64_t newest = rows.ids().empty() ? 0 : rows.ids().back();
       if (draw(0, 2) == 0) add(true);
       if (!rows.ids().empty() && rows.ids().back() > newest) step.joined = {rows.ids().back()};
       DecodeStep ahead;
-      const bool is_ahead = draw(0, 1) == 0 && rows.schedule_ahead(step, kMaxRows, ahead, on_block);
+      const bool is_ahead =
+          draw(0, 1) == 0 && rows.schedule_ahead(step, kMaxRows, ahead, on_block, on_freed);
       if (is_ahead) {
         check_written(ahead);
         CHECK(ahead.ids.size() == ahead.ahead_rows.size());
@@ -126,12 +134,15 @@ struct Trace {
         });
       }
       allocator.check_integrity();
+      CHECK(rows.num_blocks() == allocator.num_active());
     }
   }
 
   std::mt19937 random;
+  int32_t window;
   BlockAllocator allocator{20, kBlockSize};
-  DecodeRows rows{allocator, kMaxRows};
+  DecodeRows rows{allocator, kMaxRows, window};
+  std::map<int64_t, int> taken;  // blocks, by row
   std::vector<SentRow> sent = std::vector<SentRow>(kMaxRows);
   std::vector<int32_t> copy = std::vector<int32_t>(kMaxRows * kWidth);
 };
@@ -154,7 +165,8 @@ void test_refusals() {
   row.block_table = {allocator.allocate()};
   const int64_t id = rows.add(row).id;
   CHECK(throws([&] { rows.add(row); }));
-  const DecodeStep step = rows.schedule(9, {}, [](const DecodeRow&, int32_t) {});
+  const DecodeStep step =
+      rows.schedule(9, {}, [](const DecodeRow&, int32_t) {}, [](const DecodeRow&) {});
   CHECK(step.ids.size() == 1);
   rows.remove(id);
   CHECK(throws([&] { rows.remove(id); }));

@@ -48,13 +48,13 @@ def cached_values(token_ids: Iterable[int]) -> list[int]:
 
 
 def reference_tokens(
-    prompt: list[int], params: SamplingParams, index: int, max_model_len: int
+    prompt: list[int], params: SamplingParams, index: int, max_model_len: int, window: int = 0
 ) -> list[int]:
-    """The output of a sequence that is alone in the world."""
+    """The output of a sequence that is alone in the world, and sees `window` tokens; 0 for all."""
     tokens = list(prompt)
     values = cached_values(prompt)
     while True:
-        tokens.append(next_token(values, params, index, len(tokens) - len(prompt)))
+        tokens.append(next_token(values[-window:], params, index, len(tokens) - len(prompt)))
         values.append(digest(values[-1], tokens[-1]))
         num_output = len(tokens) - len(prompt)
         if tokens[-1] == EOS or num_output == params.max_tokens or len(tokens) == max_model_len:
@@ -72,7 +72,7 @@ def likeliest_tokens(cached: list[int], count: int) -> list[tuple[int, float]]:
 
 
 def reference_beams(
-    prompt: list[int], params: BeamSearchParams, max_model_len: int
+    prompt: list[int], params: BeamSearchParams, max_model_len: int, window: int = 0
 ) -> list[Hypothesis]:
     """What a search finds that is alone in the world."""
     ends = frozenset(() if params.ignore_eos else (EOS,))
@@ -80,7 +80,7 @@ def reference_beams(
     beams = [prompt]
     while beams:
         candidates = [
-            likeliest_tokens(cached_values(beam), search.num_candidates) for beam in beams
+            likeliest_tokens(cached_values(beam)[-window:], search.num_candidates) for beam in beams
         ]
         steps = search.advance(candidates)
         beams = [[*beams[step.parent], step.token_id] for step in steps]
@@ -99,6 +99,7 @@ class FakeRunner:
         script: tokens to give out instead, by request and completion; for tests of what follows.
         failing: requests whose logits are not finite.
         num_host_blocks: as the real runner's.
+        window: tokens that a query sees, two at least; 0 for all.
         runs_ahead: whether steps may be launched before the tokens of the one before are known.
     """
 
@@ -112,8 +113,12 @@ class FakeRunner:
         failing: Iterable[str] = (),
         runs_ahead: bool = True,
         num_host_blocks: int = 0,
+        window: int = 0,
     ) -> None:
-        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        self.model_config = SimpleNamespace(
+            vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), widest_window=window
+        )
+        self.window = window
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -160,6 +165,8 @@ class FakeRunner:
             self._slots[block * size : (block + 1) * size] = self._host_blocks[host_block]
         sources = {source for source, _ in batch.block_copies}
         destinations = [destination for _, destination in batch.block_copies]
+        loaded = [block for _, block in batch.swap_ins]
+        assert len({*loaded, *destinations}) == len(loaded) + len(destinations)
         assert len(set(destinations)) == len(destinations)
         assert not sources & set(destinations)
         for source, destination in batch.block_copies:
@@ -204,13 +211,19 @@ class FakeRunner:
         return next_token(cached, sequence.params, sequence.index, num_output)
 
     def _cached(self, sequence: Sequence, lead: int) -> list[int]:
+        """What the last token sees."""
+        end = sequence.num_tokens + lead
+        begin = max(end - self.window, 0) if self.window else 0
+        first = begin // self.block_size
+        assert first >= sequence.num_freed_blocks
         cached: list[int] = []
-        for block in sequence.block_table:
+        for block in sequence.block_table[first:]:
             cached += self._slots[block * self.block_size : (block + 1) * self.block_size]
-        return cached[: sequence.num_tokens + lead]
+        return cached[begin - first * self.block_size : end - first * self.block_size]
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         block, row = divmod(position, self.block_size)
+        assert block >= sequence.num_freed_blocks
         return sequence.block_table[block] * self.block_size + row
 
 
@@ -250,7 +263,7 @@ def check_invariants(engine: Engine) -> None:
     allocator.check_integrity()
     held: dict[int, int] = {}
     for sequence in scheduler.running:
-        for block in sequence.block_table:
+        for block in sequence.held_blocks:
             held[block] = held.get(block, 0) + 1
     for pinned in scheduler.block_manager.pins.values():
         for block in pinned:

@@ -56,6 +56,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
         max_num_batched_tokens=draw.choice([5, 16, 64]) if chunked else max_model_len,
         num_host_blocks=draw.choice([0, 1, 5, 40]),
         runs_ahead=num_stages == 1,
+        window=draw.choice([0, 0, 2, 5, 8, 24]),
     )
     engine = make_engine(
         runner,
@@ -76,7 +77,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
     beams: dict[str, BeamSearchParams] = {}
     finished, aborted, broken = {}, set(), 0
     pins: list[int] = []
-    pinned = 0
+    pinned = freed = 0
     to_come = draw.randrange(5, 25)
     while to_come or engine.has_work:
         while to_come and draw.random() < (0.4 if engine.has_work else 1.0):
@@ -137,6 +138,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
                 most = len(output.outputs) * MAX_PREEMPTIONS
                 assert output.metrics.num_preemptions <= most
         check_invariants(engine)
+        freed += sum(sequence.num_freed_blocks for sequence in engine.scheduler.running)
         if draw.random() < 0.05:
             request_id = draw.choice(list(prompts))
             if engine.abort(request_id) is not None:
@@ -147,12 +149,18 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
     for request_id, output in finished.items():
         if request_id in beams:
             found = [(o.token_ids, o.cumulative_logprob) for o in output.outputs]
-            expected = reference_beams(prompts[request_id], beams[request_id], max_model_len)
+            expected = reference_beams(
+                prompts[request_id], beams[request_id], max_model_len, runner.window
+            )
             assert found == [(h.token_ids, h.cumulative_logprob) for h in expected]
             continue
         for completion in output.outputs:
             assert completion.token_ids == reference_tokens(
-                prompts[request_id], params[request_id], completion.index, max_model_len
+                prompts[request_id],
+                params[request_id],
+                completion.index,
+                max_model_len,
+                runner.window,
             )
     for pin in pins:
         engine.unpin(pin)
@@ -169,6 +177,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
         "aborted": len(aborted),
         "broken": broken,
         "pinned": pinned,
+        "freed": freed,
         "searched": sum(request_id in finished for request_id in beams),
         "loaded": metrics.num_loaded_tokens,
         "swapped out": sum(len(batch.swap_outs) for batch in runner.batches),

@@ -112,6 +112,9 @@ def test_models_and_errors(client: openai.OpenAI) -> None:
 def test_loglikelihoods_as_lm_eval_asks_for_them(client: openai.OpenAI) -> None:
     """Token ids in, echo, and the log-probability of each token of the prompt."""
     url = str(client.base_url).removesuffix("v1/")
+    # Its tokenizer_backend=remote: no tokenizer of its own.
+    info = httpx.get(url + "tokenizer_info").json()
+    assert info == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     tokens = httpx.post(url + "tokenize", json={"prompt": "Paris is in France"}).json()["tokens"]
     answer = client.completions.create(
         model=DEFAULT_MODEL,

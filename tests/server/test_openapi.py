@@ -32,6 +32,7 @@ def test_the_document_names_all_routes(server: RunningServer) -> None:
         "/tokenize",
         "/detokenize",
         "/version",
+        "/tokenizer_info",
         "/health",
         "/metrics",
         "/openapi.json",

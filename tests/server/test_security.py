@@ -37,6 +37,7 @@ PATHS = [
     "/v1/completions",
     "/metrics",
     "/version",
+    "/tokenizer_info",
     "/openapi.json",
     "/debug/state",
     "/tokenize",

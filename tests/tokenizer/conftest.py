@@ -76,6 +76,17 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def mistral_files() -> Path:
+    """The tokenizers that Mistral publishes with its library, of which nothing else is used."""
+    spec = importlib.util.find_spec("mistral_common")
+    folders = (spec and spec.submodule_search_locations) or ()
+    path = next((Path(folder) / "data" for folder in folders), None)
+    if path is None:
+        pytest.skip("needs `pip install --no-deps mistral-common`")
+    return path
+
+
+@pytest.fixture(scope="session")
 def byte_level() -> tokenizers.Tokenizer:
     """Byte-level BPE with a special and a user-defined token, like Llama 3's and Qwen's."""
     backend = tokenizers.Tokenizer(models.BPE())
@@ -92,7 +103,13 @@ def byte_level() -> tokenizers.Tokenizer:
 
 @functools.cache
 def train_sentencepiece(
-    prefix: bool = True, trims: bool = False, split_digits: bool = True, own: tuple[str, ...] = ()
+    prefix: bool = True,
+    trims: bool = False,
+    split_digits: bool = True,
+    own: tuple[str, ...] = (),
+    kind: str = "bpe",
+    normalization: str = "identity",
+    has_bytes: bool = True,
 ) -> sentencepiece.SentencePieceProcessor:
     """SentencePiece BPE with byte fallback, like Llama 2's.
 
@@ -101,16 +118,20 @@ def train_sentencepiece(
         trims: whether spaces around and in a row are dropped.
         split_digits: whether each digit is a piece of its own.
         own: user-defined pieces.
+        kind: "bpe" or "unigram".
+        normalization: the name of a table of replacements.
+        has_bytes: whether unknown characters become bytes.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([t for t in SENTENCEPIECE_CORPUS if t.strip() and "\x00" not in t]),
         model_writer=model,
-        model_type="bpe",
+        model_type=kind,
         vocab_size=700,
-        byte_fallback=True,
+        hard_vocab_limit=kind == "bpe",
+        byte_fallback=has_bytes,
         character_coverage=0.98,
-        normalization_rule_name="identity",
+        normalization_rule_name=normalization,
         add_dummy_prefix=prefix,
         remove_extra_whitespaces=trims,
         allow_whitespace_only_pieces=True,

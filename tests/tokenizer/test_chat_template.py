@@ -96,6 +96,36 @@ def test_sandbox(template: str) -> None:
     assert len(CHAT) == 3
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "too"),
+        ("{{ 9 ** (9 ** 9) }}", "takes too long"),
+        ("{{ 'x' * 10 ** 12 }}", "needs more than 1073741824 bytes of memory"),
+        ("{{ '%999999999999d' % 1 }}", "needs more than"),
+        ("{{ 'x' | center(10 ** 10) }}", "needs more than"),
+        (
+            "{% set x = namespace(s='x') %}{% for i in range(60) %}{% set x.s = x.s ~ x.s %}"
+            "{% endfor %}",
+            "needs more than",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", ""),
+    ],
+)
+def test_templates_made_to_harm(template: str, message: str) -> None:
+    harmful = ChatTemplate({"default": template, "tool_use": "fine"}, {}, "the model")
+    with pytest.raises(ValueError, match=f"^chat template of the model: .*{message}") as error:
+        harmful.render(CHAT)
+    assert "\n" not in str(error.value)
+    assert harmful.render(CHAT, tools=TOOLS) == "fine"  # nothing is left behind
+
+
+def test_only_json_reaches_a_template() -> None:
+    with pytest.raises(ValueError, match="must be JSON: Object of type object"):
+        render("x", thing=object())
+
+
 @pytest.mark.parametrize("message", ["hi", {"content": "x"}, {"role": 3}, None])
 def test_messages_need_roles(message: Any) -> None:
     with pytest.raises(ValueError, match="must be an object with a role"):

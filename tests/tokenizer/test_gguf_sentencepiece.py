@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from nano_vllm.tokenizer.detokenizer import Detokenizer
-from nano_vllm.tokenizer.gguf_sentencepiece import byte_piece
+from nano_vllm.tokenizer.sentencepiece_backend import byte_piece
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.conftest import TEXTS, token_type, train_sentencepiece
 
@@ -312,7 +312,7 @@ BYTES = [byte_piece(byte) for byte in range(256)]
     [
         (["a"], {}, "'tokenizer.ggml.scores' is missing"),
         (["a"], {"scores": [0.0, 1.0]}, "must be an array of 1 of type float"),
-        (["a"], {"scores": [math.nan]}, "'tokenizer.ggml.scores' must hold finite numbers"),
+        (BYTES, {"scores": [math.nan] * 256}, "scores must be finite numbers"),
         (["a"], {"scores": [0.0]}, "must hold a token for every byte, lacks '<0x00>'"),
         (BYTES[:255], {"scores": [0.0] * 255}, "a token for every byte, lacks '<0xFF>'"),
         (BYTES, {"scores": [0.0] * 256, "unknown_token_id": 256}, "must be below 256, got 256"),

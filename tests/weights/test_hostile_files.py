@@ -150,7 +150,16 @@ def test_files_of_a_gigabyte(folder: Path) -> None:
         with (folder / name).open("wb") as file:
             file.truncate(1 << 30)
     fails(folder, r"config.json must have at most 268435456 bytes, got 1073741824")
-    with pytest.raises(ValueError, match=r"tokenizer.json must have at most 268435456 bytes"):
+    (folder / "config.json").unlink()
+    for name in ("tokenizer.json", "tekken.json", "tokenizer.model", "x.tiktoken"):
+        with (folder / name).open("wb") as file:
+            file.truncate(1 << 30)
+        with pytest.raises(ValueError, match=rf"{name} must have at most 268435456 bytes"):
+            load_hf_tokenizer(folder)
+        (folder / name).unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n")
+    os.truncate(folder / "tokenizer.model", 1 << 30)
+    with pytest.raises(ValueError, match=r"tokenizer.model must have at most 268435456 bytes"):
         load_hf_tokenizer(folder)
 
 
