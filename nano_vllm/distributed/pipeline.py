@@ -10,6 +10,9 @@ import torch.distributed as dist
 from nano_vllm.distributed.collectives import PeerError
 from nano_vllm.distributed.progress import Progress
 
+STAGE_PATIENCE = 600.0
+"""Seconds: on a CPU, which waits here, a stage may take long for a step."""
+
 
 class Pipeline:
     """Of one stage, which is all there is."""
@@ -54,7 +57,7 @@ class PipelineRank(Pipeline):
 
     def _call(self, transfer: Any, x: torch.Tensor, peer: int) -> None:
         try:
-            with self._progress.waiting():
+            with self._progress.waiting(STAGE_PATIENCE):
                 transfer(x, peer)
         except RuntimeError as error:
             raise PeerError(str(error)) from None

@@ -19,8 +19,6 @@ SILENCE_SECONDS = 7.0
 """Without a beat, a process is dead or stopped."""
 LOADING_SILENCE_SECONDS = 60.0
 """While it loads, it may be reading a tensor from a slow disk."""
-FROZEN_SECONDS = 20.0
-"""Behind which a rank that has not joined the collective that others wait in is frozen."""
 EXIT_CODE = 1
 FAILED = "failed"
 
@@ -148,10 +146,11 @@ class Watchdog:
             kill_if_near(beat)
             return f"has given no sign of life for {silence:.0f} s"
         waiting_since = self._progress.waiting_since
-        if waiting_since is None or beat.waiting_seconds:
+        is_loading = self._progress.step < 0  # which takes some ranks longer than others
+        if waiting_since is None or beat.waiting_seconds or is_loading:
             return None
         waited = time.monotonic() - waiting_since
-        if waited > FROZEN_SECONDS:
+        if waited > self._progress.patience:
             return f"is frozen: others have waited {waited:.0f} s for it"
         return None
 
