@@ -50,7 +50,7 @@ def test_a_prompt_is_answered_and_the_figures_come_last(capsys: Any) -> None:
     assert (code, out) == (0, "Hi\n")
     assert len(err) == 1
     assert err[0].startswith("3 prompt tokens, 3 output tokens, ")
-    assert "tok/s, time to first token 2.000 s" in err[0]
+    assert "tok/s, time to first token 3.000 s" in err[0]
 
 
 @pytest.mark.usefixtures("loaded")

@@ -179,7 +179,9 @@ class ModelLessRunner:
         self._draw = draw
 
     def launch(self, batch: Batch) -> SimpleNamespace:
-        self.input_batch.prepare(batch, self._graphs.padding_for(batch))
+        self.input_batch.prepare(
+            batch, self._graphs.padding_for(batch, self.input_batch.num_rows(batch))
+        )
         return SimpleNamespace(result=lambda: self.draw_tokens(batch))
 
     def draw_tokens(self, batch: Batch) -> Any:

@@ -65,16 +65,22 @@ class StepGraphs:
         """Memory of all graphs: they run one after the other."""
         self._stream: torch.cuda.Stream | None = None
 
-    def padding_for(self, batch: Batch) -> Padding | None:
-        """What the step is to be padded to; None if it cannot be a graph."""
-        num_seqs = len(batch.scheduled)
+    def padding_for(self, batch: Batch, num_rows: int) -> Padding | None:
+        """What the step is to be padded to; None if it cannot be a graph.
+
+        Args:
+            batch: the step.
+            num_rows: that attention has.
+        """
         if batch.is_decode:
-            size = _at_least(num_seqs, self._decode_sizes)
+            size = _at_least(num_rows, self._decode_sizes)
             return None if size is None else Padding(size, size)
         num_tokens = _at_least(batch.num_tokens, self._token_sizes)
-        padded_seqs = _at_least(num_seqs, self._sequence_sizes)
+        padded_seqs = _at_least(num_rows, self._sequence_sizes)
         if num_tokens is None or padded_seqs is None:
             return None
+        if num_rows == batch.num_tokens and num_tokens <= self._sequence_sizes[-1]:
+            padded_seqs = num_tokens  # a row for each token: one graph for each size
         return Padding(num_tokens, padded_seqs)
 
     def run(self, forward: Forward, inputs: ModelInput) -> torch.Tensor:
@@ -87,7 +93,8 @@ class StepGraphs:
         """
         attention = inputs.attention
         key = (
-            attention.max_query_len == 1,
+            inputs.sampled is None,
+            attention.max_query_len == 1,  # no kernel for prompts
             len(inputs.input_ids),
             len(attention.seq_lens),
             attention.shared_prefix is not None,  # a kernel more

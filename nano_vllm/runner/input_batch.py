@@ -11,7 +11,7 @@ import torch
 
 from nano_vllm import ops
 from nano_vllm._core import DecodeStep, find_shared_prefixes, prepare_batch
-from nano_vllm.batch import Batch
+from nano_vllm.batch import Batch, ScheduledSequence
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.attention import AttentionMetadata
 from nano_vllm.runner.input_layout import (
@@ -26,6 +26,11 @@ from nano_vllm.runner.input_layout import (
 SHARED_PREFIX_BYTES = 32 << 20
 """Of keys and values of a layer that reading a prefix once must spare: 11 us of memory time on an
 H100, about what the kernel that reads it costs besides."""
+
+MAX_SPREAD_TOKENS = 256
+"""Of a chunk: what its tokens read of each other, each by itself, grows with their square."""
+MIN_SPREAD_CONTEXT = 2048
+"""Tokens behind which a chunk is spread: 16 tiles of the prefill kernel."""
 
 _DTYPES: dict[str, tuple[Any, torch.dtype]] = {
     "int32": (np.int32, torch.int32),
@@ -49,6 +54,14 @@ class ModelInput:
     """[2, num_sampled], int64: rows that sample, and the last of each one's tokens among the
     step's. None for a step of decodes, whose rows all do.
     """
+
+
+class AttentionRow(NamedTuple):
+    """A sequence's part of a step as attention sees it."""
+
+    scheduled: ScheduledSequence
+    start: int
+    num_tokens: int
 
 
 class StagedInput(NamedTuple):
@@ -133,6 +146,11 @@ class InputBatch:
     Of a step of decodes alone, the block tables travel as what has changed in them since the last
     such step: the device keeps those of all sequences that decode.
 
+    A few tokens of a long prompt would keep few of a GPU's multiprocessors busy for long: the
+    prefill kernel gives a row of tiles to each. As a row of its own each of these tokens decodes,
+    and what they all attend over is a prefix that they share, which is read once and by all
+    multiprocessors.
+
     Args:
         config: the decoder's shape.
         max_num_tokens: tokens of a step at the most.
@@ -141,6 +159,7 @@ class InputBatch:
         block_size: tokens per block.
         device: where the tensors go.
         shares_prefixes: look for sequences that begin with the same blocks.
+        spreads_chunks: let tokens of a long prompt decode; with shares_prefixes.
         num_slots: steps that may be written before the first of them is loaded.
     """
 
@@ -153,10 +172,13 @@ class InputBatch:
         block_size: int,
         device: torch.device,
         shares_prefixes: bool = False,
+        spreads_chunks: bool = False,
         num_slots: int = 1,
     ) -> None:
         self._config = config
         self._shares_prefixes = shares_prefixes
+        self._spreads_chunks = shares_prefixes and spreads_chunks and config.windows() == (0,)
+        self._max_num_seqs = max_num_seqs
         self._min_saved_tokens = SHARED_PREFIX_BYTES // (4 * config.num_kv_heads * config.head_dim)
         self.block_size = block_size
         self.device = device
@@ -184,6 +206,33 @@ class InputBatch:
                 for window in config.windows()
             }
 
+    def prompt_rows(self, batch: Batch) -> list[AttentionRow]:
+        """What is not decodes, in the order of the batch; of chunks that are spread, a row for each
+        token.
+        """
+        rows: list[AttentionRow] = []
+        others = batch.scheduled[batch.num_decodes :]
+        room = self._max_num_seqs - len(batch.scheduled) if self._spreads_chunks else 0
+        for scheduled in others:
+            start, count = scheduled.start, scheduled.num_tokens
+            if self._is_worth_spreading(start, count) and count - 1 <= room:
+                room -= count - 1
+                rows += (AttentionRow(scheduled, start + i, 1) for i in range(count))
+            else:
+                rows.append(AttentionRow(scheduled, start, count))
+        return rows
+
+    def num_rows(self, batch: Batch) -> int:
+        """That attention has."""
+        return batch.num_decodes + len(self.prompt_rows(batch))
+
+    def _is_worth_spreading(self, start: int, num_tokens: int) -> bool:
+        return (
+            1 < num_tokens <= MAX_SPREAD_TOKENS
+            and start >= max(MIN_SPREAD_CONTEXT, 4 * num_tokens)
+            and (num_tokens - 1) * start >= self._min_saved_tokens
+        )
+
     def prepare(
         self,
         batch: Batch,
@@ -201,9 +250,9 @@ class InputBatch:
 
         Args:
             batch: what to compute.
-            padding: tokens and sequences to pad it to, with sequences that have nothing to do, and,
-                where it is not all decodes, tokens that belong to none. Batches of a padding have
-                their tensors always in the same memory, and bounds that hold for all of them.
+            padding: tokens and rows to pad it to, with rows that have nothing to do, and, where it
+                is not all decodes, tokens that belong to none. Batches of a padding have their
+                tensors always in the same memory, and bounds that hold for all of them.
         """
         number = self._next_slot
         self._next_slot = (number + 1) % len(self.slots)
@@ -297,12 +346,9 @@ class InputBatch:
     def _write_mixed(
         self, batch: Batch, padding: tuple[int, int] | None, number: int
     ) -> StagedInput:
-        num_tokens, num_seqs, num_decodes = (
-            batch.num_tokens,
-            len(batch.scheduled),
-            batch.num_decodes,
-        )
-        others = batch.scheduled[num_decodes:]
+        others = self.prompt_rows(batch)
+        num_tokens, num_decodes = batch.num_tokens, batch.num_decodes
+        num_seqs = num_decodes + len(others)
         width = max(len(s.sequence.block_table) for s in batch.scheduled)
         padded_tokens, padded_seqs = padding or (num_tokens, num_seqs)
         layout = mixed_layout(padded_tokens, padded_seqs, (num_seqs, width))
@@ -319,10 +365,10 @@ class InputBatch:
             batch.decodes.write_tables(host["block_tables"][:num_decodes])
         query_start_loc, seq_lens = host["query_start_loc"][: num_seqs + 1], host["seq_lens"]
         max_query_len, max_seq_len = prepare_batch(
-            [s.sequence.token_ids for s in others],
-            [s.sequence.block_table for s in others],
-            [s.start for s in others],
-            [s.num_tokens for s in others],
+            [row.scheduled.sequence.token_ids for row in others],
+            [row.scheduled.sequence.block_table for row in others],
+            [row.start for row in others],
+            [row.num_tokens for row in others],
             self.block_size,
             host["input_ids"][num_decodes:num_tokens],
             host["positions"][num_decodes:num_tokens],
@@ -340,7 +386,7 @@ class InputBatch:
             self._min_saved_tokens,
             host["shared_prefix"][:, :num_seqs],
         )
-        rows = batch.sampling_rows
+        rows = _sampling_rows(batch, others)
         host["sampled"][0, : len(rows)] = rows
         host["sampled"][1, : len(rows)] = query_start_loc[1:][rows] - 1
         if padding is not None:
@@ -360,7 +406,8 @@ class InputBatch:
             table_width=width,
             num_changes=0,
             num_sampled=len(rows),
-            max_query_len=max_query_len if padding is None else padded_tokens,
+            # Without a kernel for prompts, where nothing is left to it.
+            max_query_len=max_query_len if padding is None or max_query_len == 1 else padded_tokens,
             max_seq_len=max(max_seq_len, max_decode_len) if padding is None else self._longest,
             is_shared=bool(is_shared),
         )
@@ -420,3 +467,16 @@ class InputBatch:
                 sliding_window=window,
                 shared_prefix=attention.shared_prefix,
             )
+
+
+def _sampling_rows(batch: Batch, others: list[AttentionRow]) -> list[int]:
+    """Those with the last token of each sequence that samples."""
+    rows = list(range(batch.num_decodes))
+    for place, row in enumerate(others, batch.num_decodes):
+        scheduled = row.scheduled
+        if (
+            scheduled.samples
+            and row.start + row.num_tokens == scheduled.start + scheduled.num_tokens
+        ):
+            rows.append(place)
+    return rows

@@ -113,7 +113,9 @@ class ModelRunner(ModelWorker):
         Returns:
             the step; the batch's rows that sample; what is asked for of its prompts.
         """
-        padding = self.graphs.padding_for(batch) if self.graphs is not None else None
+        padding = None
+        if self.graphs is not None:
+            padding = self.graphs.padding_for(batch, self.input_batch.num_rows(batch))
         staged = self.input_batch.write(batch, padding)
         rows = list(range(len(batch.scheduled))) if batch.is_decode else batch.sampling_rows
         if batch.scheduled is not self._scheduled or not batch.is_decode:

@@ -34,7 +34,7 @@ from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
 TILE_ROWS = 128
-"""Tokens times heads that a multiprocessor attends for at a time, in a prompt."""
+"""Tokens times query heads of a tile of a prompt."""
 
 
 class ModelWorker:
@@ -111,6 +111,7 @@ class ModelWorker:
                 self.block_size,
                 self.device,
                 config.enable_cascade_attention and self.device.type == "cuda",
+                spreads_chunks=_reads_prefixes_once(self.device),
                 num_slots=pipeline.num_stages,
             )
             num_blocks = num_kv_blocks(
@@ -134,7 +135,7 @@ class ModelWorker:
             if self.num_host_blocks:
                 self.host_cache = HostCache(self.kv_cache, self.num_host_blocks)
                 self.host_block_seconds = self.host_cache.measure_copy_in()
-            self.saturating_tokens = _saturating_tokens(shard.num_heads, self.device)
+            self.saturating_tokens = _saturating_tokens(shard, self.device)
             """Of a prompt; see StepCost."""
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
@@ -276,13 +277,21 @@ class ModelWorker:
         self.parallel.close()
 
 
-def _saturating_tokens(num_heads: int, device: torch.device) -> int:
-    """The attention's tiles of a prompt's tokens and heads are as many as the GPU computes at a
-    time.
+def _reads_prefixes_once(device: torch.device) -> bool:
+    """Whether there are kernels that do so for all who share one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _saturating_tokens(model: ModelConfig, device: torch.device) -> int:
+    """Of a prompt. Where few tokens are spread over the GPU, those of a tile of rows; else as many
+    as make a tile for each multiprocessor.
     """
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count * TILE_ROWS // num_heads
+    if _reads_prefixes_once(device) and model.windows() == (0,):
+        return TILE_ROWS * model.num_kv_heads // model.num_heads
+    num_tiles = torch.cuda.get_device_properties(device).multi_processor_count
+    return num_tiles * TILE_ROWS // model.num_heads
 
 
 def _choose_device(name: str, local_rank: int) -> torch.device:

@@ -60,9 +60,9 @@ def test_token_sizes_stay_within_what_a_step_may_hold() -> None:
 
 def test_a_step_of_decodes_takes_the_next_size() -> None:
     graphs = StepGraphs(1000, max_num_seqs=20)
-    sizes = [graphs.padding_for(decodes(n)) for n in (1, 3, 5, 16, 17, 20)]
+    sizes = [graphs.padding_for(decodes(n), n) for n in (1, 3, 5, 16, 17, 20)]
     assert sizes == [Padding(size, size) for size in (1, 4, 8, 16, 20, 20)]
-    assert graphs.padding_for(decodes(21)) is None
+    assert graphs.padding_for(decodes(21), 21) is None
 
 
 def prompt(num_tokens: int) -> ScheduledSequence:
@@ -73,11 +73,14 @@ def prompt(num_tokens: int) -> ScheduledSequence:
 def test_a_step_with_prompts_is_padded_in_tokens_and_sequences() -> None:
     graphs = StepGraphs(1000, max_num_seqs=20)
     batch = decodes(2)
-    assert graphs.padding_for(Batch([prompt(5)])) == Padding(32, 1)
+    assert graphs.padding_for(Batch([prompt(5)]), 1) == Padding(32, 1)
     mixed = Batch([*batch.scheduled, prompt(31)], batch.decodes)
-    assert graphs.padding_for(mixed) == Padding(64, 4)
-    assert graphs.padding_for(Batch([prompt(40) for _ in range(20)])) == Padding(896, 20)
-    assert graphs.padding_for(Batch([prompt(999)])) is None
+    assert graphs.padding_for(mixed, 3) == Padding(64, 4)
+    assert graphs.padding_for(mixed, 17) == Padding(64, 20)
+    assert graphs.padding_for(mixed, 33) is None
+    assert StepGraphs(1000, max_num_seqs=64).padding_for(mixed, 33) == Padding(64, 64)
+    assert graphs.padding_for(Batch([prompt(40) for _ in range(20)]), 20) == Padding(896, 20)
+    assert graphs.padding_for(Batch([prompt(999)]), 1) is None
 
 
 class WithoutCapture(StepGraphs):
@@ -95,7 +98,7 @@ class PaddedRunner(ModelRunner):
 
     def launch(self, batch: Batch) -> LaunchedStep:
         assert self.graphs is not None
-        padding = self.graphs.padding_for(batch)
+        padding = self.graphs.padding_for(batch, self.input_batch.num_rows(batch))
         if padding is not None:
             self.paddings.add((len(batch.scheduled), *padding))
         return super().launch(batch)

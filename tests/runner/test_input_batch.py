@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from nano_vllm.batch import Batch
+from nano_vllm.runner import input_batch
 from nano_vllm.runner.cuda_graphs import Padding, StepGraphs
-from nano_vllm.runner.input_batch import InputBatch, ModelInput
+from nano_vllm.runner.input_batch import AttentionRow, InputBatch, ModelInput
 from nano_vllm.runner.input_layout import decode_layout
 from tests.engine import test_scheduler_traces
 from tests.engine.fake_runner import FakeRunner
@@ -21,11 +23,11 @@ MAX_NUM_SEQS = 16
 class PreparingRunner(FakeRunner):
     """Prepares each step and looks at what came of it; every other step fails once before."""
 
-    counts = dict.fromkeys(("plain", "padded", "mixed", "padded mixed"), 0)
+    counts = dict.fromkeys(("plain", "padded", "mixed", "padded mixed", "spread"), 0)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
+        heads = SimpleNamespace(num_kv_heads=8, head_dim=128, windows=lambda: (0,))
         self.input_batch = InputBatch(
             heads,  # type: ignore[arg-type]
             self.max_num_batched_tokens,
@@ -34,6 +36,7 @@ class PreparingRunner(FakeRunner):
             self.block_size,
             torch.device("cpu"),
             shares_prefixes=True,
+            spreads_chunks=True,
         )
         self.graphs = StepGraphs(self.max_num_batched_tokens, MAX_NUM_SEQS)
         self.addresses: dict[tuple[bool, Padding], list[int]] = {}
@@ -44,9 +47,11 @@ class PreparingRunner(FakeRunner):
         if self.num_steps % 5 == 0 and batch.is_decode:
             self._fail_once(batch)
         kind = "plain" if batch.is_decode else "mixed"
-        padding = self.graphs.padding_for(batch) if self.num_steps % 2 else None
+        num_rows = self.input_batch.num_rows(batch)
+        self.counts["spread"] += num_rows > len(batch.scheduled)
+        padding = self.graphs.padding_for(batch, num_rows) if self.num_steps % 2 else None
         inputs = self.input_batch.prepare(batch, padding)
-        self.check(batch, inputs, padding or Padding(batch.num_tokens, len(batch.scheduled)))
+        self.check(batch, inputs, padding or Padding(batch.num_tokens, num_rows))
         if padding is not None:
             kind = "padded" if batch.is_decode else "padded mixed"
             tensors = (
@@ -75,16 +80,26 @@ class PreparingRunner(FakeRunner):
     def check(self, batch: Batch, inputs: ModelInput, size: Padding) -> None:
         metadata = inputs.attention
         tokens, positions, slots, starts, lens = [], [], [], [0], []
-        for row, scheduled in enumerate(batch.scheduled):
+        decodes = [
+            AttentionRow(batch.scheduled[row], batch.start(row), 1)
+            for row in range(batch.num_decodes)
+        ]
+        ends = []
+        for row, (scheduled, first, num_tokens) in enumerate(
+            [*decodes, *self.input_batch.prompt_rows(batch)]
+        ):
             sequence = scheduled.sequence
-            first = batch.start(row)
             known = sequence.token_ids + [0] * batch.lead
-            for position in range(first, first + scheduled.num_tokens):
+            for position in range(first, first + num_tokens):
                 tokens.append(known[position])
                 positions.append(position)
                 slots.append(self._slot(sequence, position))
             starts.append(len(tokens))
-            lens.append(first + scheduled.num_tokens)
+            lens.append(first + num_tokens)
+            if scheduled.samples and lens[-1] == sequence.num_tokens + batch.lead * (
+                row < len(decodes)
+            ):
+                ends.append((row, len(tokens) - 1))
             blocks = sequence.block_table[: -(-lens[-1] // self.block_size)]
             assert metadata.block_tables[row, : len(blocks)].tolist() == blocks
         padding = size.num_tokens - len(tokens)
@@ -94,15 +109,20 @@ class PreparingRunner(FakeRunner):
         padding = size.num_seqs - len(lens)
         assert metadata.query_start_loc.tolist() == starts + [len(tokens)] * padding
         assert metadata.seq_lens.tolist() == lens + [0] * padding
+        assert metadata.max_query_len >= max(b - a for a, b in pairwise(starts))
         if batch.is_decode:
             assert metadata.max_query_len == 1
         else:
-            assert metadata.max_query_len >= max(s.num_tokens for s in batch.scheduled)
+            assert inputs.sampled is not None
+            assert inputs.sampled.T.tolist() == [list(end) for end in ends]
+            assert len(ends) == sum(s.samples for s in batch.scheduled)
         assert metadata.max_seq_len >= max(lens)
 
 
 def test_every_step_of_random_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_scheduler_traces, "FakeRunner", PreparingRunner)
+    monkeypatch.setattr(input_batch, "MIN_SPREAD_CONTEXT", 4)
+    monkeypatch.setattr(input_batch, "SHARED_PREFIX_BYTES", 0)
     for seed in range(60):
         test_scheduler_traces.run_trace(seed)
     assert all(count > 100 for count in PreparingRunner.counts.values())
