@@ -88,10 +88,9 @@ def test_step_inputs_have_the_bytes_of_the_buffers(tokens: int, seqs: int, lengt
     """On a CPU, which has no workspaces."""
     options = EngineConfig(max_num_seqs=seqs, block_size=8)
     batch = InputBatch(LLAMA, tokens, seqs, -(-length // 8), 8, torch.device("cpu"))
-    buffers = {id(t): t for t in vars(batch).values() if isinstance(t, torch.Tensor)}
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in buffers.values()
-    }
+    buffers = [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]
+    buffers += [slot.buffer for slot in batch.slots]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in buffers}
     workspaces = attention_workspace_numel(seqs, LLAMA.num_heads, LLAMA.head_dim) * 4
     beside = rotary_table_bytes(LLAMA, length) + workspaces
     assert fixed_bytes(options, LLAMA, length, tokens) - beside == sum(storages.values())
