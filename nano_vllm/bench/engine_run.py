@@ -78,6 +78,9 @@ class EngineRun:
     cache_dtype: torch.dtype
     is_quantized: bool
     tensor_parallel_size: int
+    num_stages: int
+    layers: range
+    """Of the stage whose steps are recorded."""
 
     @classmethod
     def of(cls, llm: LLM) -> EngineRun:
@@ -90,6 +93,8 @@ class EngineRun:
             runner.cache_dtype,
             llm.engine.config.quantization is not None,
             llm.engine.config.tensor_parallel_size,
+            llm.engine.config.pipeline_parallel_size,
+            runner.stage.layers,
         )
 
     def roofline(self) -> Roofline:
@@ -99,7 +104,8 @@ class EngineRun:
         from nano_vllm.bench.roofline import Roofline
 
         size = self.tensor_parallel_size
-        share = replace(self.config.shard(size), vocab_size=-(-self.config.vocab_size // size))
+        shard = self.config.shard(size, self.layers)
+        share = replace(shard, vocab_size=-(-self.config.vocab_size // size))
         return Roofline.measure(share, self.dtype, self.cache_dtype, self.device, self.is_quantized)
 
     @property
@@ -115,5 +121,6 @@ class EngineRun:
             "model": self.path.name,
             "dtype": self.dtype_name,
             "tensor parallel": self.tensor_parallel_size,
+            "pipeline parallel": self.num_stages,
             **roofline.ceilings(),
         }

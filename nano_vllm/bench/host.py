@@ -154,7 +154,9 @@ class ModelLessRunner:
         from nano_vllm.runner.input_batch import InputBatch
 
         heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
-        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        self.model_config = SimpleNamespace(
+            vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), widest_window=0
+        )
         self.block_size = BLOCK_SIZE
         self.max_model_len = MAX_MODEL_LEN
         self.max_num_batched_tokens = MAX_BATCHED_TOKENS
