@@ -77,6 +77,7 @@ def test_random_groups(device: str, dtype: torch.dtype, float8: bool, seed: int,
         sequences,
         block_size,
         float8=float8,
+        has_all_blocks=True,
         sliding_window=draw.choice((0, 0, 0, 50)),
         softcap=draw.choice((0.0, 0.0, 5.0)),
     )
