@@ -67,7 +67,9 @@ class _SetModel(argparse.Action):
 
 
 def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
-    if Launch.from_environment().rank != 0:
+    launch = Launch.from_environment()
+    launch.check_replicas(config.data_parallel_size)
+    if launch.rank != 0:
         from nano_vllm.engine.engine import Engine
 
         Engine.from_config(engine_config)  # ends the process when the first rank's is closed
