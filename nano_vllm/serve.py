@@ -16,9 +16,7 @@ from nano_vllm.cli import (
 )
 from nano_vllm.config import EngineConfig
 from nano_vllm.distributed.launch import Launch
-from nano_vllm.server.server_config import ServerConfig
-
-KEY_VARIABLE = "NANO_VLLM_API_KEY"
+from nano_vllm.server.server_config import KEY_VARIABLE, ServerConfig
 
 
 def main(argv: list[str] | None = None) -> int:

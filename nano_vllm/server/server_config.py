@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+KEY_VARIABLE = "NANO_VLLM_API_KEY"
+"""Of the environment, where there is no api_key."""
+
 
 @dataclass(frozen=True)
 class ServerConfig:
