@@ -1,4 +1,4 @@
-"""Data parallel: several engines of one model behind AsyncLLM's interface."""
+"""Data parallel: several engines of one model, to the server as one."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_one_of_them_killed(tiny_model: Path, log_path: Path) -> None:
         assert ends == [False, True, False, True]
         assert all('"finish_reason":"length"' in stream.lines[-2] for stream in streams[::2])
         assert server.process.wait(10) == 1
-        assert "error: replica 1: the engine process ended" in server.log
+        assert "error: replica 1: the engine process ended\ndraining 2 prompts" in server.log
         assert not Path(f"/proc/{pids[0]}").exists()
 
 
