@@ -177,3 +177,35 @@ def test_a_block_is_known_by_all_before_it() -> None:
     assert [len(own) for own in hashes] == [2, 2, 2]
     assert hashes[2][0] == hashes[1][0]
     assert len({own[1] for own in hashes}) == 3
+
+
+def share_found(num_replicas: int, by_prefix: bool) -> float:
+    """Of the prompt tokens of 32 conversations, 8 turns of 200 tokens behind one of four beginnings
+    of 1000, 8 users at a time: the share found in replicas that together hold half of all tokens.
+    """
+    order = random.Random(1)
+    capacity = 32 * 2600 // BLOCK_SIZE // 2 // num_replicas
+    router = Router(num_replicas, BLOCK_SIZE, capacity if by_prefix else 0)
+    caches = [SeenBlocks(capacity) for _ in range(num_replicas)]
+    conversations = [prompt(number % 4, 1000) + prompt(1000 + number, 200) for number in range(32)]
+    num_found = num_tokens = 0
+    under_way: list[str] = []
+    for turn in range(32 * 8):
+        number = order.randrange(8) + turn // 64 * 8  # those of eight users at a time
+        tokens = conversations[number]
+        hashes = hash_blocks(tokens, BLOCK_SIZE, None)
+        replica = router.route(str(turn), tokens)
+        num_found += caches[replica].num_found(hashes) * BLOCK_SIZE
+        num_tokens += len(tokens)
+        caches[replica].add(hashes)
+        tokens += prompt(5000 + turn, 200)
+        under_way.append(str(turn))
+        if len(under_way) > 8:
+            router.end(under_way.pop(0))
+    return num_found / num_tokens
+
+
+def test_conversations_are_found_again() -> None:
+    assert min(share_found(num_replicas, True) for num_replicas in (2, 4, 8)) > 0.82
+    assert share_found(4, False) < 0.67
+    assert share_found(8, False) < 0.42
