@@ -180,8 +180,9 @@ def test_a_block_is_known_by_all_before_it() -> None:
 
 
 def share_found(num_replicas: int, by_prefix: bool) -> float:
-    """Of the prompt tokens of 32 conversations, 8 turns of 200 tokens behind one of four beginnings
-    of 1000, 8 users at a time: the share found in replicas that together hold half of all tokens.
+    """Of the prompt tokens of 32 conversations, some 8 turns of 200 tokens behind one of four
+    beginnings of 1000, 8 users at a time: the share found in replicas that together hold half of
+    all tokens.
     """
     order = random.Random(1)
     capacity = 32 * 2600 // BLOCK_SIZE // 2 // num_replicas
