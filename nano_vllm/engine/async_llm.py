@@ -15,7 +15,6 @@ from nano_vllm.engine.messages import (
     Deltas,
     Failed,
     FromEngine,
-    Load,
     Ping,
     Pong,
     Ready,
@@ -28,7 +27,6 @@ from nano_vllm.engine.rank_processes import RankProcesses
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
 PING_SECONDS = 1.0
-SEQUENCES_PER_REPLICA = 2**40
 
 
 class AsyncLLM:
@@ -51,7 +49,6 @@ class AsyncLLM:
     ) -> None:
         self.config = config
         self._step_timeout = step_timeout
-        self._first_seq_id = replica * SEQUENCES_PER_REPLICA
         self._processes = RankProcesses(config, replica, num_replicas)
         self._tasks: list[asyncio.Task[None]] = []
         self._streams: dict[str, tuple[OutputStream, int]] = {}
@@ -71,7 +68,7 @@ class AsyncLLM:
     async def start(self) -> Ready:
         """Start the process and load the model; ValueError says in one line why it cannot be."""
         self.death = asyncio.get_running_loop().create_future()
-        first = await self._processes.start(Load(self.config, self._first_seq_id))
+        first = await self._processes.start()
         if isinstance(first, Failed):
             raise ValueError(first.message)
         if not isinstance(first, Ready):

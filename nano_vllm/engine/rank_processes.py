@@ -26,6 +26,7 @@ from nano_vllm.engine.messages import (
 
 END_SECONDS = 5.0
 """For the processes to end by themselves."""
+SEQUENCES_PER_REPLICA = 2**40
 
 
 class RankProcesses:
@@ -45,7 +46,7 @@ class RankProcesses:
         self._writers: list[asyncio.StreamWriter] = []
         self._readers: list[asyncio.StreamReader] = []
 
-    async def start(self, load: Load) -> FromEngine | None:
+    async def start(self) -> FromEngine | None:
         """Start them; what the first says once it has loaded, or who ends before; None for no word.
 
         ValueError where there are not GPUs enough.
@@ -54,6 +55,7 @@ class RankProcesses:
             self._config, self._replica, self._num_replicas, os.environ
         ):
             await self._start(variables)
+        load = Load(self._config, self._replica * SEQUENCES_PER_REPLICA)
         for writer in self._writers:
             writer.write(encode([load]))
         words = [asyncio.create_task(read_message(reader)) for reader in self._readers]
