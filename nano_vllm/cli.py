@@ -20,7 +20,11 @@ USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
 PLOT_FORMATS = (".png", ".svg", ".pdf")
-SHORT_FLAGS = {"tensor_parallel_size": ("--tp",), "pipeline_parallel_size": ("--pp",)}
+SHORT_FLAGS = {
+    "tensor_parallel_size": ("--tp",),
+    "pipeline_parallel_size": ("--pp",),
+    "data_parallel_size": ("--dp",),
+}
 """Fields that have other flags beside that of their name."""
 
 

@@ -82,7 +82,8 @@ class EngineConfig:
     no promise: prompts fill max_num_batched_tokens, as they do where nobody streams.
     """
     tensor_parallel_size: int = 1
-    """GPUs that share every layer's heads, features and vocabulary; processes that torchrun starts.
+    """GPUs that share every layer's heads, features and vocabulary; processes that torchrun starts,
+    or, on one host, the server.
     """
     pipeline_parallel_size: int = 1
     """Groups of such GPUs that share the layers."""

@@ -118,6 +118,11 @@ class SamplingParams:
         return cls(**options)
 
     @property
+    def num_sequences(self) -> int:
+        """That run at the same time."""
+        return self.best_of or self.n
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
@@ -170,6 +175,11 @@ class BeamSearchParams:
                 raise ValueError(f"n must be at most beam_width = {self.beam_width}, got {self.n}")
         for token_id in self.stop_token_ids or ():
             _check_int("stop_token_ids", token_id, 0)
+
+    @property
+    def num_sequences(self) -> int:
+        """That run at the same time."""
+        return self.beam_width
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -16,9 +16,7 @@ from nano_vllm.cli import (
 )
 from nano_vllm.config import EngineConfig
 from nano_vllm.distributed.launch import Launch
-from nano_vllm.server.server_config import ServerConfig
-
-KEY_VARIABLE = "NANO_VLLM_API_KEY"
+from nano_vllm.server.server_config import KEY_VARIABLE, ServerConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +65,9 @@ class _SetModel(argparse.Action):
 
 
 def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
-    if Launch.from_environment().rank != 0:
+    launch = Launch.from_environment()
+    launch.check_replicas(config.data_parallel_size)
+    if launch.rank != 0:
         from nano_vllm.engine.engine import Engine
 
         Engine.from_config(engine_config)  # ends the process when the first rank's is closed

@@ -37,7 +37,7 @@ FLOORS = (
     ("engine",),
     ("server",),
     ("cli",),
-    ("", "__main__", "generate", "serve", "bench", "check", "plan"),
+    ("", "__main__", "generate", "serve", "bench", "check", "plan", "ray_app"),
 )
 PLAIN_DATA = FLOORS[0]
 LIGHT = (
@@ -60,6 +60,7 @@ LIGHT = (
     "sampling.logprob_rows",
     "distributed.launch",
     "engine.scheduler",
+    "engine.router",
     "engine.waiting_queue",
     "engine.beam_group",
     "sampling.beam_search",
@@ -73,11 +74,14 @@ TORCH_FREE = (
     "distributed.sharding",
     "distributed.watchdog",
     "server",
+    "ray_app",
     "engine.async_llm",
     "engine.engine_process",
     "engine.event_log",
     "engine.messages",
     "engine.output_stream",
+    "engine.rank_processes",
+    "engine.replicas",
     "bench.replay",
     "bench.replay_picture",
     "engine.step_cost",
@@ -97,6 +101,7 @@ HEAVY = {
     "starlette",
     "uvicorn",
     "prometheus_client",
+    "ray",
 }
 
 

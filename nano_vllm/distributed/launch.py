@@ -58,6 +58,15 @@ class Launch:
             f"{options} need {tp * pp} processes, got {self.world_size}; on one host: {start}"
         )
 
+    def check_replicas(self, data_parallel_size: int) -> None:
+        """ValueError for several replicas in torchrun's processes, which are ranks of one."""
+        if self.world_size > 1 and data_parallel_size > 1:
+            raise ValueError(
+                f"data_parallel_size must be 1 under torchrun, got {data_parallel_size}: its "
+                f"{self.world_size} processes are one replica; without torchrun the server starts "
+                f"the ranks of all replicas itself, on this host"
+            )
+
 
 ALONE = Launch()
 

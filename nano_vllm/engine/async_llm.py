@@ -3,55 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.messages import (
-    LENGTH,
     Abort,
     Add,
     Deltas,
     Failed,
     FromEngine,
-    Load,
     Ping,
     Pong,
     Ready,
     Refused,
     RequestDelta,
     Search,
-    ToEngine,
-    encode,
-    from_engine_decoder,
 )
 from nano_vllm.engine.output_stream import EngineError, OutputStream
+from nano_vllm.engine.rank_processes import RankProcesses
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
 PING_SECONDS = 1.0
-KILL_SECONDS = 5.0
-"""For the engine process to end by itself."""
 
 
 class AsyncLLM:
-    """A model in another process. All methods belong to one event loop.
+    """A model in another process, or in several that are its ranks. All methods belong to one event
+    loop.
 
     Args:
         config: the engine's options.
         step_timeout: seconds without a sign of life after which the engine counts as stuck.
+        replica: which of several engines this is.
+        num_replicas: engines that share the host's GPUs and cores.
     """
 
-    def __init__(self, config: EngineConfig, step_timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        step_timeout: float = 60.0,
+        replica: int = 0,
+        num_replicas: int = 1,
+    ) -> None:
         self.config = config
         self._step_timeout = step_timeout
-        self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._processes = RankProcesses(config, replica, num_replicas)
         self._tasks: list[asyncio.Task[None]] = []
         self._streams: dict[str, tuple[OutputStream, int]] = {}
         """By the engine's request id: where its deltas go, and as which prompt."""
@@ -69,24 +67,15 @@ class AsyncLLM:
 
     async def start(self) -> Ready:
         """Start the process and load the model; ValueError says in one line why it cannot be."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "nano_vllm.engine.engine_process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
         self.death = asyncio.get_running_loop().create_future()
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        self._send(Load(self.config))
-        first = await _read(reader)
+        first = await self._processes.start()
         if isinstance(first, Failed):
             raise ValueError(first.message)
         if not isinstance(first, Ready):
             raise EngineError("the engine process ended while it loaded the model")
         self.ready = first
         self._tasks = [
-            asyncio.create_task(self._receive(reader)),
+            asyncio.create_task(self._receive()),
             asyncio.create_task(self._ping()),
         ]
         return first
@@ -109,17 +98,33 @@ class AsyncLLM:
         Returns:
             their progress; `abort` it when it is not read to its end.
         """
-        if self._is_dead or self._writer is None:
-            raise EngineError("the engine is not running")
-        ids = [secrets.token_hex(8) for _ in prompts]
-        output = OutputStream(ids)
-        for place, (request_id, (token_ids, params)) in enumerate(zip(ids, prompts, strict=True)):
-            self._streams[request_id] = output, place
-            if isinstance(params, BeamSearchParams):
-                self._send(Search(request_id, token_ids, params, priority, cache_salt))
-            else:
-                self._send(Add(request_id, token_ids, params, stream, priority, cache_salt))
+        output = OutputStream([secrets.token_hex(8) for _ in prompts])
+        for place, (token_ids, params) in enumerate(prompts):
+            self.add(output, place, token_ids, params, stream, priority, cache_salt)
         return output
+
+    def add(
+        self,
+        output: OutputStream,
+        place: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams | BeamSearchParams,
+        stream: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queue the prompt of that place in a stream, as `submit` does."""
+        if self._is_dead:
+            raise EngineError("the engine is not running")
+        request_id = output.request_ids[place]
+        self._streams[request_id] = output, place
+        if isinstance(params, BeamSearchParams):
+            message: Add | Search = Search(
+                request_id, prompt_token_ids, params, priority, cache_salt
+            )
+        else:
+            message = Add(request_id, prompt_token_ids, params, stream, priority, cache_salt)
+        self._processes.send(message)
 
     async def generate(
         self,
@@ -141,7 +146,7 @@ class AsyncLLM:
         """End what is unfinished of these prompts; fine behind their end too."""
         unfinished = [i for i in output.request_ids if self._streams.pop(i, None) is not None]
         if unfinished and not self._is_dead:
-            self._send(Abort(unfinished))
+            self._processes.send(Abort(unfinished))
 
     def fail_all(self, message: str) -> None:
         """End all requests with an error."""
@@ -154,7 +159,7 @@ class AsyncLLM:
         future: asyncio.Future[Pong] = asyncio.get_running_loop().create_future()
         if all(waiter.done() for waiter in self._pong_waiters):
             self._pong_waiters.clear()
-            self._send(Ping(with_picture=True))
+            self._processes.send(Ping(with_picture=True))
         self._pong_waiters.append(future)
         try:
             return await asyncio.wait_for(future, timeout)
@@ -185,39 +190,20 @@ class AsyncLLM:
         self._is_closing = True
         for task in self._tasks:
             task.cancel()
-        if self._writer is not None:
-            self._writer.close()
-        process = self._process
-        if process is None:
-            return
         if self.ready is None:
             self.kill()
-        # Not by a signal first: the closed socket tells the engine to end.
-        for _ in range(int(KILL_SECONDS / 0.05)):
-            if process.poll() is not None:
-                return
-            await asyncio.sleep(0.05)
-        process.kill()
-        await asyncio.to_thread(process.wait)
+        await self._processes.close()
 
     def kill(self) -> None:
-        """End the engine process at once."""
-        if self._process is not None:
-            self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)
+        """End the engine at once."""
+        self._processes.kill()
 
-    def _send(self, message: ToEngine) -> None:
-        assert self._writer is not None, "the engine was never started"
-        self._writer.write(encode([message]))
-
-    async def _receive(self, reader: asyncio.StreamReader) -> None:
+    async def _receive(self) -> None:
         reason = "the engine process ended"
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while (message := await _read(reader)) is not None:
-                if isinstance(message, Failed):
-                    reason = f"the engine failed: {message.message}"
-                self._take(message)
+        while (message := await self._processes.read()) is not None:
+            if isinstance(message, Failed):
+                reason = f"the engine failed: {message.message}"
+            self._take(message)
         self._die(reason)
 
     def _take(self, message: FromEngine) -> None:
@@ -245,11 +231,11 @@ class AsyncLLM:
         while True:
             if self._asked is None:
                 self._asked = time.monotonic()
-                self._send(Ping())
-            elif self.is_stuck and not self._has_dumped and self._process is not None:
+                self._processes.send(Ping())
+            elif self.is_stuck and not self._has_dumped:
                 self._has_dumped = True
                 print("error: the engine is stuck; its stacks:", file=sys.stderr, flush=True)
-                self._process.send_signal(signal.SIGUSR1)
+                self._processes.dump_stacks()
             await asyncio.sleep(PING_SECONDS)
 
     def _die(self, reason: str) -> None:
@@ -260,12 +246,3 @@ class AsyncLLM:
         self._streams.clear()
         for output in outputs.values():
             output.fail(EngineError(reason))
-
-
-async def _read(reader: asyncio.StreamReader) -> FromEngine | None:
-    """The next message; None behind the last one."""
-    try:
-        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        return from_engine_decoder.decode(await reader.readexactly(length))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None

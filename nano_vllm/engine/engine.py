@@ -139,6 +139,12 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    def number_from(self, seq_id: int) -> None:
+        """Number the sequences from here on. Engines of one seed that answer together need numbers
+        of their own: else equal requests draw the same tokens in each.
+        """
+        self._next_seq_id = seq_id
+
     def make_request(
         self,
         request_id: str,

@@ -224,6 +224,7 @@ def serve_engine(connection: socket.socket) -> int:
         from nano_vllm.engine.engine import Engine
 
         engine = Engine.from_config(first.config)
+        engine.number_from(first.first_seq_id)
         runner = engine.runner
         outbox.put(
             Ready(

@@ -37,6 +37,11 @@ class LLM:
     def __init__(
         self, model: str = DEFAULT_MODEL, *, use_tqdm_on_load: bool = False, **options: Any
     ) -> None:
+        if "data_parallel_size" in options:
+            raise ValueError(
+                "data_parallel_size is an option of the server; for a batch over several GPUs see "
+                "docs/deployment/ray_batch.py"
+            )
         config = EngineConfig.from_options({"model": model, **options})
         self._use(Engine.from_config(config, progress=use_tqdm_on_load))
 

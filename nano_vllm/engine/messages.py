@@ -22,6 +22,8 @@ class Load(msgspec.Struct, tag=True, array_like=True):
     """The first message to the engine."""
 
     config: EngineConfig
+    first_seq_id: int = 0
+    """Sequences are numbered from here on."""
 
 
 class Add(msgspec.Struct, tag=True, array_like=True):

@@ -20,6 +20,8 @@ class OutputStream:
 
     def __init__(self, request_ids: list[str]) -> None:
         self.request_ids = request_ids
+        self.engines = [0] * len(request_ids)
+        """By prompt, the replica that it runs in."""
         self.num_pending_tokens = 0
         """Tokens that came and were not read."""
         self._pending: dict[int, RequestDelta] = {}

@@ -51,7 +51,7 @@ class RequestFactory:
     ) -> Request:
         """See Engine.add_request."""
         self._check(prompt_token_ids, params, priority, cache_salt)
-        count = params.best_of or params.n
+        count = params.num_sequences
         own = params
         if count > params.n:
             if stream:

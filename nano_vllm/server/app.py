@@ -190,7 +190,7 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     service = service_of(request)
-    page = service.metrics.page(service.llm.pong)
+    page = service.metrics.page(service.llm.pongs)
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -210,22 +210,26 @@ async def page(request: Request) -> Response:
 
 @router.get("/debug/state", include_in_schema=False)
 async def state(request: Request) -> Response:
-    """The engine as server-sent events, a few a second, as the page shows it."""
+    """An engine as server-sent events, a few a second, as the page shows it."""
     service = service_of(request)
     service.check_open()
-    return StreamingResponse(_states(service), media_type="text/event-stream")
+    number, last = request.query_params.get("engine", "0"), service.llm.num_engines - 1
+    if not number.isdecimal() or int(number) > last:
+        raise invalid(f"engine must be in [0, {last}], got {number!r:.100}", "engine")
+    return StreamingResponse(_states(service, int(number)), media_type="text/event-stream")
 
 
-async def _states(service: Service) -> AsyncIterator[bytes]:
+async def _states(service: Service, engine: int) -> AsyncIterator[bytes]:
     while service.status == "ready":
         try:
-            pong = await service.llm.look()
+            pong = await service.llm.look(engine)
         except TimeoutError:
             continue
         picture = pong.picture
         assert picture is not None, "a picture was asked for"
         yield event(
             {
+                "num_engines": service.llm.num_engines,
                 "metrics": pong.metrics,
                 "num_cached_blocks": pong.num_cached_blocks,
                 "blocks": base64.b64encode(picture.blocks).decode(),

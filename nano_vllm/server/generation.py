@@ -50,6 +50,7 @@ class Run:
         self._answer = answer
         self._output: OutputStream = service.submit(answer)
         self._places = [i for i, p in enumerate(answer.prompts) if p.needs_engine]
+        self._engines = dict(zip(self._places, self._output.engines, strict=True))
         self._early = answer.without_engine()
         timeout = service.config.request_timeout
         self._timer = asyncio.get_running_loop().call_later(timeout, self._time_out)
@@ -89,7 +90,9 @@ class Run:
                 if completion.finish_reason == "abort":
                     raise ApiError(500, str(completion.stop_reason))
             if delta.finished:
-                self._service.metrics.observe(self._answer, place, delta)
+                self._service.metrics.observe(
+                    self._answer, place, delta, self._engines.get(place, 0)
+                )
         return deltas
 
     async def whole(self, receive: Receive) -> Response:

@@ -132,6 +132,7 @@ async def _live(
     if death is not None and death.done() and not stop.is_set():
         LOG.error("error: %s", death.result())
         exit_code = ENGINE_DIED
+        await _drain(service)  # other replicas, where there are some
         await asyncio.sleep(LAST_WORDS_SECONDS / 3)  # for /health to be seen
     elif stop.is_set():
         loading.cancel()
@@ -151,15 +152,16 @@ async def _load(service: Service, server: _Uvicorn) -> None:
     start = time.monotonic()
     await service.start()
     gc.freeze()  # what is loaded stays: no collection need look at it
-    ready = service.llm.ready
+    ready, num_engines = service.llm.ready, service.llm.num_engines
     assert ready is not None
     LOG.info(
-        "ready after %.1f s on %s: context %d tokens, KV cache %d blocks of %d",
+        "ready after %.1f s on %s: context %d tokens, KV cache %d blocks of %d%s",
         time.monotonic() - start,
         ready.device,
         ready.max_model_len,
         ready.num_blocks,
         ready.block_size,
+        f" in each of {num_engines} replicas" if num_engines > 1 else "",
     )
     if service.defaults:
         LOG.info("defaults of the model's generation_config.json: %s", service.defaults)
@@ -169,7 +171,8 @@ async def _drain(service: Service) -> None:
     """Let requests under way end, as long as is allowed."""
     service.is_draining = True
     end = time.monotonic() + service.config.drain_timeout
-    LOG.info("draining %d prompts", service.num_unfinished)
+    if service.num_unfinished:
+        LOG.info("draining %d prompts", service.num_unfinished)
     while service.num_unfinished and time.monotonic() < end:
         await asyncio.sleep(0.02)
     if service.num_unfinished:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -23,21 +23,23 @@ class ServerMetrics:
 
     Args:
         model_name: the label of all.
+        num_engines: replicas, which the label `engine` numbers from 0.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, num_engines: int = 1) -> None:
         self._registry = CollectorRegistry()
         self._engine = _EngineCollector(model_name)
         self._registry.register(self._engine)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> list[Histogram]:
+            whole = Histogram(
                 f"vllm:{name}",
                 text,
-                ["model_name"],
+                ["model_name", "engine"],
                 buckets=buckets,
                 registry=self._registry,
-            ).labels(model_name)
+            )
+            return [whole.labels(model_name, str(engine)) for engine in range(num_engines)]
 
         self._time_to_first_token = histogram(
             "time_to_first_token_seconds", "Time to first token.", SECONDS
@@ -68,7 +70,7 @@ class ServerMetrics:
         self._success = Counter(
             "vllm:request_success",
             "Prompts that ended, by the reason of their first completion.",
-            ["model_name", "finished_reason"],
+            ["model_name", "engine", "finished_reason"],
             registry=self._registry,
         )
         self.refused = Counter(
@@ -79,109 +81,122 @@ class ServerMetrics:
         ).labels(model_name)
         self._model_name = model_name
 
-    def observe(self, answer: Answer, place: int, delta: RequestDelta) -> None:
-        """Count a prompt that ended."""
+    def observe(self, answer: Answer, place: int, delta: RequestDelta, engine: int = 0) -> None:
+        """Count a prompt that ended in an engine."""
         prompt, times = answer.prompts[place], delta.metrics
         if not prompt.needs_engine or times is None:
             return
         num_tokens = answer.output_tokens[place]
         reason = delta.completions[0].finish_reason if delta.completions else None
-        self._success.labels(self._model_name, reason or "abort").inc()
-        self._prompt_tokens.observe(len(prompt.token_ids))
-        self._output_tokens.observe(num_tokens)
-        self._max_tokens.observe(prompt.max_tokens)
-        self._n.observe(prompt.params.n)
+        self._success.labels(self._model_name, str(engine), reason or "abort").inc()
+        self._prompt_tokens[engine].observe(len(prompt.token_ids))
+        self._output_tokens[engine].observe(num_tokens)
+        self._max_tokens[engine].observe(prompt.max_tokens)
+        self._n[engine].observe(prompt.params.n)
         start, end = times.arrival_time, times.finished_time
         first, scheduled = times.first_token_time, times.first_scheduled_time
         if first is None or scheduled is None or end is None:
             return
-        self._time_to_first_token.observe(first - start)
-        self._queue.observe(scheduled - start)
-        self._prefill.observe(first - scheduled)
-        self._decode.observe(end - first)
-        self._inference.observe(end - scheduled)
-        self._e2e.observe(end - start)
+        self._time_to_first_token[engine].observe(first - start)
+        self._queue[engine].observe(scheduled - start)
+        self._prefill[engine].observe(first - scheduled)
+        self._decode[engine].observe(end - first)
+        self._inference[engine].observe(end - scheduled)
+        self._e2e[engine].observe(end - start)
         if num_tokens > prompt.params.n:
             per_token = (end - first) / (num_tokens / prompt.params.n - 1)
-            self._per_output_token.observe(per_token)
-            self._inter_token.observe(per_token)
+            self._per_output_token[engine].observe(per_token)
+            self._inter_token[engine].observe(per_token)
 
-    def page(self, pong: Pong | None) -> bytes:
+    def page(self, pongs: Sequence[Pong | None]) -> bytes:
         """All of it in Prometheus's text format.
 
         Args:
-            pong: the engine's last sign of life.
+            pongs: each engine's last sign of life.
         """
-        self._engine.pong = pong
+        self._engine.pongs = pongs
         return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):
-    """The engine's own figures, as they were a second ago at the most."""
+    """The engines' own figures, as they were a second ago at the most."""
 
     def __init__(self, model_name: str) -> None:
-        self._labels = [model_name]
-        self.pong: Pong | None = None
+        self._model_name = model_name
+        self.pongs: Sequence[Pong | None] = []
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        pong = self.pong
-        if pong is None:
-            return
-        metrics = pong.metrics
-        num_used = metrics.num_blocks - metrics.num_free_blocks
-        gauges = {
-            "vllm:num_requests_running": ("Sequences that hold blocks.", metrics.num_running),
-            "vllm:num_requests_waiting": ("Sequences that wait.", metrics.num_waiting),
-            "vllm:kv_cache_usage_perc": (
-                "Share of the KV blocks that are held.",
-                num_used / max(metrics.num_blocks, 1),
-            ),
-        }
-        counters = {
-            "vllm:num_preemptions": ("Preemptions.", metrics.num_preemptions),
-            "vllm:prompt_tokens": ("Prompt tokens of ended requests.", metrics.num_prompt_tokens),
-            "vllm:generation_tokens": ("Tokens generated.", metrics.num_output_tokens),
-            "vllm:prefix_cache_queries": (
-                "Prompt tokens looked up in the prefix cache.",
-                metrics.num_prompt_tokens,
-            ),
-            "vllm:prefix_cache_hits": (
-                "Prompt tokens that came from the prefix cache.",
-                metrics.num_cached_tokens,
-            ),
-            "nano_vllm:loaded_tokens": (
-                "Tokens whose blocks came back from host memory.",
-                metrics.num_loaded_tokens,
-            ),
-            "nano_vllm:leaked_blocks": (
-                "References to blocks that were lost and taken back; should be 0.",
-                metrics.num_leaked_blocks,
-            ),
-            "nano_vllm:steps": ("Steps of the engine.", metrics.num_steps),
-            "nano_vllm:step_seconds": ("Time in steps.", pong.step_seconds),
-            "nano_vllm:step_gap_seconds": (
-                "Host time between steps that follow one another.",
-                pong.host_seconds,
-            ),
-        }
-        for name, (text, value) in gauges.items():
-            yield self._filled(GaugeMetricFamily(name, text, labels=["model_name"]), value)
-        for name, (text, value) in counters.items():
-            yield self._filled(CounterMetricFamily(name, text, labels=["model_name"]), value)
-        blocks = GaugeMetricFamily(
-            "nano_vllm:kv_blocks", "KV blocks by state.", labels=["model_name", "state"]
-        )
-        by_state = {
-            "active": num_used,
-            "cached": pong.num_cached_blocks,
-            "free": metrics.num_free_blocks - pong.num_cached_blocks,
-        }
-        for state, count in by_state.items():
-            blocks.add_metric([*self._labels, state], count)
-        yield blocks
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        for engine, pong in enumerate(self.pongs):
+            if pong is None:
+                continue
+            labels = [self._model_name, str(engine)]
+            for kind, figures in ((GaugeMetricFamily, _gauges), (CounterMetricFamily, _counters)):
+                for name, (text, value) in figures(pong).items():
+                    if name not in families:
+                        families[name] = kind(name, text, labels=["model_name", "engine"])
+                    families[name].add_metric(labels, value)
+            blocks = families.setdefault(
+                "nano_vllm:kv_blocks",
+                GaugeMetricFamily(
+                    "nano_vllm:kv_blocks",
+                    "KV blocks by state.",
+                    labels=["model_name", "engine", "state"],
+                ),
+            )
+            for state, count in _blocks_by_state(pong).items():
+                blocks.add_metric([*labels, state], count)
+        yield from families.values()
 
-    def _filled(
-        self, family: GaugeMetricFamily | CounterMetricFamily, value: float
-    ) -> GaugeMetricFamily | CounterMetricFamily:
-        family.add_metric(self._labels, value)
-        return family
+
+def _gauges(pong: Pong) -> dict[str, tuple[str, float]]:
+    metrics = pong.metrics
+    num_used = metrics.num_blocks - metrics.num_free_blocks
+    return {
+        "vllm:num_requests_running": ("Sequences that hold blocks.", metrics.num_running),
+        "vllm:num_requests_waiting": ("Sequences that wait.", metrics.num_waiting),
+        "vllm:kv_cache_usage_perc": (
+            "Share of the KV blocks that are held.",
+            num_used / max(metrics.num_blocks, 1),
+        ),
+    }
+
+
+def _counters(pong: Pong) -> dict[str, tuple[str, float]]:
+    metrics = pong.metrics
+    return {
+        "vllm:num_preemptions": ("Preemptions.", metrics.num_preemptions),
+        "vllm:prompt_tokens": ("Prompt tokens of ended requests.", metrics.num_prompt_tokens),
+        "vllm:generation_tokens": ("Tokens generated.", metrics.num_output_tokens),
+        "vllm:prefix_cache_queries": (
+            "Prompt tokens looked up in the prefix cache.",
+            metrics.num_prompt_tokens,
+        ),
+        "vllm:prefix_cache_hits": (
+            "Prompt tokens that came from the prefix cache.",
+            metrics.num_cached_tokens,
+        ),
+        "nano_vllm:loaded_tokens": (
+            "Tokens whose blocks came back from host memory.",
+            metrics.num_loaded_tokens,
+        ),
+        "nano_vllm:leaked_blocks": (
+            "References to blocks that were lost and taken back; should be 0.",
+            metrics.num_leaked_blocks,
+        ),
+        "nano_vllm:steps": ("Steps of the engine.", metrics.num_steps),
+        "nano_vllm:step_seconds": ("Time in steps.", pong.step_seconds),
+        "nano_vllm:step_gap_seconds": (
+            "Host time between steps that follow one another.",
+            pong.host_seconds,
+        ),
+    }
+
+
+def _blocks_by_state(pong: Pong) -> dict[str, int]:
+    metrics = pong.metrics
+    return {
+        "active": metrics.num_blocks - metrics.num_free_blocks,
+        "cached": pong.num_cached_blocks,
+        "free": metrics.num_free_blocks - pong.num_cached_blocks,
+    }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+KEY_VARIABLE = "NANO_VLLM_API_KEY"
+"""Of the environment, where there is no api_key."""
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -17,6 +20,10 @@ class ServerConfig:
     """Address to listen at; 0.0.0.0 for all."""
     port: int = 8000
     """TCP port; 0 for any that is free."""
+    data_parallel_size: int = 1
+    """Replicas of the model behind this port, each with its own process, KV cache and, times
+    tensor_parallel_size and pipeline_parallel_size, GPUs.
+    """
     served_model_name: str | None = None
     """The model's name in the API, if not as it is given here."""
     api_key: str | None = None
@@ -32,7 +39,7 @@ class ServerConfig:
     ssl_ca_certs: str | None = None
     """Whom client certificates are to be signed by."""
     max_queue: int = 256
-    """Prompts that may wait beyond max_num_seqs; more are refused with 429."""
+    """Prompts that may wait beyond max_num_seqs of each replica; more are refused with 429."""
     request_timeout: float = 600.0
     """Seconds that a request may take."""
     read_timeout: float = 30.0
@@ -49,6 +56,11 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be an integer in [0, 65535], got {self.port!r}")
+        if self.data_parallel_size < 1:
+            raise ValueError(
+                f"data_parallel_size must be an integer of at least 1, got "
+                f"{self.data_parallel_size!r}"
+            )
         if self.max_queue < 0:
             raise ValueError(f"max_queue must be an integer of at least 0, got {self.max_queue!r}")
         for name in ("request_timeout", "read_timeout", "step_timeout", "drain_timeout"):

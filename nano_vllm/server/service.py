@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nano_vllm.config import EngineConfig
-from nano_vllm.engine.async_llm import AsyncLLM
-from nano_vllm.engine.output_stream import OutputStream
+from nano_vllm.engine.output_stream import EngineError, OutputStream
+from nano_vllm.engine.replicas import Replicas
 from nano_vllm.server.answer import Answer
 from nano_vllm.server.errors import ApiError
 from nano_vllm.server.metrics import ServerMetrics
@@ -38,8 +38,8 @@ class Service:
         self.config = config
         self.engine_config = engine_config
         self.model_name = config.served_model_name or engine_config.model
-        self.llm = AsyncLLM(engine_config, config.step_timeout)
-        self.metrics = ServerMetrics(self.model_name)
+        self.llm = Replicas(engine_config, config.data_parallel_size, config.step_timeout)
+        self.metrics = ServerMetrics(self.model_name, config.data_parallel_size)
         self.tokenizer: Tokenizer | None = None
         self.gate: Gate | None = None
         """None while the model loads."""
@@ -71,10 +71,10 @@ class Service:
     @property
     def status(self) -> str:
         """ready, or why nothing is served."""
-        if self.is_draining:
-            return "shutting down"
         if self.llm.death is not None and self.llm.death.done():
             return "the engine ended"
+        if self.is_draining:
+            return "shutting down"
         if self.gate is None:
             return "loading"
         return "the engine is stuck" if self.llm.is_stuck else "ready"
@@ -104,7 +104,7 @@ class Service:
     @property
     def capacity(self) -> int:
         """Prompts that may be under way."""
-        return self.engine_config.max_num_seqs + self.config.max_queue
+        return self.llm.num_engines * self.engine_config.max_num_seqs + self.config.max_queue
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Do what takes long beside the event loop; it counts as a request under way."""
@@ -115,15 +115,18 @@ class Service:
             self._num_gated -= 1
 
     def submit(self, answer: Answer) -> OutputStream:
-        """Queue an answer's prompts; ApiError where there is no room for them all."""
+        """Queue an answer's prompts; ApiError where there is no room for them all, or no engine."""
         request = answer.request
         prompts = [(p.token_ids, p.beams or p.params) for p in answer.prompts if p.needs_engine]
         if self.llm.num_unfinished and self.llm.num_unfinished + len(prompts) > self.capacity:
             self.metrics.refused.inc()
             raise ApiError(429, "too many requests are waiting; try again later")
-        return self.llm.submit(
-            prompts, bool(request.stream), request.priority or 0, request.cache_salt
-        )
+        try:
+            return self.llm.submit(
+                prompts, bool(request.stream), request.priority or 0, request.cache_salt
+            )
+        except EngineError as error:
+            raise ApiError(503, str(error)) from None
 
     async def close(self) -> None:
         for task in self._loading:

@@ -86,10 +86,14 @@ class RunningServer:
 
     @property
     def engine_pid(self) -> int:
-        """The one child of the server."""
+        """The first child of the server."""
+        return self.engine_pids[0]
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """Its children, by replica and rank."""
         pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(children[0])
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return self.client.post(self.url + path, json=body, timeout=60, **options)
@@ -119,19 +123,22 @@ class RunningServer:
 
     def metric(self, name: str) -> float:
         """The value of a metric's first line that begins with the name."""
-        for line in self.get("/metrics").text.splitlines():
-            if line.startswith(name):
-                return float(line.rpartition(" ")[2])
-        raise AssertionError(f"no metric {name}")
+        return self.metrics(name)[0]
+
+    def metrics(self, name: str, label: str = "") -> list[float]:
+        """The values of all lines that begin with the name and have the label, as by replica."""
+        lines = self.get("/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith(name) and label in line]
+        assert found, f"no metric {name}"
+        return [float(line.rpartition(" ")[2]) for line in found]
 
     def wait_until_idle(self, seconds: float = 10) -> None:
-        """Until the engine says that it holds no block."""
+        """Until the engines say that they hold no block."""
         end = time.monotonic() + seconds
         time.sleep(1.1)  # signs of life come once a second
         while time.monotonic() < end:
-            if not self.metric("vllm:num_requests_running") and not self.metric(
-                'nano_vllm:kv_blocks{model_name="tiny",state="active"}'
-            ):
+            running = self.metrics("vllm:num_requests_running")
+            if not any(running + self.metrics("nano_vllm:kv_blocks", 'state="active"')):
                 return
             time.sleep(0.2)
         raise AssertionError("the engine still holds blocks")

@@ -283,7 +283,7 @@ def test_health_version_and_metrics(server: RunningServer) -> None:
         "vllm:time_to_first_token_seconds_bucket",
         "vllm:e2e_request_latency_seconds_bucket",
         "vllm:request_success_total",
-        'nano_vllm:kv_blocks{model_name="tiny",state="cached"}',
+        'nano_vllm:kv_blocks{engine="0",model_name="tiny",state="cached"}',
     ):
         assert name in text, name
 

@@ -28,10 +28,10 @@ def test_samples_and_searches_with_salts(tiny_model: Path) -> None:
         llm = AsyncLLM(EngineConfig(str(tiny_model), device="cpu", num_blocks=128))
         await llm.start()
         try:
-            greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+            greedy = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
             num_deltas, sampled = await whole(llm, greedy, "a")
             assert num_deltas > 1
-            beam = BeamSearchParams(beam_width=1, max_tokens=8, ignore_eos=True)
+            beam = BeamSearchParams(beam_width=1, max_tokens=100, ignore_eos=True)
             num_deltas, searched = await whole(llm, beam, "a")
             assert num_deltas == 1
             assert searched.completions[0].token_ids == sampled.completions[0].token_ids

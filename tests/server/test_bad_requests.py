@@ -348,7 +348,7 @@ def control(server: RunningServer) -> Iterator[None]:
         yield
         assert [future.result() for future in running] == quiet
     server.wait_until_idle()
-    assert server.metric('vllm:num_requests_waiting{model_name="tiny"}') == 0
+    assert server.metric('vllm:num_requests_waiting{engine="0",model_name="tiny"}') == 0
 
 
 def check_error(response: httpx.Response, status: int) -> None:

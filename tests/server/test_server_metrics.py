@@ -33,7 +33,7 @@ def test_each_prompt_counts_its_own_tokens_and_times() -> None:
         last = RequestDelta("a", [rest], True, times)
         answer.note(place, last)
         metrics.observe(answer, place, last)
-    page = metrics.page(None)
+    page = metrics.page([None])
     expected = {
         "request_generation_tokens_sum": 14,
         "request_prompt_tokens_sum": 7,
@@ -45,8 +45,10 @@ def test_each_prompt_counts_its_own_tokens_and_times() -> None:
         "request_time_per_output_token_seconds_sum": 2 / 4 + 2 / 8,
     }
     for name, total in expected.items():
-        assert value(page, f'vllm:{name}{{model_name="m"}}') == pytest.approx(total), name
-    ended = 'vllm:request_success_total{finished_reason="length",model_name="m"}'
+        assert value(page, f'vllm:{name}{{engine="0",model_name="m"}}') == pytest.approx(total), (
+            name
+        )
+    ended = 'vllm:request_success_total{engine="0",finished_reason="length",model_name="m"}'
     assert value(page, ended) == 2
 
 
@@ -58,17 +60,17 @@ def test_the_engines_counters() -> None:
         "nano_vllm:loaded_tokens": ("num_loaded_tokens", 32),
         "nano_vllm:leaked_blocks": ("num_leaked_blocks", 2),
     }
-    page = ServerMetrics("m").page(Pong(EngineMetrics(**dict(own.values())), 0, 1.0, 0.5))
+    page = ServerMetrics("m").page([Pong(EngineMetrics(**dict(own.values())), 0, 1.0, 0.5)])
     for name, (_, count) in own.items():
-        assert value(page, f'{name}_total{{model_name="m"}}') == count, name
+        assert value(page, f'{name}_total{{engine="0",model_name="m"}}') == count, name
 
 
 def test_blocks_by_state_sum_to_the_pool() -> None:
     pong = Pong(EngineMetrics(num_blocks=10, num_free_blocks=7), 3, 1.0, 0.5)
-    page = ServerMetrics("m").page(pong)
+    page = ServerMetrics("m").page([pong])
     states = {
-        state: value(page, f'nano_vllm:kv_blocks{{model_name="m",state="{state}"}}')
+        state: value(page, f'nano_vllm:kv_blocks{{engine="0",model_name="m",state="{state}"}}')
         for state in ("active", "cached", "free")
     }
     assert states == {"active": 3, "cached": 3, "free": 4}
-    assert value(page, 'vllm:kv_cache_usage_perc{model_name="m"}') == pytest.approx(0.3)
+    assert value(page, 'vllm:kv_cache_usage_perc{engine="0",model_name="m"}') == pytest.approx(0.3)

@@ -89,7 +89,7 @@ def test_tenants_share_nothing(tiny_model: Path, log_path: Path) -> None:
         assert ask("c", searched)[1] == 0
         assert [ask(salt, searched)[1] for salt in ("a", "c")] == [full, full]
         time.sleep(1.1)  # signs of life come once a second
-        labels = '_total{model_name="tiny"}'
+        labels = '_total{engine="0",model_name="tiny"}'
         assert server.metric("vllm:prefix_cache_queries" + labels) == 9 * len(prompt)
         assert server.metric("vllm:prefix_cache_hits" + labels) == 5 * full
         assert server.metric("nano_vllm:leaked_blocks" + labels) == 0
