@@ -367,4 +367,6 @@ def test_no_op_is_missing() -> None:
         "linear_max_rows",
         "quantized_linear",
     }
+    # On several ranks test_all_reduce replays it.
+    on_cuda -= {name for name in on_cuda if "peer_buffer" in name} | {"all_reduce"}
     assert on_cuda == {*OPS, "paged_attention"}
