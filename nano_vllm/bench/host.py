@@ -154,9 +154,7 @@ class ModelLessRunner:
         from nano_vllm.runner.input_batch import InputBatch
 
         heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
-        self.model_config = SimpleNamespace(
-            vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), widest_window=0
-        )
+        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
         self.block_size = BLOCK_SIZE
         self.max_model_len = MAX_MODEL_LEN
         self.max_num_batched_tokens = MAX_BATCHED_TOKENS
@@ -165,6 +163,7 @@ class ModelLessRunner:
         self.num_host_blocks = 0
         self.host_block_seconds = None
         self.saturating_tokens = 1
+        self.freed_window = 0
         self.input_batch = InputBatch(
             heads,  # type: ignore[arg-type]
             MAX_BATCHED_TOKENS,

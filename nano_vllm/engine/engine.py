@@ -63,7 +63,7 @@ class Engine:
                 config.enable_prefix_caching,
                 hash_key=secrets.randbits(64),
                 num_host_blocks=runner.num_host_blocks,
-                sliding_window=runner.model_config.widest_window,
+                sliding_window=runner.freed_window,
             ),
             config.max_num_seqs,
             runner.max_num_batched_tokens,

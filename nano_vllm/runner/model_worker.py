@@ -135,6 +135,11 @@ class ModelWorker:
             if self.num_host_blocks:
                 self.host_cache = HostCache(self.kv_cache, self.num_host_blocks)
                 self.host_block_seconds = self.host_cache.measure_copy_in()
+            self.freed_window = self.model_config.widest_window if self.device.type == "cpu" else 0
+            """Tokens behind which no kernel looks for blocks; 0 for none. Those for CUDA read tiles
+            whose first tokens may lie behind the window, and would multiply what others have there
+            by zero: NaN may be among it.
+            """
             self.saturating_tokens = _saturating_tokens(shard, self.device)
             """Of a prompt; see StepCost."""
             self.graphs: StepGraphs | None = None

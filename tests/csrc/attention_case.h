@@ -20,7 +20,6 @@ namespace nano_vllm::test {
 using cpu::BFloat16;
 using cpu::Float16;
 
-constexpr int32_t kNowhere = 1 << 30;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
@@ -123,8 +122,7 @@ struct AttentionCase {
   DType cache_dtype() const { return float8 ? DType::kFloat8E4M3 : dtype; }
 };
 
-// The tensors of a case; block tables in random order, slots that hold no token NaN. An entry of a
-// block that no query sees leads far out of the cache.
+// The tensors of a case; block tables in random order, slots that hold no token NaN.
 struct AttentionInputs {
   explicit AttentionInputs(const AttentionCase& c)
       : query(c.dtype, 0), keys(c.cache_dtype(), 0), values(c.cache_dtype(), 0) {
@@ -152,7 +150,8 @@ struct AttentionInputs {
     std::vector<int32_t> order(num_blocks);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), generator);
-    tables.assign(c.sequences.size() * (max_blocks + 1), kNowhere);
+    // An entry past the sequence's blocks leads far out of the cache.
+    tables.assign(c.sequences.size() * (max_blocks + 1), 1 << 30);
     p.block_tables_stride = max_blocks + 1;
 
     num_tokens = start.back() + 2;  // two rows of padding
@@ -193,10 +192,6 @@ struct AttentionInputs {
           keys.set(at, uniform(-2, 2) / scale_of(key_scales, head));
           values.set(at, uniform(-1, 1) / scale_of(value_scales, head));
         }
-      }
-      const int first = c.sequences[s].seq_len - c.sequences[s].query_len - c.sliding_window + 1;
-      if (c.sliding_window > 0 && first > 0) {
-        std::fill_n(table, first / c.block_size, kNowhere);
       }
     }
   }

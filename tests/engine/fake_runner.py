@@ -115,10 +115,8 @@ class FakeRunner:
         num_host_blocks: int = 0,
         window: int = 0,
     ) -> None:
-        self.model_config = SimpleNamespace(
-            vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), widest_window=window
-        )
-        self.window = window
+        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        self.window = self.freed_window = window
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_model_len = max_model_len
