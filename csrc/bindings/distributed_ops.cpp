@@ -31,7 +31,7 @@ void check_rows(const char* name, const Tensor& tensor, const Tensor& input) {
 void check_handle(const Tensor& handle) {
   check(handle.is_cpu(), "handle must be on cpu, got ", device_of(handle));
   check_dtype("handle", handle, ScalarType::Byte);
-  check_shape("handle", handle, {64});
+  check_shape("handle", handle, {cuda::kPeerHandleBytes});
 }
 
 #ifdef NANO_VLLM_CUDA

@@ -180,9 +180,9 @@ class ModelLessRunner:
         self._draw = draw
 
     def launch(self, batch: Batch) -> SimpleNamespace:
-        self.input_batch.prepare(
-            batch, self._graphs.padding_for(batch, self.input_batch.num_rows(batch))
-        )
+        rows = self.input_batch.prompt_rows(batch)
+        padding = self._graphs.padding_for(batch, batch.num_decodes + len(rows))
+        self.input_batch.load(self.input_batch.write(batch, rows, padding))
         return SimpleNamespace(result=lambda: self.draw_tokens(batch))
 
     def draw_tokens(self, batch: Batch) -> Any:

@@ -12,6 +12,8 @@ from nano_vllm import ops
 MAX_PEERS = 8
 MAX_BYTES = 1 << 20
 """Of a message. Each rank sends all of it to every other one, with as many bytes of flags."""
+_MAX_ROW_BYTES = 1 << 16
+"""As many vectors of 16 bytes as the threads of a block keep."""
 _HANDLE_BYTES, _HOST_BYTES = 64, 16
 
 AllGather = Callable[[torch.Tensor], torch.Tensor]
@@ -34,23 +36,23 @@ class PeerMemory:
 
     @classmethod
     def connect(
-        cls, all_gather: AllGather, rank: int, device: torch.device, host: str
+        cls, all_gather: AllGather, rank: int, num_ranks: int, device: torch.device, host: str
     ) -> PeerMemory | None:
         """None, on all ranks, where one of them cannot map another's memory.
 
         Args:
             all_gather: of the ranks.
             rank: this one among them.
+            num_ranks: how many they are.
             device: a GPU.
             host: what names the host.
         """
+        if num_ranks > MAX_PEERS:
+            return None
         digest = hashlib.sha256(host.encode()).digest()[:_HOST_BYTES]
         own = torch.zeros(_HANDLE_BYTES + _HOST_BYTES, dtype=torch.uint8)
         own[_HANDLE_BYTES:] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         like = torch.empty(0, device=device)
-        num_ranks = len(all_gather(torch.zeros(1, dtype=torch.uint8, device=device)))
-        if num_ranks > MAX_PEERS:
-            return None
         buffer = ops.allocate_peer_buffer(like, ops.peer_buffer_bytes(MAX_BYTES, num_ranks))
         mapped: dict[int, int] = {}
         try:
@@ -82,7 +84,7 @@ class PeerMemory:
             x.dim() == 2
             and x.is_contiguous()
             and row_bytes % 16 == 0
-            and row_bytes <= 1 << 16
+            and row_bytes <= _MAX_ROW_BYTES
             and x.numel() * x.element_size() <= MAX_BYTES
         )
 

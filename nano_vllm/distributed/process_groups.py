@@ -107,7 +107,11 @@ class Member(ParallelState):
             self.tp = GroupCollectives(self._tensor_group(tensor_parallel_size), self.progress)
             if device.type == "cuda":
                 self.tp.peers = PeerMemory.connect(
-                    self.tp.all_gather, self.tp.rank, device, process_space() or str(self.rank)
+                    self.tp.all_gather,
+                    self.tp.rank,
+                    self.tp.size,
+                    device,
+                    process_space() or str(self.rank),
                 )
         if num_stages > 1:
             self.pipeline = PipelineRank(self.rank, tensor_parallel_size, num_stages, self.progress)

@@ -173,17 +173,14 @@ class StepCost:
             kept = room - by_any if is_few else room
             most = 2.0 * kept / (slope + sqrt(slope * slope + 2.0 * per_pair * kept))
         else:
-            price = max(slope_at(known) + per_pair * known, self._guessed_price)
+            price = max(
+                slope_at(known) + per_pair * known, self._decode.weights[0] / _GUESSED_TOKENS
+            )
             most = min(known + left / price, _GROWTH * known)
         num_tokens, seconds = self._last
         if num_tokens < _KNOWN_TOKENS and seconds < _SLACK * limit:
             most = max(most, _STEP_UP * num_tokens)
         return max(int(most), MIN_PREFILL_TOKENS)
-
-    @property
-    def _guessed_price(self) -> float:
-        """Seconds of a token."""
-        return self._decode.weights[0] / _GUESSED_TOKENS
 
     def prompt_seconds(self, num_tokens: int, context: int) -> float:
         """What tokens of a prompt add to steps, behind `context` others of it."""

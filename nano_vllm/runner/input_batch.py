@@ -222,10 +222,6 @@ class InputBatch:
                 rows.append(AttentionRow(scheduled, start, count))
         return rows
 
-    def num_rows(self, batch: Batch) -> int:
-        """That attention has."""
-        return batch.num_decodes + len(self.prompt_rows(batch))
-
     def _is_worth_spreading(self, start: int, num_tokens: int) -> bool:
         return (
             1 < num_tokens <= MAX_SPREAD_TOKENS
@@ -242,14 +238,20 @@ class InputBatch:
         """Fill the staging buffer from the batch and send it to the device; see `write` and
         `load`.
         """
-        return self.load(self.write(batch, padding), begin)
+        return self.load(self.write(batch, self.prompt_rows(batch), padding), begin)
 
-    def write(self, batch: Batch, padding: tuple[int, int] | None = None) -> StagedInput:
+    def write(
+        self,
+        batch: Batch,
+        prompt_rows: list[AttentionRow],
+        padding: tuple[int, int] | None = None,
+    ) -> StagedInput:
         """Fill the staging buffer. Tokens that are not known yet, of a batch scheduled ahead, are
         0.
 
         Args:
             batch: what to compute.
+            prompt_rows: of the batch.
             padding: tokens and rows to pad it to, with rows that have nothing to do, and, where it
                 is not all decodes, tokens that belong to none. Batches of a padding have their
                 tensors always in the same memory, and bounds that hold for all of them.
@@ -258,7 +260,7 @@ class InputBatch:
         self._next_slot = (number + 1) % len(self.slots)
         self.slots[number].wait()
         if batch.decodes is None or not batch.is_decode:
-            return self._write_mixed(batch, padding, number)
+            return self._write_mixed(batch, prompt_rows, padding, number)
         try:
             padded_size = None if padding is None else padding[1]
             return self._write_decodes(batch.decodes, padded_size, number)
@@ -344,9 +346,12 @@ class InputBatch:
         return torch.index_select(self._tables, 0, table_rows, out=block_tables)
 
     def _write_mixed(
-        self, batch: Batch, padding: tuple[int, int] | None, number: int
+        self,
+        batch: Batch,
+        others: list[AttentionRow],
+        padding: tuple[int, int] | None,
+        number: int,
     ) -> StagedInput:
-        others = self.prompt_rows(batch)
         num_tokens, num_decodes = batch.num_tokens, batch.num_decodes
         num_seqs = num_decodes + len(others)
         width = max(len(s.sequence.block_table) for s in batch.scheduled)

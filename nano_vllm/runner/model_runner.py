@@ -113,10 +113,11 @@ class ModelRunner(ModelWorker):
         Returns:
             the step; the batch's rows that sample; what is asked for of its prompts.
         """
+        prompt_rows = self.input_batch.prompt_rows(batch)
         padding = None
         if self.graphs is not None:
-            padding = self.graphs.padding_for(batch, self.input_batch.num_rows(batch))
-        staged = self.input_batch.write(batch, padding)
+            padding = self.graphs.padding_for(batch, batch.num_decodes + len(prompt_rows))
+        staged = self.input_batch.write(batch, prompt_rows, padding)
         rows = list(range(len(batch.scheduled))) if batch.is_decode else batch.sampling_rows
         if batch.scheduled is not self._scheduled or not batch.is_decode:
             self._scheduled = batch.scheduled

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import nano_vllm.runner.model_runner  # noqa: F401
+import nano_vllm.runner.model_runner  # noqa: F401  (torch and all else, once for all ranks)
 from nano_vllm import LLM, SamplingParams, serve
 from nano_vllm.distributed import process_groups, watchdog
 from nano_vllm.runner.follower import Follower

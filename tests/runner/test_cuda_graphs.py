@@ -98,7 +98,8 @@ class PaddedRunner(ModelRunner):
 
     def launch(self, batch: Batch) -> LaunchedStep:
         assert self.graphs is not None
-        padding = self.graphs.padding_for(batch, self.input_batch.num_rows(batch))
+        num_rows = batch.num_decodes + len(self.input_batch.prompt_rows(batch))
+        padding = self.graphs.padding_for(batch, num_rows)
         if padding is not None:
             self.paddings.add((len(batch.scheduled), *padding))
         return super().launch(batch)

@@ -47,7 +47,7 @@ class PreparingRunner(FakeRunner):
         if self.num_steps % 5 == 0 and batch.is_decode:
             self._fail_once(batch)
         kind = "plain" if batch.is_decode else "mixed"
-        num_rows = self.input_batch.num_rows(batch)
+        num_rows = batch.num_decodes + len(self.input_batch.prompt_rows(batch))
         self.counts["spread"] += num_rows > len(batch.scheduled)
         padding = self.graphs.padding_for(batch, num_rows) if self.num_steps % 2 else None
         inputs = self.input_batch.prepare(batch, padding)
