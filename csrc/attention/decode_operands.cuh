@@ -17,9 +17,11 @@ struct QueryFragments {
   static constexpr int kRowBytes = 2 * kHeadDim, kRowStride = kRowBytes + 16;
   uint32_t b[kSteps][kCount][2];
 
-  // Rows at or past num_rows count as zeros.
-  __device__ void load(const unsigned char* rows, int num_rows) {
+  // Rows at or past num_rows count as zeros. Returns what Barrier::arrive_behind asks for, as the
+  // products below do.
+  __device__ uint32_t load(const unsigned char* rows, int num_rows) {
     const int lane = threadIdx.x % kWarpSize;
+    uint32_t loaded = 0;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int row = 8 * n + lane / 4;
@@ -27,21 +29,24 @@ struct QueryFragments {
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         b[i / 2][n][i % 2] = row < num_rows ? *reinterpret_cast<const uint32_t*>(from + 16 * i) : 0;
+        loaded |= b[i / 2][n][i % 2];
       }
     }
+    return loaded;
   }
 };
 
 // scores[n] = keys first_row .. + 15 of the tile times query rows 8 n .. + 7.
 template <class T, int kHeadDim, int kTileRows>
-__device__ inline void multiply_keys(float (&scores)[kTileRows / 8][4],
-                                     const QueryFragments<T, kHeadDim, kTileRows>& query,
-                                     const unsigned char* keys, int first_row) {
+__device__ inline uint32_t multiply_keys(float (&scores)[kTileRows / 8][4],
+                                         const QueryFragments<T, kHeadDim, kTileRows>& query,
+                                         const unsigned char* keys, int first_row) {
   using Query = QueryFragments<T, kHeadDim, kTileRows>;
   using Tile = SwizzledTile<kHeadDim>;
   const int lane = threadIdx.x % kWarpSize, row = first_row + lane % 16;
   const uint32_t chunk_bit = lane / 16 * 16;  // chunks 2 s and 2 s + 1 differ in one address bit
   float odd[Query::kCount][4] = {};           // two sums, as each product waits for the one before
+  uint32_t loaded = 0;
 #pragma unroll
   for (int n = 0; n < Query::kCount; ++n) {
 #pragma unroll
@@ -51,6 +56,7 @@ __device__ inline void multiply_keys(float (&scores)[kTileRows / 8][4],
   for (int s = 0; s < Query::kSteps; ++s) {
     uint32_t a[4];
     load_matrices(a, keys + (Tile::offset(row, 2 * s) ^ chunk_bit));
+    loaded |= a[0];
 #pragma unroll
     for (int n = 0; n < Query::kCount; ++n) {
       multiply_add<T>(s % 2 ? odd[n] : scores[n], a, query.b[s][n][0], query.b[s][n][1]);
@@ -61,6 +67,7 @@ __device__ inline void multiply_keys(float (&scores)[kTileRows / 8][4],
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[n][i] += odd[n][i];
   }
+  return loaded;
 }
 
 // The online softmax of a lane's two queries in each eight, 2 (l % 4) and the next. Its maximum
@@ -143,21 +150,24 @@ struct QueryStates {
 // the halves are tokens 2 (l % 4) and the next; those that `keep` masks out count as zeros,
 // whatever they hold.
 template <class T, int kHeadDim, int kCount, bool kMasked>
-__device__ inline void multiply_values(float (&out)[kHeadDim / 16][kCount][4],
-                                       const uint32_t (&weights)[kCount][2],
-                                       const unsigned char* values, int first_row,
-                                       const uint32_t (&keep)[2]) {
+__device__ inline uint32_t multiply_values(float (&out)[kHeadDim / 16][kCount][4],
+                                           const uint32_t (&weights)[kCount][2],
+                                           const unsigned char* values, int first_row,
+                                           const uint32_t (&keep)[2]) {
   using Tile = SwizzledTile<kHeadDim>;
   const int lane = threadIdx.x % kWarpSize, row = first_row + lane / 16 * 8 + lane % 8;
   const uint32_t chunk_bit = lane / 8 % 2 * 16;
+  uint32_t loaded = 0;
 #pragma unroll
   for (int i = 0; i < kHeadDim / 16; ++i) {
     uint32_t a[4];
     load_matrices_transposed(a, values + (Tile::offset(row, 2 * i) ^ chunk_bit));
+    loaded |= a[0];
     if (kMasked) a[0] &= keep[0], a[1] &= keep[0], a[2] &= keep[1], a[3] &= keep[1];
 #pragma unroll
     for (int n = 0; n < kCount; ++n) multiply_add<T>(out[i][n], a, weights[n][0], weights[n][1]);
   }
+  return loaded;
 }
 
 }  // namespace nano_vllm::cuda::decode_sm90

@@ -21,8 +21,9 @@ struct Float8QueryFragments {
   float scale[kCount][2];  // what the lane's score columns are to be multiplied by
 
   // Rows at or past num_rows count as zeros.
-  __device__ void load(const unsigned char* rows, int num_rows) {
+  __device__ uint32_t load(const unsigned char* rows, int num_rows) {
     const int lane = threadIdx.x % kWarpSize;
+    uint32_t loaded = 0;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int row = 8 * n + lane / 4;
@@ -32,10 +33,12 @@ struct Float8QueryFragments {
         const uint2 four =
             row < num_rows ? *reinterpret_cast<const uint2*>(from + 32 * s) : uint2{};
         b[s][n][0] = four.x, b[s][n][1] = four.y;
+        loaded |= four.x;
       }
       scale[n][0] = scale[n][1] = 1;
       if constexpr (!std::is_same_v<T, __half>) to_half(n);
     }
+    return loaded;
   }
 
   __device__ void scale_keys(float key_scale) {
@@ -81,30 +84,34 @@ struct Float8QueryFragments {
 };
 
 // Loads 16 rows of two chunks, 16 elements each, even_chunk and the next, and gives run the first
-// and last eight rows of each chunk there is, as ldmatrix has them: transposed or not.
+// and last eight rows of each chunk there is, as ldmatrix has them: transposed or not. Returns what
+// Barrier::arrive_behind asks for.
 template <int kHeadDim, bool kTransposed, class Run>
-__device__ inline void for_each_float8_chunk(const unsigned char* tile, int first_row,
-                                             const Run& run) {
+__device__ inline uint32_t for_each_float8_chunk(const unsigned char* tile, int first_row,
+                                                 const Run& run) {
   using Tile = CacheTile<Float8E4M3, kHeadDim>;
   const int lane = threadIdx.x % kWarpSize, row = first_row + lane % 16;
+  uint32_t loaded = 0;
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
     uint32_t rows[4];
     const unsigned char* const from = tile + Tile::offset(row, chunk, lane / 16);
     kTransposed ? load_matrices_transposed(rows, from) : load_matrices(rows, from);
+    loaded |= rows[0];
     run(chunk, rows[0], rows[1]);
     if (chunk + 1 < Tile::kChunks) run(chunk + 1, rows[2], rows[3]);
   }
+  return loaded;
 }
 
 // scores[n] = keys first_row .. + 15 of the tile times query rows 8 n .. + 7.
 template <class T, int kHeadDim, int kTileRows>
-__device__ inline void multiply_keys(float (&scores)[kTileRows / 8][4],
-                                     const Float8QueryFragments<T, kHeadDim, kTileRows>& query,
-                                     const unsigned char* keys, int first_row) {
+__device__ inline uint32_t multiply_keys(float (&scores)[kTileRows / 8][4],
+                                         const Float8QueryFragments<T, kHeadDim, kTileRows>& query,
+                                         const unsigned char* keys, int first_row) {
   using Query = Float8QueryFragments<T, kHeadDim, kTileRows>;
   float sums[2][Query::kCount][4] = {};  // two, as each product waits for the one before
-  for_each_float8_chunk<kHeadDim, false>(keys, first_row, [&](int s, uint32_t low, uint32_t high) {
+  const auto multiply = [&](int s, uint32_t low, uint32_t high) {
     uint32_t of_low[2], of_high[2];
     widen_to_half(of_low, low);
     widen_to_half(of_high, high);
@@ -113,7 +120,8 @@ __device__ inline void multiply_keys(float (&scores)[kTileRows / 8][4],
     for (int n = 0; n < Query::kCount; ++n) {
       multiply_add<__half>(sums[s % 2][n], a, query.b[s][n][0], query.b[s][n][1]);
     }
-  });
+  };
+  const uint32_t loaded = for_each_float8_chunk<kHeadDim, false>(keys, first_row, multiply);
 #pragma unroll
   for (int n = 0; n < Query::kCount; ++n) {
 #pragma unroll
@@ -121,17 +129,18 @@ __device__ inline void multiply_keys(float (&scores)[kTileRows / 8][4],
       scores[n][i] = (sums[0][n][i] + sums[1][n][i]) * query.scale[n][i % 2];
     }
   }
+  return loaded;
 }
 
 // out += values first_row .. + 15 of the tile, transposed, times the weights of float16. Rows g and
 // g + 8 of out[i] are columns 16 i + 2 g and the next. `keep` as in multiply_values.
 template <class T, class Cache, int kHeadDim, int kCount, bool kMasked,
           std::enable_if_t<kIsFloat8<Cache>, int> = 0>
-__device__ inline void multiply_values(float (&out)[kHeadDim / 16][kCount][4],
-                                       const uint32_t (&weights)[kCount][2],
-                                       const unsigned char* values, int first_row,
-                                       const uint32_t (&keep)[2]) {
-  for_each_float8_chunk<kHeadDim, true>(values, first_row, [&](int i, uint32_t low, uint32_t high) {
+__device__ inline uint32_t multiply_values(float (&out)[kHeadDim / 16][kCount][4],
+                                           const uint32_t (&weights)[kCount][2],
+                                           const unsigned char* values, int first_row,
+                                           const uint32_t (&keep)[2]) {
+  const auto multiply = [&](int i, uint32_t low, uint32_t high) {
     // Of two tokens the same column side by side.
     uint32_t of_low[2], of_high[2];
     widen_to_half(of_low, __byte_perm(low, 0, 0x3120));
@@ -142,16 +151,17 @@ __device__ inline void multiply_values(float (&out)[kHeadDim / 16][kCount][4],
     for (int n = 0; n < kCount; ++n) {
       multiply_add<__half>(out[i][n], a, weights[n][0], weights[n][1]);
     }
-  });
+  };
+  return for_each_float8_chunk<kHeadDim, true>(values, first_row, multiply);
 }
 
 template <class T, class Cache, int kHeadDim, int kCount, bool kMasked,
           std::enable_if_t<!kIsFloat8<Cache>, int> = 0>
-__device__ inline void multiply_values(float (&out)[kHeadDim / 16][kCount][4],
-                                       const uint32_t (&weights)[kCount][2],
-                                       const unsigned char* values, int first_row,
-                                       const uint32_t (&keep)[2]) {
-  multiply_values<T, kHeadDim, kCount, kMasked>(out, weights, values, first_row, keep);
+__device__ inline uint32_t multiply_values(float (&out)[kHeadDim / 16][kCount][4],
+                                           const uint32_t (&weights)[kCount][2],
+                                           const unsigned char* values, int first_row,
+                                           const uint32_t (&keep)[2]) {
+  return multiply_values<T, kHeadDim, kCount, kMasked>(out, weights, values, first_row, keep);
 }
 
 }  // namespace nano_vllm::cuda::decode_sm90

@@ -19,6 +19,15 @@ struct Barrier {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
                  : "memory");
   }
+  // The same once `loaded` is in its register: made of one register of each load from what the
+  // barrier guards. To arrive does not wait for a thread's loads, and one that is under way still
+  // may read what the copy engine has put there since.
+  __device__ void arrive_behind(uint32_t loaded) {
+    // Blocks have one dimension, which the compiler does not know: the address is the same.
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state) +
+                                                                  (loaded & threadIdx.y))
+                 : "memory");
+  }
   // Arrives, and the phase waits for that many bytes of copies besides.
   __device__ void arrive_and_expect(uint32_t bytes) {
     asm volatile(

@@ -16,6 +16,7 @@ struct Barrier {
     pending = pending - 1;
     complete();
   }
+  void arrive_behind(uint32_t) { arrive(); }
   void arrive_and_expect(uint32_t more) {
     bytes = bytes + more;
     arrive();
