@@ -18,7 +18,9 @@ struct AttentionLaunch : PagedAttentionParams {
   int32_t* plan;               // head of the workspace
   float* partial_results;      // what follows it
   int32_t* prefix_memory;      // and that, where decodes that share a prefix read it once
+  int32_t* prefill_memory;     // and that
   const PrefixOfSequence* prefix_of_seq;  // [num_seqs]; nullptr: none does
+  bool is_beside_prefill;  // the kernel before is the batch's prefill, which decodes don't wait for
 };
 
 // Decodes. Those with more than one split leave partial rows in the workspace.
@@ -37,8 +39,9 @@ void launch_decode_sm90(const AttentionLaunch& p, cudaStream_t stream);
 void launch_prefill(const AttentionLaunch& p, cudaStream_t stream);  // 16-bit dtypes
 void launch_prefill_fp32(const AttentionLaunch& p, cudaStream_t stream);
 
-// Prefills on sm_90, 16-bit dtypes.
+// Prefills on sm_90, 16-bit dtypes: planned once a step, as decodes are.
 bool can_prefill_sm90(const AttentionLaunch& p);
+void launch_plan_prefill(const AttentionLaunch& p, cudaStream_t stream);
 void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream);
 // The query rows of a tile, and its tokens: as many as registers allow.
 constexpr int prefill_tile_rows(int head_dim) { return head_dim == 64 ? 192 : 128; }

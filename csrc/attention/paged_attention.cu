@@ -26,6 +26,10 @@ AttentionLaunch launch_of(const PagedAttentionParams& params, int max_decode_que
   launch.prefix_memory = reinterpret_cast<int32_t*>(
       params.workspace +
       decode_workspace_numel(params.num_seqs, params.num_heads, params.head_dim));
+  launch.prefill_memory = reinterpret_cast<int32_t*>(
+      params.workspace +
+      paged_attention_workspace_numel(params.num_seqs, params.num_heads, params.head_dim) -
+      prefill_plan_numel(params.num_seqs));
   return launch;
 }
 
@@ -35,11 +39,14 @@ bool can_share_prefix(const PagedAttentionParams& p) {
          p.num_heads / p.num_kv_heads <= prefill_tile_rows(p.head_dim);
 }
 
-// What decodes share, and then what is left of them.
+bool has_prefills(const AttentionLaunch& p) { return p.max_query_len > p.max_decode_queries; }
+
+// What decodes share, then what is left of them, and prefills.
 void launch_plans(AttentionLaunch& launch, bool shares_prefix, cudaStream_t stream) {
   launch.prefix_of_seq = shares_prefix ? PrefixPlan(launch).of_seq : nullptr;
   if (shares_prefix) launch_plan_prefix(launch, stream);
   launch_plan_decode(launch, stream);
+  if (has_prefills(launch)) launch_plan_prefill(launch, stream);
 }
 
 }  // namespace
@@ -68,17 +75,18 @@ void paged_attention(const PagedAttentionParams& params, cudaStream_t stream) {
       launch_plans(launch, shares_prefix, stream);
     }
     if (shares_prefix) launch_prefix_sm90(launch, stream);
+    // Decodes come behind prefills: their many small parts fill the multiprocessors that the last
+    // tiles leave idle.
+    launch.is_beside_prefill = has_prefills(launch) && can_prefill_sm90(launch);
+    if (launch.is_beside_prefill) launch_prefill_sm90(launch, stream);
     launch_decode_sm90(launch, stream);
+    if (launch.is_beside_prefill) return;
   } else {
     launch.max_decode_queries = 1;
     (is_fp32 ? launch_decode_fp32 : launch_decode)(launch, stream);
     launch_merge_splits(launch, stream);
   }
-  if (params.max_query_len > launch.max_decode_queries) {
-    (is_fp32                    ? launch_prefill_fp32
-     : can_prefill_sm90(launch) ? launch_prefill_sm90
-                                : launch_prefill)(launch, stream);
-  }
+  if (has_prefills(launch)) (is_fp32 ? launch_prefill_fp32 : launch_prefill)(launch, stream);
 }
 
 }  // namespace nano_vllm::cuda

@@ -73,6 +73,7 @@ constexpr int64_t prefix_rows(int64_t num_seqs, int64_t num_heads) {
   return rows > enough ? rows : enough;
 }
 constexpr int64_t prefix_plan_numel(int64_t num_seqs) { return (num_seqs + 1) * 12; }
+constexpr int64_t prefill_plan_numel(int64_t num_seqs) { return (num_seqs + 1) * 2; }
 
 // Floats of workspace that the decodes of a batch may need: a plan and, per split and row, one
 // output row and its (max, sum) ...
@@ -81,11 +82,11 @@ constexpr int64_t decode_workspace_numel(int64_t num_seqs, int64_t num_heads, in
   const int64_t planned_rows = int64_t{kMaxPlannedBlocks} * kMaxPlannedSplits * kMaxPlannedRows;
   return kPlanNumel + (rows > planned_rows ? rows : planned_rows) * (head_dim + 2);
 }
-// ... and with the same for what they share.
+// ... with the same for what they share, and the plan of the prefills.
 constexpr int64_t paged_attention_workspace_numel(int64_t num_seqs, int64_t num_heads,
                                                   int64_t head_dim) {
   return decode_workspace_numel(num_seqs, num_heads, head_dim) + prefix_plan_numel(num_seqs) +
-         prefix_rows(num_seqs, num_heads) * (head_dim + 2);
+         prefix_rows(num_seqs, num_heads) * (head_dim + 2) + prefill_plan_numel(num_seqs);
 }
 
 namespace cpu {

@@ -199,12 +199,13 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
   RingPosition<Shape::kSlots> at;
   RingPosition<2> next_query;
 
-  // Waits for the next buffer of a ring and gives it to run, then hands it back.
+  // Waits for the next buffer of a ring and gives it to run, then hands it back: behind what run
+  // returns, which it has loaded.
   const auto with_buffer = [&](auto& buffers, auto& full, auto& empty, auto& at, const auto& run) {
     full[at.index].wait(at.parity);
-    run(buffers[at.index]);
+    const uint32_t loaded = run(buffers[at.index]);
     __syncwarp();
-    if (lane == 0) empty[at.index].arrive();
+    if (lane == 0) empty[at.index].arrive_behind(loaded);
     at = at.next();
   };
   const auto with_next_tile = [&](const auto& run) {
@@ -222,7 +223,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
         const int owner = part.owner(first_split);
         typename Shape::Query query;
         with_buffer(shared.queries, shared.query_full, shared.query_empty, next_query,
-                    [&](const unsigned char* rows) { query.load(rows, num_rows); });
+                    [&](const unsigned char* rows) { return query.load(rows, num_rows); });
         if constexpr (kIsFloat8<Cache>)
           query.scale_keys(scale_of_head<Cache>(p.key_scale, kv_head));
         TokenRange seen[kCount][2];  // by this lane's queries
@@ -257,7 +258,7 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
                 token < seen_by_all.begin || token + kWarpTokens > seen_by_all.end;
             float scores[kCount][4];
             with_next_tile([&](const unsigned char* keys) {
-              multiply_keys(scores, query, keys, warp * kWarpTokens);
+              return multiply_keys(scores, query, keys, warp * kWarpTokens);
             });
 #pragma unroll
             for (int n = 0; n < kCount; ++n) transform.apply(scores[n]);
@@ -300,13 +301,10 @@ __device__ void multiply_part(const AttentionLaunch& p, const DecodeGeometry& ge
             }
             with_next_tile([&](const unsigned char* values) {
               const int first_row = warp * kWarpTokens;
-              if (is_masked) {
-                multiply_values<T, Cache, kHeadDim, kCount, true>(out, weights, values, first_row,
-                                                                  keep);
-              } else {
-                multiply_values<T, Cache, kHeadDim, kCount, false>(out, weights, values, first_row,
-                                                                   keep);
-              }
+              return is_masked ? multiply_values<T, Cache, kHeadDim, kCount, true>(
+                                     out, weights, values, first_row, keep)
+                               : multiply_values<T, Cache, kHeadDim, kCount, false>(
+                                     out, weights, values, first_row, keep);
             });
           }
           states.finish();
@@ -385,16 +383,20 @@ __global__ void __launch_bounds__(kIsSm90 ? kNumThreads : 1, Shape::kBlocksPerSm
       prefetch_map(values.map);
     }
     allow_next_kernel();
-    wait_for_last_kernel();
+    // The prefill lets this kernel start once the one before both has ended.
+    if (!p.is_beside_prefill) wait_for_last_kernel();
     const DecodePlan plan(p.plan, geometry.max_parts);
     const Part part{plan.cuts[blockIdx.x], plan.cuts[blockIdx.x + 1]};
-    if (part.begin.seq >= p.num_seqs) return;
-    __syncthreads();
-    if (threadIdx.x >= kConsumers) {
-      copy_part<Shape>(p, geometry, keys, values, part, shared);
-    } else {
-      multiply_part<Shape>(p, geometry, plan, prefix, part, shared);
+    if (part.begin.seq < p.num_seqs) {
+      __syncthreads();
+      if (threadIdx.x >= kConsumers) {
+        copy_part<Shape>(p, geometry, keys, values, part, shared);
+      } else {
+        multiply_part<Shape>(p, geometry, plan, prefix, part, shared);
+      }
     }
+    // Who waits for this kernel waits for both. The other blocks make room for each other.
+    if (p.is_beside_prefill && blockIdx.x == 0) wait_for_last_kernel();
   }
 }
 

@@ -647,6 +647,7 @@ __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
     }
     __syncthreads();
     wait_for_last_kernel();
+    allow_next_kernel();  // decodes beside this kernel read what the one before it wrote
 
     const int warp = threadIdx.x / kWarpSize;
     if (threadIdx.x < kWarpgroupSize) {
@@ -713,7 +714,6 @@ void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream) {
   dispatch_shape<false>(p, [&](auto shape) {
     using Shape = decltype(shape);
     const PrefillPlan plan(p);
-    launch_plan_prefill(p, plan, Shape::kTileRows, stream);
     launch<Shape>(p, "paged_attention prefill",
                   PrefillTile::max_tiles(p, Shape::kTileRows) * p.num_kv_heads, plan,
                   GroupDivisor(p.num_heads / p.num_kv_heads), stream);

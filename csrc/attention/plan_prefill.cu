@@ -25,9 +25,6 @@ __global__ void __launch_bounds__(kNumThreads)
     plan_prefill_kernel(const __grid_constant__ AttentionLaunch p, PrefillPlan plan,
                         int tile_rows) {
   __shared__ int lengths[kNumThreads], num_items[kNumThreads];
-#if __CUDA_ARCH__ >= 900
-  allow_next_kernel();
-#endif
   for (int base = 0; base < p.num_seqs; base += kNumThreads) {
     const int seq = base + threadIdx.x;
     const PrefillCost own(p, seq, tile_rows);
@@ -57,10 +54,9 @@ __global__ void __launch_bounds__(kNumThreads)
 
 }  // namespace
 
-void launch_plan_prefill(const AttentionLaunch& p, const PrefillPlan& plan, int tile_rows,
-                         cudaStream_t stream) {
+void launch_plan_prefill(const AttentionLaunch& p, cudaStream_t stream) {
   launch_kernel("paged_attention prefill plan", plan_prefill_kernel, 1, kNumThreads, 0, stream, p,
-                plan, tile_rows);
+                PrefillPlan(p), prefill_tile_rows(p.head_dim));
 }
 
 }  // namespace nano_vllm::cuda

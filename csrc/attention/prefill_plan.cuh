@@ -10,23 +10,28 @@
 
 namespace nano_vllm::cuda {
 
-// In the workspace, where the decodes of the batch have left their partial results behind.
+// In the workspace, made once a step by plan_prefill.cu.
 struct PrefillPlan {
+  int32_t num_seqs;
   int32_t* num_claimed;  // items beyond the blocks' first ones that a block has taken
   int32_t* seqs;         // [num_seqs], from the longest prefill to the shortest, then the others
   int32_t* first_item;   // [num_seqs + 1], items before those of seqs[i]
 
   explicit PrefillPlan(const AttentionLaunch& p)
-      : num_claimed(reinterpret_cast<int32_t*>(p.partial_results)),
+      : num_seqs(p.num_seqs),
+        num_claimed(p.prefill_memory),
         seqs(num_claimed + 1),
         first_item(seqs + p.num_seqs) {}
 
-  // The item after `item` of this block; by one lane of it.
-  __device__ int claim(int) const { return gridDim.x + atomicAdd(num_claimed, 1); }
+  // The item after `item` of this block; by one lane of it. Each block that has had an item claims
+  // one in vain at its end, so there are as many claims as items; the last leaves none for the next
+  // layer.
+  __device__ int claim(int) const {
+    const int claimed = atomicAdd(num_claimed, 1);
+    if (claimed + 1 == first_item[num_seqs]) *num_claimed = 0;
+    return gridDim.x + claimed;
+  }
 };
-
-void launch_plan_prefill(const AttentionLaunch& p, const PrefillPlan& plan, int tile_rows,
-                         cudaStream_t stream);
 
 struct PrefillItem {
   int seq, kv_head;  // seq -1: there is no more work

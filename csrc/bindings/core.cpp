@@ -219,6 +219,10 @@ py::tuple prepare(const py::list& token_ids, const py::list& block_tables,
       *input_ids++ = item_at("token id", tokens.ptr(), i);
     }
     int32_t* row = tables + static_cast<int64_t>(s) * params.block_tables_stride;
+    if (s > 0 && table.is(block_tables[s - 1])) {  // tokens of one prompt, each a row
+      std::copy_n(row - params.block_tables_stride, width, row);
+      continue;
+    }
     for (int64_t i = 0; i < num_blocks; ++i) row[i] = item_at("block", table.ptr(), i);
     for (int64_t i = num_blocks; i < width; ++i) row[i] = 0;
   }

@@ -1,6 +1,7 @@
 #include "cache/shared_prefix.h"
 
 #include <algorithm>
+#include <cstring>
 #include <unordered_map>
 #include <vector>
 
@@ -32,7 +33,10 @@ int64_t find_shared_prefixes(const SharedPrefixParams& p) {
       Group& group = groups[index];
       const int32_t* leader = p.block_tables[group.leader];
       const int64_t most = std::min(num_blocks, group.num_blocks);
-      const int64_t common = std::mismatch(table, table + most, leader).first - table;
+      // Tokens of one prompt that are rows of their own have all of it in common.
+      const bool is_whole = std::memcmp(table, leader, static_cast<size_t>(most) * 4) == 0;
+      const int64_t common =
+          is_whole ? most : std::mismatch(table, table + most, leader).first - table;
       // One that shares little must not take from the others what they share.
       if (group.num_members > 1 && 2 * common < group.num_blocks) return false;
       group.num_blocks = common;

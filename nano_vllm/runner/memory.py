@@ -156,4 +156,4 @@ def attention_workspace_numel(num_seqs: int, num_heads: int, head_dim: int) -> i
     rows = num_seqs * num_heads
     split_rows = max(rows * 16, 288 * 32 * 16)
     prefix_rows = max(rows, 288 // 2 * 192)
-    return 4096 + (num_seqs + 1) * 12 + (split_rows + prefix_rows) * (head_dim + 2)
+    return 4096 + (num_seqs + 1) * 14 + (split_rows + prefix_rows) * (head_dim + 2)

@@ -22,6 +22,13 @@ void attend(PagedAttentionParams params) {
   params.num_tokens += 2;  // the padding of AttentionInputs
   params.is_planned = generator() % 2 == 0;
   if (params.is_planned) cuda::plan_attention(params, nullptr);
+  if (params.is_planned && generator() % 4 == 0) {  // a layer before, of the same plan
+    std::vector<char> out(4 * (params.num_tokens * params.out_stride_token +
+                               params.num_heads * params.out_stride_head));
+    PagedAttentionParams before = params;
+    before.out = out.data();
+    cuda::paged_attention(before, nullptr);
+  }
   cuda::paged_attention(params, nullptr);
 }
 
