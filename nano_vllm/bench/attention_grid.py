@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,23 @@ class Heads:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """A batch of sequences that all bring the same number of query tokens."""
+    """A batch of sequences that all bring as many query tokens, or of decodes beside such."""
 
     name: str
     seq_lens: tuple[int, ...]  # cached tokens of each sequence, including its queries
     query_len: int = 1  # 1 is a decode
+    num_decodes: int = 0  # sequences at the head that decode beside prefills
 
     @property
     def kernel(self) -> str:
-        return f"paged_attention {'decode' if self.query_len == 1 else 'prefill'}"
+        kind = "mixed" if self.num_decodes else "decode" if self.query_len == 1 else "prefill"
+        return f"paged_attention {kind}"
+
+    @property
+    def query_lens(self) -> tuple[int, ...]:
+        """Query tokens of each sequence."""
+        rest = len(self.seq_lens) - self.num_decodes
+        return (1,) * self.num_decodes + (self.query_len,) * rest
 
     @property
     def is_even(self) -> bool:
@@ -33,17 +41,30 @@ class AttentionShape:
 
     @property
     def query_tokens(self) -> int:
-        return len(self.seq_lens) * self.query_len
+        return sum(self.query_lens)
 
     def kv_bytes(self, heads: Heads, itemsize: int) -> int:
         """Keys and values, each read once."""
         return 2 * sum(self.seq_lens) * heads.num_kv_heads * heads.head_dim * itemsize
 
+    def decode_bytes(self, heads: Heads, itemsize: int) -> int:
+        """Those of decodes, which are bound by them."""
+        tokens = (
+            sum(self.seq_lens) if self.query_len == 1 else sum(self.seq_lens[: self.num_decodes])
+        )
+        return 2 * tokens * heads.num_kv_heads * heads.head_dim * itemsize
+
     def flops(self, heads: Heads) -> int:
         """Both matrix products over what the causal mask leaves."""
-        queries = self.query_len
-        seen = sum(queries * (2 * length - queries + 1) // 2 for length in self.seq_lens)
+        lengths = zip(self.query_lens, self.seq_lens, strict=True)
+        seen = sum(queries * (2 * length - queries + 1) // 2 for queries, length in lengths)
         return 4 * heads.num_heads * heads.head_dim * seen
+
+    def prefill_flops(self, heads: Heads) -> int:
+        """Those of prefills, which are bound by them."""
+        if self.query_len == 1:
+            return 0
+        return replace(self, seq_lens=self.seq_lens[self.num_decodes :], num_decodes=0).flops(heads)
 
 
 def decode(batch: int, context: int) -> AttentionShape:
@@ -53,6 +74,17 @@ def decode(batch: int, context: int) -> AttentionShape:
 def prefill(batch: int, length: int, prefix: int = 0) -> AttentionShape:
     name = f"{batch} x {length}" + (f" on {prefix}" if prefix else "")
     return AttentionShape(name, (prefix + length,) * batch, length)
+
+
+def mixed(decodes: AttentionShape, prefills: AttentionShape) -> list[AttentionShape]:
+    """Both in one batch, and each alone."""
+    both = AttentionShape(
+        f"{prefills.name} beside {decodes.name}",
+        decodes.seq_lens + prefills.seq_lens,
+        prefills.query_len,
+        len(decodes.seq_lens),
+    )
+    return [both, prefills, decodes]
 
 
 def skewed(long: int, batch: int, short: int) -> list[AttentionShape]:
@@ -85,5 +117,11 @@ PREFILLS = [
     prefill(1, 32768),
     prefill(1, 2048, prefix=30 * 1024),
 ]
+MIXES = [
+    *mixed(decode(64, 1024), prefill(1, 512, prefix=1536)),
+    *mixed(decode(128, 2048), prefill(1, 512, prefix=8192)),
+    *mixed(decode(32, 4096), prefill(2, 1024)),
+]
 CPU_DECODES = [decode(1, 512), decode(16, 512), decode(1, 4096)]
 CPU_PREFILLS = [prefill(1, 512), prefill(4, 256)]
+CPU_MIXES = mixed(decode(8, 512), prefill(1, 128))

@@ -43,10 +43,8 @@ class AttentionInputs:
         for table, own in zip(tables, blocks, strict=True):
             table[: len(own)] = own
         self.block_tables = tables.to(device)
-        num_starts = len(shape.seq_lens) + 1
-        self.query_start_loc = (
-            torch.arange(num_starts, dtype=torch.int32, device=device) * shape.query_len
-        )
+        starts = torch.tensor((0, *shape.query_lens)).cumsum(0)
+        self.query_start_loc = starts.to(device, torch.int32)
         self.seq_lens = torch.tensor(shape.seq_lens, dtype=torch.int32, device=device)
 
     def _random(self, *size: int) -> torch.Tensor:

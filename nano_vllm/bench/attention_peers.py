@@ -85,7 +85,7 @@ def _version(module: str) -> str:
 def prepare_sdpa(inputs: AttentionInputs) -> Call | None:
     """torch's attention on dense tensors; it knows no batch of different lengths."""
     shape = inputs.shape
-    if not shape.is_even:
+    if not shape.is_even or shape.num_decodes:
         return None
     is_square = shape.query_len == shape.seq_lens[0]
     options: dict[str, Any] = {"scale": inputs.scale, "enable_gqa": True}
@@ -135,12 +135,14 @@ def _flashinfer_workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
 
 
-def prepare_fa3(fa3: ModuleType, inputs: AttentionInputs) -> Call:
-    """FlashAttention-3 on our blocks; it shares the work out in each call.
+def prepare_fa3(fa3: ModuleType, inputs: AttentionInputs) -> Call | None:
+    """FlashAttention-3 on our blocks; it shares the work out in each call. No mixed batches.
 
     Its metadata for that can be made beforehand, but a size other than the kernel's own crashes the
     replay of a graph (vllm-project/flash-attention, pull request 162).
     """
+    if inputs.shape.num_decodes:
+        return None
     return partial(
         fa3.flash_attn_with_kvcache,
         inputs.batched_query,
@@ -181,7 +183,7 @@ def prepare_fa3_fwd(fa3: ModuleType, inputs: AttentionInputs) -> Call:
         "causal": inputs.shape.query_len > 1,
         "num_splits": 0,
     }
-    if inputs.shape.is_even:
+    if inputs.shape.is_even and not inputs.shape.num_decodes:
         keys, values = (cache.transpose(1, 2) for cache in inputs.dense_cache)
         query = inputs.batched_query
         if inputs.shape.query_len == 1:
@@ -202,7 +204,7 @@ def prepare_fa3_fwd(fa3: ModuleType, inputs: AttentionInputs) -> Call:
 
 
 # by peer: the module, whether it is paged, and what prepares a call; the first that is there
-MODULES: dict[str, list[tuple[str, bool, Callable[[ModuleType, AttentionInputs], Call]]]] = {
+MODULES: dict[str, list[tuple[str, bool, Callable[[ModuleType, AttentionInputs], Call | None]]]] = {
     "flashinfer": [("flashinfer", True, prepare_flashinfer)],
     "fa3": [
         ("flash_attn_interface", True, prepare_fa3),

@@ -40,12 +40,15 @@ def attention_row(setup: Setup, heads: Heads, shape: AttentionShape) -> dict[str
         for _ in range(sets)
     ]
     seconds, others = _measure(label, inputs, peers, setup.float8_cache)
-    amount: dict[str, Any] = (
-        {"moved": shape.kv_bytes(heads, itemsize)}
-        if shape.query_len == 1
-        else {"flops": shape.flops(heads)}
+    return setup.row(
+        shape.kernel,
+        heads,
+        shape.name,
+        seconds,
+        moved=shape.decode_bytes(heads, itemsize),
+        flops=shape.prefill_flops(heads),
+        peers=others,
     )
-    return setup.row(shape.kernel, heads, shape.name, seconds, peers=others, **amount)
 
 
 def _measure(

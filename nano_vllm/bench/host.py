@@ -193,5 +193,8 @@ class ModelLessRunner:
             ids[self._draw.randrange(len(ids))] = EOS
         return StepResult(ids)
 
+    def prepare_graph(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass

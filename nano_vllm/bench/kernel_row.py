@@ -40,27 +40,28 @@ class Setup:
         is_paged: bool = True,
         peers: dict[str, float | None] | None = None,
     ) -> dict[str, Any]:
-        """A row of a kernel that is held against the copy or the matmul ceiling.
+        """A row of a kernel that is held against the copy or the matmul ceiling, or one after the
+        other.
 
         Args:
             seconds: of one call of ours.
-            moved: bytes read and written; either this or `flops`.
-            flops: floating-point operations.
+            moved: bytes read and written, as far as they bind it.
+            flops: floating-point operations, likewise; their rate is shown where there are any.
             is_paged: whether the time depends on the block size.
             peers: seconds of one call by the name of what is compared; None where it has no time.
         """
-        assert (moved is None) != (flops is None)
-        amount, ceiling = (moved, self.copy) if flops is None else (flops, self.matmul)
-        assert amount is not None
+        floor = (moved or 0) / self.copy + (flops or 0) / self.matmul
+        amount = flops or moved
+        assert amount
         row: dict[str, Any] = {
             "kernel": kernel,
             "heads": str(heads),
             "shape": shape,
             "block_size": self.block_size if is_paged else None,
             "us": seconds * 1e6,
-            "rate": amount / seconds / (1e9 if flops is None else 1e12),
-            "unit": "GB/s" if flops is None else "TFLOP/s",
-            "of ceiling": amount / seconds / ceiling,
+            "rate": amount / seconds / (1e12 if flops else 1e9),
+            "unit": "TFLOP/s" if flops else "GB/s",
+            "of ceiling": floor / seconds,
         }
         for name in self.compared:
             time = (peers or {}).get(name)

@@ -19,6 +19,7 @@ PEERS = ("flashinfer", "fa3", "fa3-fwd", "torch")
 PARTS = (
     "paged_attention decode",
     "paged_attention prefill",
+    "paged_attention mixed",
     "reshape_and_cache rotary_reshape_and_cache copy_blocks",
     "fused_add_rms_norm silu_and_mul linear",
     "sample_tokens",
@@ -144,13 +145,15 @@ def _rows(setups: list[Setup], heads: Heads, only: str) -> Iterator[dict[str, An
     from nano_vllm.bench.attention_rows import attention_row
     from nano_vllm.bench.layer_rows import cache_rows, layer_rows
 
-    decode, prefill, cache, layer, _ = (only in part for part in PARTS)
+    decode, prefill, mixed, cache, layer, _ = (only in part for part in PARTS)
     on_gpu = setups[0].device.type == "cuda"
     shapes = []
     if decode:
         shapes += attention_grid.DECODES if on_gpu else attention_grid.CPU_DECODES
     if prefill:
         shapes += attention_grid.PREFILLS if on_gpu else attention_grid.CPU_PREFILLS
+    if mixed:
+        shapes += attention_grid.MIXES if on_gpu else attention_grid.CPU_MIXES
     for shape, setup in product(shapes, setups):
         row = attention_row(setup, heads, shape)
         if row is not None:
