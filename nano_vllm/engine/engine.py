@@ -253,6 +253,17 @@ class Engine:
             self._reclaim_leaks()
             return self._report(noticed, now)
 
+    def prepare_graph(self) -> bool:
+        """Capture one of the CUDA graphs that steps to come will want, some 20 ms of work; for an
+        engine that has nothing else to do. RuntimeError where it has.
+
+        Returns:
+            whether there was one to be captured.
+        """
+        if self.has_work:
+            raise RuntimeError("graphs are prepared while nothing is under way")
+        return self.runner.prepare_graph()
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request where it is; None if there is none of that id."""
         self.scheduler.abort(request_id)

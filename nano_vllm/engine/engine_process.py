@@ -56,7 +56,8 @@ NUM_OWNERS = 250
 
 
 class EngineLoop:
-    """Steps the engine while it has work, and sleeps on its inbox while it has none.
+    """Steps the engine while it has work. While it has none, it prepares for work to come, and then
+    sleeps on its inbox.
 
     Args:
         engine: does the work.
@@ -89,6 +90,8 @@ class EngineLoop:
         while True:
             if not self._engine.has_work:
                 end = None
+                while self._inbox.empty() and self._engine.prepare_graph():
+                    pass
                 self._handle(self._inbox.get())
             while not self._inbox.empty():
                 self._handle(self._inbox.get())

@@ -13,10 +13,6 @@ MIN_PREFILL_TOKENS = 4
 """A prompt goes on by so many tokens a step, whatever they cost."""
 MIN_PREFILL_SHARE = 0.1
 """A prompt may lengthen a step by so much of what it takes without, however low the limit is."""
-MIN_PREFILL_RETURN = 0.25
-"""And by so much of what any part of it, were it one token, costs the step: streams that have to
-wait for that are better off where the prompt is soon done.
-"""
 
 _ROWS, _CONTEXT, _TOKENS, _PAIRS = 1 / 64, 1 / 2**16, 1 / 2**8, 1 / 2**20
 """Units in which the features of usual steps are about 1."""
@@ -145,16 +141,15 @@ class StepCost:
             prefill_context: tokens of the prompt that are in the cache already.
 
         Returns:
-            at least MIN_PREFILL_TOKENS, and what takes MIN_PREFILL_SHARE of a step without or
-            MIN_PREFILL_RETURN of what it costs to have any.
+            at least MIN_PREFILL_TOKENS, and what takes MIN_PREFILL_SHARE of a step without beyond
+            what it costs to have any.
         """
         base = self._decode.at(num_decodes * _ROWS, decode_context * _CONTEXT)
         overhead, per_token, per_pair = self._prefill.weights
         per_token, per_pair = per_token * _TOKENS, per_pair * _PAIRS
         few = self.saturating_tokens
         by_any = per_pair * few * prefill_context
-        fixed = max(overhead, 0.0) + by_any
-        least = fixed + max(MIN_PREFILL_SHARE * base, MIN_PREFILL_RETURN * fixed)
+        least = max(overhead, 0.0) + by_any + MIN_PREFILL_SHARE * base
         room = max(limit - base, least) - overhead
 
         def slope_at(num_tokens: float) -> float:

@@ -9,11 +9,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from nano_vllm.batch import Batch
-from nano_vllm.runner.input_batch import ModelInput
+from nano_vllm.runner.input_batch import DECODE_QUERIES, ModelInput, StepShape
 from nano_vllm.runner.limits import MAX_GRAPH_TOKENS
 
 Forward = Callable[[ModelInput], torch.Tensor]
 """Inputs of a step -> what the model makes of each of its tokens."""
+
+
+PREPARED_SEQS = 256
+"""Steps of up to so many sequences have their graphs captured ahead of need."""
 
 
 class Padding(NamedTuple):
@@ -36,16 +40,18 @@ def token_sizes(largest: int) -> list[int]:
 
 
 def sequence_sizes(largest: int) -> list[int]:
-    """Sequences of a step with prompts: powers of 4. One that has nothing to do costs next to
-    nothing there.
+    """Sequences of a step with prompts: 16 and beyond that four times as many each. One that has
+    nothing to do costs next to nothing there.
     """
-    sizes = [4**i for i in range(16)]
+    sizes = [4**i for i in range(2, 16)]
     return [size for size in sizes if size < largest] + [largest]
 
 
 class StepGraphs:
     """Graphs of padded steps. The first step of a size runs without, which also loads what a
-    capture cannot; the second one is captured, in the time that its launches would have taken.
+    capture cannot; the second one is captured, in the time that its launches would have taken. Both
+    take some tens of milliseconds: `missing` says which sizes had better be seen before they are
+    wanted.
 
     Lengths and block tables are read from the inputs' own memory, which stays where it is: a graph
     serves any lengths.
@@ -53,14 +59,23 @@ class StepGraphs:
     Args:
         max_num_tokens: tokens of a step at the most.
         max_num_seqs: sequences of a step at the most.
+        shares_prefixes: whether prefixes may be read once for all who share them.
+        spreads_chunks: whether tokens of a prompt may be rows of their own.
     """
 
-    def __init__(self, max_num_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        shares_prefixes: bool = False,
+        spreads_chunks: bool = False,
+    ) -> None:
         self._decode_sizes = decode_sizes(min(max_num_tokens, max_num_seqs))
         self._token_sizes = token_sizes(max_num_tokens)
         self._sequence_sizes = sequence_sizes(max_num_seqs)
-        self._seen: set[Any] = set()
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._seen: set[StepShape] = set()
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._usual = self._usual_shapes(shares_prefixes, spreads_chunks)
         self._pool: Any = None
         """Memory of all graphs: they run one after the other."""
         self._stream: torch.cuda.Stream | None = None
@@ -92,21 +107,47 @@ class StepGraphs:
             inputs: padded as `padding_for` says.
         """
         attention = inputs.attention
-        key = (
-            inputs.sampled is None,
-            attention.max_query_len == 1,  # no kernel for prompts
-            len(inputs.input_ids),
-            len(attention.seq_lens),
-            attention.shared_prefix is not None,  # a kernel more
+        shape = StepShape(
+            is_decode=inputs.sampled is None,
+            max_query_len=attention.max_query_len,
+            num_tokens=len(inputs.input_ids),
+            num_seqs=len(attention.seq_lens),
+            is_shared=attention.shared_prefix is not None,
         )
-        if key not in self._graphs:
-            if key not in self._seen:
-                self._seen.add(key)
+        if shape not in self._graphs:
+            if shape not in self._seen:
+                self._seen.add(shape)
                 return forward(inputs)
-            self._graphs[key] = self._capture(forward, inputs)
-        graph, out = self._graphs[key]
+            self._graphs[shape] = self._capture(forward, inputs)
+        graph, out = self._graphs[shape]
         graph.replay()
         return out
+
+    def missing(self) -> StepShape | None:
+        """The next usual shape that has no graph yet; None once all have."""
+        return next((shape for shape in self._usual if shape not in self._graphs), None)
+
+    def _usual_shapes(self, shares_prefixes: bool, spreads_chunks: bool) -> list[StepShape]:
+        """Those to be had first come first."""
+        decodes = [size for size in self._decode_sizes if size <= PREPARED_SEQS]
+        tokens = self._token_sizes
+        mixes = [
+            (size, num_seqs)
+            for size in tokens
+            for num_seqs in self._sequence_sizes
+            if num_seqs <= min(size, PREPARED_SEQS)
+        ]
+        shapes = [StepShape(True, 1, size, size, False) for size in decodes]
+        if spreads_chunks:
+            rows = [size for size in tokens if size <= self._sequence_sizes[-1]]
+            shapes += (StepShape(False, 1, size, size, True) for size in rows)
+            few = [mix for mix in mixes if mix[0] <= DECODE_QUERIES * mix[1]]
+            shapes += (StepShape(False, DECODE_QUERIES, *mix, False) for mix in few)
+        shapes += (StepShape(False, mix[0], *mix, False) for mix in mixes)
+        if shares_prefixes:
+            shapes += (StepShape(True, 1, size, size, True) for size in decodes)
+            shapes += (StepShape(False, mix[0], *mix, True) for mix in mixes)
+        return shapes
 
     def _capture(
         self, forward: Forward, inputs: ModelInput

@@ -27,6 +27,8 @@ SHARED_PREFIX_BYTES = 32 << 20
 """Of keys and values of a layer that reading a prefix once must spare: 11 us of memory time on an
 H100, about what the kernel that reads it costs besides."""
 
+DECODE_QUERIES = 8
+"""Tokens of a sequence that the decode kernel takes on sm_90, in one row."""
 MAX_SPREAD_TOKENS = 256
 """Of a chunk: what its tokens read of each other, each by itself, grows with their square."""
 MIN_SPREAD_CONTEXT = 2048
@@ -62,6 +64,20 @@ class AttentionRow(NamedTuple):
     scheduled: ScheduledSequence
     start: int
     num_tokens: int
+
+
+class StepShape(NamedTuple):
+    """What the kernels of a padded step go by."""
+
+    is_decode: bool
+    """Of decodes alone: their logits are part of it."""
+    max_query_len: int
+    """1, DECODE_QUERIES, or num_tokens where there is to be a kernel for prompts."""
+    num_tokens: int
+    num_seqs: int
+    """With padding, both."""
+    is_shared: bool
+    """Whether a prefix is read once for all who share it: a kernel more."""
 
 
 class StagedInput(NamedTuple):
@@ -177,7 +193,8 @@ class InputBatch:
     ) -> None:
         self._config = config
         self._shares_prefixes = shares_prefixes
-        self._spreads_chunks = shares_prefixes and spreads_chunks and config.windows() == (0,)
+        self.spreads_chunks = shares_prefixes and spreads_chunks and config.windows() == (0,)
+        """Whether tokens of a prompt may be rows of their own."""
         self._max_num_seqs = max_num_seqs
         self._min_saved_tokens = SHARED_PREFIX_BYTES // (4 * config.num_kv_heads * config.head_dim)
         self.block_size = block_size
@@ -212,7 +229,7 @@ class InputBatch:
         """
         rows: list[AttentionRow] = []
         others = batch.scheduled[batch.num_decodes :]
-        room = self._max_num_seqs - len(batch.scheduled) if self._spreads_chunks else 0
+        room = self._max_num_seqs - len(batch.scheduled) if self.spreads_chunks else 0
         for scheduled in others:
             start, count = scheduled.start, scheduled.num_tokens
             if self._is_worth_spreading(start, count) and count - 1 <= room:
@@ -224,7 +241,7 @@ class InputBatch:
 
     def _is_worth_spreading(self, start: int, num_tokens: int) -> bool:
         return (
-            1 < num_tokens <= MAX_SPREAD_TOKENS
+            DECODE_QUERIES < num_tokens <= MAX_SPREAD_TOKENS
             and start >= max(MIN_SPREAD_CONTEXT, 4 * num_tokens)
             and (num_tokens - 1) * start >= self._min_saved_tokens
         )
@@ -267,6 +284,39 @@ class InputBatch:
         except BaseException:
             self._sent[:] = 0  # what the tables lack is not known
             raise
+
+    def write_nothing(self, shape: StepShape) -> StagedInput:
+        """Fill the staging buffer with a step that has nothing to do.
+
+        Args:
+            shape: what it is padded to.
+        """
+        number = self._next_slot
+        self._next_slot = (number + 1) % len(self.slots)
+        slot = self.slots[number]
+        slot.wait()
+        if shape.is_decode:
+            host, _, num_bytes = slot.decode_arrays(shape.num_seqs, self.max_blocks_per_seq)
+        else:
+            layout = mixed_layout(shape.num_tokens, shape.num_seqs, (0, 0))
+            (host, _), num_bytes = slot.views(layout), layout_bytes(layout)
+        slot.staging[:num_bytes] = 0
+        host["slot_mapping"][:] = -1
+        return StagedInput(
+            slot=number,
+            num_bytes=num_bytes,
+            is_decode=shape.is_decode,
+            is_padded=True,
+            num_tokens=shape.num_tokens,
+            num_seqs=shape.num_seqs,
+            num_tables=0,
+            table_width=0,
+            num_changes=0,
+            num_sampled=0,
+            max_query_len=shape.max_query_len,
+            max_seq_len=self._longest,
+            is_shared=shape.is_shared,
+        )
 
     def load(self, staged: StagedInput, begin: Callable[[], None] | None = None) -> ModelInput:
         """Send what the staging buffer holds to the device.
@@ -411,8 +461,7 @@ class InputBatch:
             table_width=width,
             num_changes=0,
             num_sampled=len(rows),
-            # Without a kernel for prompts, where nothing is left to it.
-            max_query_len=max_query_len if padding is None or max_query_len == 1 else padded_tokens,
+            max_query_len=_bound_of(max_query_len, padded_tokens) if padding else max_query_len,
             max_seq_len=max(max_seq_len, max_decode_len) if padding is None else self._longest,
             is_shared=bool(is_shared),
         )
@@ -485,3 +534,8 @@ def _sampling_rows(batch: Batch, others: list[AttentionRow]) -> list[int]:
         ):
             rows.append(place)
     return rows
+
+
+def _bound_of(max_query_len: int, num_tokens: int) -> int:
+    """The query lengths that a padded step stands for."""
+    return next(bound for bound in (1, DECODE_QUERIES, num_tokens) if max_query_len <= bound)

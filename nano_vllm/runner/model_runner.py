@@ -107,6 +107,30 @@ class ModelRunner(ModelWorker):
             recorder.end(batch, self.graphs is not None and step.staged.is_padded)
         return launched
 
+    @torch.inference_mode()
+    def prepare_graph(self) -> bool:
+        """Run the next of the steps that usually come and have no CUDA graph yet, with nothing to
+        do: the second time it is captured. Not while a step is under way.
+
+        Returns:
+            whether there was one.
+        """
+        shape = None if self.graphs is None else self.graphs.missing()
+        if shape is None:
+            return False
+        try:
+            step = Step(self.input_batch.write_nothing(shape), gathers_logits=False)
+            if self._others is not None:
+                self.parallel.progress.step += 1
+                self._others.send(step, self.input_batch.slots[step.staged.slot].staging)
+            inputs = self.prepare(step)
+            logits = self.sampled_logits(step, inputs, self.forward(step, inputs))
+            self._token_ids = self.likeliest(logits)
+        except BaseException as error:
+            self.parallel.fail(error)
+            raise
+        return True
+
     def _decide(self, batch: Batch) -> tuple[Step, list[int], list[_WantedLogprobs]]:
         """Write the step, and tell the other ranks of it.
 

@@ -144,7 +144,12 @@ class ModelWorker:
             """Of a prompt; see StepCost."""
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
-                self.graphs = StepGraphs(self.max_num_batched_tokens, config.max_num_seqs)
+                self.graphs = StepGraphs(
+                    self.max_num_batched_tokens,
+                    config.max_num_seqs,
+                    shares_prefixes=config.enable_cascade_attention,
+                    spreads_chunks=self.input_batch.spreads_chunks,
+                )
         self._received = torch.empty(
             0 if self.stage.is_first else self.max_num_batched_tokens,
             self.model_config.hidden_size,

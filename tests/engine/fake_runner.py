@@ -197,6 +197,9 @@ class FakeRunner:
                 }
         return result
 
+    def prepare_graph(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.is_closed = True
 

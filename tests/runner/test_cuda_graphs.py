@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,14 +74,58 @@ def prompt(num_tokens: int) -> ScheduledSequence:
 def test_a_step_with_prompts_is_padded_in_tokens_and_sequences() -> None:
     graphs = StepGraphs(1000, max_num_seqs=20)
     batch = decodes(2)
-    assert graphs.padding_for(Batch([prompt(5)]), 1) == Padding(32, 1)
+    assert graphs.padding_for(Batch([prompt(5)]), 1) == Padding(32, 16)
     mixed = Batch([*batch.scheduled, prompt(31)], batch.decodes)
-    assert graphs.padding_for(mixed, 3) == Padding(64, 4)
+    assert graphs.padding_for(mixed, 3) == Padding(64, 16)
     assert graphs.padding_for(mixed, 17) == Padding(64, 20)
     assert graphs.padding_for(mixed, 33) is None
     assert StepGraphs(1000, max_num_seqs=64).padding_for(mixed, 33) == Padding(64, 64)
     assert graphs.padding_for(Batch([prompt(40) for _ in range(20)]), 20) == Padding(896, 20)
     assert graphs.padding_for(Batch([prompt(999)]), 1) is None
+
+
+def test_usual_steps_are_what_steps_are_padded_to() -> None:
+    graphs = StepGraphs(1000, max_num_seqs=40, shares_prefixes=True, spreads_chunks=True)
+    usual = {shape[:4] for shape in graphs._usual if shape.is_shared}
+    assert len(graphs._usual) == len(set(graphs._usual))
+    for count in (1, 3, 40):
+        assert (True, 1, *graphs.padding_for(decodes(count), count)) in usual
+    for count in (5, 200, 512):
+        padding = graphs.padding_for(Batch([prompt(count)]), 1)
+        assert (False, padding.num_tokens, *padding) in usual
+    assert (False, 1, *graphs.padding_for(Batch([prompt(30)]), 30)) in usual
+    assert graphs.missing() == (True, 1, 1, 1, False)
+
+
+class CapturesNothing(StepGraphs):
+    """Runs in place of a capture, and of what was captured."""
+
+    def _capture(self, forward: Forward, inputs: ModelInput) -> Any:
+        return SimpleNamespace(replay=lambda: None), forward(inputs)
+
+
+def test_graphs_are_captured_by_steps_that_do_nothing(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    prompt = [3, 5, 7] * 9
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with LLM(
+        str(tmp_path), device="cpu", dtype="float32", skip_tokenizer_init=True, max_num_seqs=20
+    ) as llm:
+        (expected,) = llm.generate([prompt], params, use_tqdm=False)
+        assert not llm.engine.prepare_graph()
+        runner = llm.engine.runner
+        runner.graphs = graphs = CapturesNothing(64, 20, shares_prefixes=True)
+        num_steps = 0
+        while llm.engine.prepare_graph():
+            num_steps += 1
+        assert num_steps == 2 * len(graphs._usual)
+        assert set(graphs._graphs) == set(graphs._usual)
+        runner.graphs = None
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        llm.engine.add_request("0", prompt, params)
+        with pytest.raises(RuntimeError, match="nothing is under way"):
+            llm.engine.prepare_graph()
 
 
 class WithoutCapture(StepGraphs):
@@ -141,4 +186,4 @@ def test_padded_steps_generate_the_same(
             (5, 96, 7), (5, 7, 7), (4, 4, 4), (3, 4, 4), (2, 2, 2), (1, 1, 1),
         }  # fmt: skip
     else:
-        assert (4, 32, 4) in runner.paddings
+        assert (4, 32, 7) in runner.paddings

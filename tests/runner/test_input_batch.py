@@ -122,6 +122,7 @@ class PreparingRunner(FakeRunner):
 def test_every_step_of_random_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_scheduler_traces, "FakeRunner", PreparingRunner)
     monkeypatch.setattr(input_batch, "MIN_SPREAD_CONTEXT", 4)
+    monkeypatch.setattr(input_batch, "DECODE_QUERIES", 2)
     monkeypatch.setattr(input_batch, "SHARED_PREFIX_BYTES", 0)
     for seed in range(60):
         test_scheduler_traces.run_trace(seed)
