@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 import pytest
 
 from nano_vllm.bench import attention_grid, kernels
-from nano_vllm.bench.attention_grid import MODELS, Heads, decode, prefill
+from nano_vllm.bench.attention_grid import MODELS, Heads, decode, mixed, prefill
 
 
 def test_skewed_mix_holds_the_lengths_it_says() -> None:
@@ -42,12 +42,20 @@ def test_grid_is_the_documented_one() -> None:
     ]
 
 
-@pytest.mark.parametrize("shape", [decode(3, 5), prefill(2, 7), prefill(2, 3, prefix=4)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        decode(3, 5),
+        prefill(2, 7),
+        prefill(2, 3, prefix=4),
+        mixed(decode(3, 5), prefill(2, 3, prefix=4))[0],
+    ],
+)
 def test_flops_count_what_the_mask_leaves(shape: attention_grid.AttentionShape) -> None:
     seen = sum(
         position + 1
-        for length in shape.seq_lens
-        for position in range(length - shape.query_len, length)
+        for length, query_len in zip(shape.seq_lens, shape.query_lens, strict=True)
+        for position in range(length - query_len, length)
     )
     assert shape.flops(Heads(6, 2, 64)) == 2 * 2 * seen * 6 * 64
 

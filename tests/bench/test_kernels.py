@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nano_vllm.bench import attention_grid, attention_rows, kernels, timing
-from nano_vllm.bench.attention_grid import decode, prefill
+from nano_vllm.bench.attention_grid import decode, mixed, prefill
 from nano_vllm.bench.attention_inputs import AttentionInputs
 
 
@@ -17,6 +17,7 @@ from nano_vllm.bench.attention_inputs import AttentionInputs
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_grid, "CPU_DECODES", [decode(2, 19)])
     monkeypatch.setattr(attention_grid, "CPU_PREFILLS", [prefill(1, 9)])
+    monkeypatch.setattr(attention_grid, "CPU_MIXES", [])
     monkeypatch.setattr(timing, "copy_ceiling", lambda device: 2e9)
     monkeypatch.setattr(timing, "matmul_ceiling", lambda device, dtype: 3e12)
     monkeypatch.setattr(timing, "REPEATS", 2)
@@ -80,6 +81,20 @@ def test_impossible_block_size_is_refused_before_anything_runs() -> None:
         run("--block-sizes", "16", "20")
 
 
+def test_decodes_beside_prefills_and_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = mixed(decode(2, 19), prefill(1, 9, prefix=4))
+    monkeypatch.setattr(attention_grid, "CPU_MIXES", shapes)
+    run("--only", "mixed")
+    both, alone, decodes = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert both["shape"] == "1 x 9 on 4 beside 2 x 19"
+    assert both["torch us"] is None, "no batches of different lengths"
+    floors = [row["of ceiling"] * row["us"] for row in (both, alone, decodes)]
+    assert floors[0] == pytest.approx(floors[1] + floors[2])
+    assert both["rate"] * both["us"] == pytest.approx(alone["rate"] * alone["us"])
+
+
 def test_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
     run("--only", "decode", "--peers")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -88,8 +103,8 @@ def test_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_part_is_refused_before_anything_runs() -> None:
-    with pytest.raises(ValueError, match="--only 'x' is in none of the names"):
-        run("--only", "x")
+    with pytest.raises(ValueError, match="--only 'q' is in none of the names"):
+        run("--only", "q")
 
 
 def test_sampling_is_measured_once(capsys: pytest.CaptureFixture[str]) -> None:
