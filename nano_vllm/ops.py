@@ -333,6 +333,7 @@ def all_reduce(
     buffers: torch.Tensor,
     rank: int,
     max_bytes: int,
+    two_shot: bool,
     residual: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     eps: float = 0.0,
@@ -350,12 +351,14 @@ def all_reduce(
         buffers: [num_ranks], int64, on the CPU; the address of each rank's buffer of
             `peer_buffer_bytes(max_bytes, num_ranks)`, zeros before the first call.
         rank: which of them is on this GPU.
-        max_bytes: of a message.
+        max_bytes: of the largest message.
+        two_shot: each rank sums a share and sends the sums to the others, instead of all rows to
+            all ranks. In one shot a message has at most about 2 / num_ranks of `max_bytes`.
         residual: [num_rows, hidden_size], updated in place.
         weight: [hidden_size], with a residual.
         eps: added to the mean of squares.
     """
-    _ops.all_reduce(out, input, residual, weight, eps, buffers, rank, max_bytes)
+    _ops.all_reduce(out, input, residual, weight, eps, buffers, rank, max_bytes, two_shot)
 
 
 def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:

@@ -51,6 +51,7 @@ LIGHT = (
     "server.server_config",
     "bench.__main__",
     "plan",
+    "distributed.all_reduce_way",
     "distributed.partition",
     "distributed.stages",
     "models.registry",

@@ -7,6 +7,7 @@
 #include "bindings/ops.h"
 #include "bindings/tensor_checks.h"
 #include "distributed/all_reduce.h"
+#include "distributed/peer_buffer.h"
 
 namespace nano_vllm {
 namespace {
@@ -50,7 +51,7 @@ int64_t peer_buffer_bytes(int64_t max_bytes, int64_t num_ranks) {
 
 void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tensor>& residual,
                 const std::optional<Tensor>& weight, double eps, const Tensor& buffers,
-                int64_t rank, int64_t max_bytes) {
+                int64_t rank, int64_t max_bytes, bool two_shot) {
   check_cuda("all_reduce", input);
   AllReduceParams params{};
   params.dtype = float_dtype("input", input);
@@ -73,8 +74,11 @@ void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tens
   const auto row_bytes = input.size(1) * static_cast<int64_t>(size_of(params.dtype));
   check(row_bytes > 0 && row_bytes % 16 == 0, "a row must be a multiple of 16 bytes, got ",
         row_bytes);
-  check(input.size(0) * row_bytes <= max_bytes, "a message has at most ", max_bytes, " bytes, got ",
-        input.size(0) * row_bytes);
+  check(max_bytes > 0, "max_bytes must be positive, got ", max_bytes);
+  const int64_t limit =
+      two_shot ? max_bytes : max_one_shot_bytes(max_bytes, static_cast<int>(num_ranks));
+  check(input.size(0) * row_bytes <= limit, "a message in ", two_shot ? "two shots" : "one shot",
+        " has at most ", limit, " bytes, got ", input.size(0) * row_bytes);
   for (const Tensor* tensor : {&out, &input}) {
     check(reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
           "input, out, residual and weight must begin at a multiple of 16 bytes");
@@ -96,6 +100,7 @@ void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tens
   params.rank = static_cast<int32_t>(rank);
   params.num_ranks = static_cast<int32_t>(num_ranks);
   params.max_bytes = max_bytes;
+  params.is_two_shot = two_shot;
 #ifdef NANO_VLLM_CUDA
   const auto* addresses = static_cast<const int64_t*>(buffers.const_data_ptr());
   std::transform(addresses, addresses + num_ranks, params.buffers, as_pointer);

@@ -1,6 +1,6 @@
 // Instructions that CUDA C++ has no name for: matrix fragments, their product, asynchronous copies
-// to shared memory, waiting for the kernel before (PTX ISA, "Warp-level Matrix Instructions",
-// "cp.async", "griddepcontrol").
+// to shared memory, memory that other GPUs write, waiting for the kernel before (PTX ISA,
+// "Warp-level Matrix Instructions", "cp.async", "ld.volatile", "griddepcontrol").
 //
 // An 8 x 8 fragment of 16-bit elements lies one register a lane: lane l holds columns 2 (l % 4) and
 // 2 (l % 4) + 1 of row l / 4, the lower column in the lower half.
@@ -76,6 +76,22 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int kPending>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// 16 bytes of memory that several GPUs write and read: past the caches that are not common to all.
+// Each 8 bytes that are written together are seen together.
+__device__ inline void write_through(uint4* at, uint4 value) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+__device__ inline uint4 read_through(const uint4* at) {
+  uint4 value;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(at)
+               : "memory");
+  return value;
 }
 
 // Programmatic dependent launch (sm_90 and up): lets the next kernel of the stream start; waits

@@ -1,12 +1,17 @@
-// CUDA all_reduce in one shot: each rank sends its rows to all others, and sums what it gets.
+// CUDA all_reduce in one shot or two, see all_reduce.h.
 //
 // What travels has a flag beside every 4 bytes, the number of the call, as in NCCL's protocol for
-// low latency: 16 bytes are written at once, so that data has come where its flag has. There is no
-// other synchronisation: one way over the link is all that a call waits for.
+// low latency: data has come where its flag has, as 8 bytes are written at once. There is no other
+// synchronisation: a way over the link, or two, is all that a call waits for. Lines of 128 bytes
+// with one flag would send half as much; that they arrive whole, no specification promises.
 //
-// The memory of call n is used again by call n + 2. A rank that writes there has ended call n + 1,
-// so it has got everybody's rows of that, and they have ended call n: kernels of a stream come one
-// after the other.
+// The memory of call n is used again by call n + 2. No call ends on a rank before it has begun on
+// all: each sum needs everybody's rows. So a rank that writes there has ended call n + 1, they have
+// begun it, and ended call n: kernels of a stream come one after the other. What a rank gets in a
+// call has one writer for each place, whether the call has one shot or two.
+//
+// All blocks of a grid are on the GPU at a time: none waits for what another rank's blocks send
+// that cannot begin. The next kernel of the stream only begins once they all have.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -17,7 +22,7 @@
 namespace nano_vllm::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // of a block, and that an SM has room for at least
 constexpr int kMaxVecsPerThread = 4;
 
 struct Counters {
@@ -29,28 +34,22 @@ __device__ inline uint32_t next_call(uint32_t call) {
   return call == ~0u ? 2 : call + 1;  // never 0, as fresh memory is, and never twice even or odd
 }
 
-__device__ inline void write_through(uint4* at, uint4 value) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
+// Two halves of a vector on their way.
+struct Message {
+  uint4 low, high;
 
-__device__ inline uint4 read_through(const uint4* at) {
-  uint4 value;
-  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(at)
-               : "memory");
-  return value;
-}
+  __device__ bool is_of(uint32_t call) const {
+    return low.y == call && low.w == call && high.y == call && high.w == call;
+  }
+};
 
 // Where a rank's vectors of one call lie in some rank's buffer: first all of their first halves.
 struct Inbox {
   uint4* vecs;
   int64_t capacity;
 
-  __device__ Inbox(const AllReduceParams& p, int owner, int sender, uint32_t call)
-      : capacity(p.max_bytes / 16) {
+  __device__ Inbox(const AllReduceParams& p, int64_t share, int owner, int sender, uint32_t call)
+      : capacity(2 * share) {
     auto* data = reinterpret_cast<uint4*>(static_cast<char*>(p.buffers[owner]) + kPeerHeaderBytes);
     vecs = data + ((call & 1) * p.num_ranks + sender) * 2 * capacity;
   }
@@ -62,37 +61,111 @@ struct Inbox {
     write_through(vecs + capacity + place, {words.z, call, words.w, call});
   }
 
+  __device__ Message look(int64_t place) const {
+    return {read_through(vecs + place), read_through(vecs + capacity + place)};
+  }
+
+  // The vector of a place at which was looked already.
   template <class T>
-  __device__ Vec<T> receive(int64_t place, uint32_t call) const {
-    uint4 low, high;
-    do {
-      low = read_through(vecs + place);
-      high = read_through(vecs + capacity + place);
-    } while (low.y != call || low.w != call || high.y != call || high.w != call);
-    const uint4 words{low.x, low.z, high.x, high.z};
+  __device__ Vec<T> receive(int64_t place, uint32_t call, Message message) const {
+    while (!message.is_of(call)) message = look(place);
+    const uint4 words{message.low.x, message.low.z, message.high.x, message.high.z};
     return reinterpret_cast<const Vec<T>&>(words);
   }
 };
 
-// Grid: any number of blocks, which take turns at the rows. A row's elements go to the threads as
-// in rms_norm.
-template <class T, int kVecsPerThread>
-__global__ void __launch_bounds__(kMaxThreads) all_reduce_kernel(AllReduceParams p) {
+// Who sums a vector in a two-shot call, and its place among that rank's. A warp's vectors have one
+// owner, and a row of some length all of them, so that all blocks do as much.
+struct Share {
+  int owner;
+  int64_t place;
+
+  __device__ Share(int64_t place_of_all, int num_ranks) {
+    const auto chunk = static_cast<uint32_t>(place_of_all / kChunkVecs);
+    const auto count = static_cast<uint32_t>(num_ranks);
+    owner = static_cast<int>(chunk % count);
+    place = int64_t{chunk / count} * kChunkVecs + place_of_all % kChunkVecs;
+  }
+};
+
+// The sum over the ranks, in their order, of a vector that all others have sent to a place here.
+// kAtOnce: reads that are under way before one is waited for.
+template <int kAtOnce, class T>
+__device__ inline Vec<T> sum_over_ranks(const AllReduceParams& p, int64_t share, int64_t place,
+                                        const T* own, uint32_t call) {
   constexpr int kSize = Vec<T>::kSize;
+  float sums[kSize] = {};
+  for (int first = 0; first < p.num_ranks; first += kAtOnce) {
+    Message messages[kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int sender = first + i;
+      if (sender == p.rank || sender >= p.num_ranks) continue;
+      messages[i] = Inbox(p, share, p.rank, sender, call).look(place);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int sender = first + i;
+      if (sender >= p.num_ranks) continue;
+      const Vec<T> vec =
+          sender == p.rank
+              ? load_vec(own)
+              : Inbox(p, share, p.rank, sender, call).template receive<T>(place, call, messages[i]);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sums[j] += to_float(vec.value[j]);
+    }
+  }
+  Vec<T> sum;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) sum.value[j] = from_float<T>(sums[j]);
+  return sum;
+}
+
+// Grid: blocks that take turns at the rows. A row's elements go to the threads as
+// in rms_norm. All ranks add to the residual and normalise all rows, of two-shot sums too: to send
+// what one of them had added and normalised would be twice as much on the links, which are slower
+// than memory.
+template <class T, int kVecsPerThread, bool kIsTwoShot>
+__global__ void __launch_bounds__(kMaxThreads) all_reduce_kernel(AllReduceParams p, int64_t share) {
+  constexpr int kSize = Vec<T>::kSize, kAtOnce = kVecsPerThread == 1 ? 4 : 1;  // by registers
   allow_next_kernel();
   wait_for_last_kernel();
   auto* counters = static_cast<Counters*>(p.buffers[p.rank]);
   const uint32_t call = next_call(*static_cast<volatile uint32_t*>(&counters->last_call));
   const int vecs_per_row = p.hidden_size / kSize;
+  const auto* input = static_cast<const T*>(p.input);
+  auto* out = static_cast<T*>(p.out);
+  const auto send_to_all = [&](int64_t place, const Vec<T>& vec) {
+    for (int step = 1; step < p.num_ranks; ++step) {
+      const int peer = (p.rank + step) % p.num_ranks;  // not all at the same link first
+      Inbox(p, share, peer, p.rank, call).send(place, vec, call);
+    }
+  };
 
   // All rows of the block are on their way before it waits for any.
   for (int row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
     for (int at = threadIdx.x; at < vecs_per_row; at += blockDim.x) {
       const int64_t place = int64_t{row} * vecs_per_row + at;
-      const Vec<T> vec = load_vec(static_cast<const T*>(p.input) + place * kSize);
-      for (int step = 1; step < p.num_ranks; ++step) {
-        const int peer = (p.rank + step) % p.num_ranks;  // not all at the same link first
-        Inbox(p, peer, p.rank, call).send(place, vec, call);
+      if constexpr (kIsTwoShot) {
+        const Share to(place, p.num_ranks);
+        if (to.owner == p.rank) continue;
+        const Vec<T> vec = load_vec(input + place * kSize);
+        Inbox(p, share, to.owner, p.rank, call).send(to.place, vec, call);
+      } else {
+        send_to_all(place, load_vec(input + place * kSize));
+      }
+    }
+  }
+  if constexpr (kIsTwoShot) {
+    for (int row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
+      for (int at = threadIdx.x; at < vecs_per_row; at += blockDim.x) {
+        const int64_t place = int64_t{row} * vecs_per_row + at;
+        const Share own(place, p.num_ranks);
+        if (own.owner != p.rank) continue;
+        const Vec<T> sum =
+            sum_over_ranks<kAtOnce>(p, share, own.place, input + place * kSize, call);
+        send_to_all(share + own.place, sum);
+        store_vec(out + place * kSize, sum);  // this thread reads it again
       }
     }
   }
@@ -104,19 +177,21 @@ __global__ void __launch_bounds__(kMaxThreads) all_reduce_kernel(AllReduceParams
       const int at = threadIdx.x + j * blockDim.x;
       if (at >= vecs_per_row) continue;
       const int64_t place = int64_t{row} * vecs_per_row + at;
-      float sums[kSize] = {};
-      for (int sender = 0; sender < p.num_ranks; ++sender) {
-        const Vec<T> vec = sender == p.rank
-                               ? load_vec(static_cast<const T*>(p.input) + place * kSize)
-                               : Inbox(p, p.rank, sender, call).template receive<T>(place, call);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) sums[i] += to_float(vec.value[i]);
-      }
       Vec<T>& vec = kept[j];
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) vec.value[i] = from_float<T>(sums[i]);
+      if constexpr (kIsTwoShot) {
+        const Share from(place, p.num_ranks);
+        if (from.owner == p.rank) {
+          vec = load_vec(out + place * kSize);
+        } else {
+          const Inbox inbox(p, share, p.rank, from.owner, call);
+          const int64_t there = share + from.place;
+          vec = inbox.template receive<T>(there, call, inbox.look(there));
+        }
+      } else {
+        vec = sum_over_ranks<kAtOnce>(p, share, place, input + place * kSize, call);
+      }
       if (p.residual == nullptr) {
-        store_vec(static_cast<T*>(p.out) + place * kSize, vec);
+        store_vec(out + place * kSize, vec);
         continue;
       }
       T* residual = static_cast<T*>(p.residual) + place * kSize;
@@ -137,13 +212,13 @@ __global__ void __launch_bounds__(kMaxThreads) all_reduce_kernel(AllReduceParams
       if (at >= vecs_per_row) continue;
       const int64_t place = int64_t{row} * vecs_per_row + at;
       const Vec<T> weight = load_vec(static_cast<const T*>(p.weight) + int64_t{at} * kSize);
-      store_vec(static_cast<T*>(p.out) + place * kSize, normalise(kept[j], inverse, weight));
+      store_vec(out + place * kSize, normalise(kept[j], inverse, weight));
     }
   }
 
   // Whoever ends last counts the call: by then every block has read its number.
   __syncthreads();
-  if (threadIdx.x == 0 && atomicAdd(&counters->num_ended_blocks, 1) == gridDim.x - 1) {
+  if (threadIdx.x == 0 && atomicAdd(&counters->num_ended_blocks, 1u) == gridDim.x - 1) {
     counters->num_ended_blocks = 0;
     counters->last_call = call;
   }
@@ -151,16 +226,18 @@ __global__ void __launch_bounds__(kMaxThreads) all_reduce_kernel(AllReduceParams
 
 template <class T, int kVecsPerThread>
 void launch(const AllReduceParams& p, int num_threads, cudaStream_t stream) {
-  const int grid = std::min(p.num_rows, 2 * num_multiprocessors());
-  launch_in_chain("all_reduce", all_reduce_kernel<T, kVecsPerThread>,
-                  dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(num_threads)),
-                  stream, p);
-}
-
-void check_cuda(const char* what, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // it is told here, and not by the next launch
-  fail(what, ": ", cudaGetErrorString(error));
+  const int per_multiprocessor = std::min(2, kMaxThreads / num_threads);
+  const int grid = std::min(p.num_rows, per_multiprocessor * num_multiprocessors());
+  const auto start = [&](auto* kernel) {
+    launch_in_chain("all_reduce", kernel, dim3(static_cast<unsigned>(grid)),
+                    dim3(static_cast<unsigned>(num_threads)), stream, p,
+                    share_of_rank(p.max_bytes, p.num_ranks));
+  };
+  if (p.is_two_shot) {
+    start(all_reduce_kernel<T, kVecsPerThread, true>);
+  } else {
+    start(all_reduce_kernel<T, kVecsPerThread, false>);
+  }
 }
 
 }  // namespace
@@ -178,36 +255,6 @@ void all_reduce(const AllReduceParams& params, cudaStream_t stream) {
       launch<T, kMaxVecsPerThread>(params, kMaxThreads, stream);
     }
   });
-}
-
-void* allocate_peer_buffer(int64_t num_bytes) {
-  void* buffer = nullptr;
-  check_cuda("peer buffer", cudaMalloc(&buffer, static_cast<size_t>(num_bytes)));
-  check_cuda("peer buffer", cudaMemset(buffer, 0, static_cast<size_t>(num_bytes)));
-  check_cuda("peer buffer", cudaDeviceSynchronize());
-  return buffer;
-}
-
-void free_peer_buffer(void* buffer) { check_cuda("peer buffer", cudaFree(buffer)); }
-
-void export_peer_buffer(void* buffer, uint8_t* handle) {
-  static_assert(sizeof(cudaIpcMemHandle_t) == kPeerHandleBytes);
-  cudaIpcMemHandle_t made;
-  check_cuda("peer buffer", cudaIpcGetMemHandle(&made, buffer));
-  std::copy_n(reinterpret_cast<const uint8_t*>(&made), kPeerHandleBytes, handle);
-}
-
-void* import_peer_buffer(const uint8_t* handle) {
-  cudaIpcMemHandle_t theirs;
-  std::copy_n(handle, kPeerHandleBytes, reinterpret_cast<uint8_t*>(&theirs));
-  void* buffer = nullptr;
-  check_cuda("a peer's buffer",
-             cudaIpcOpenMemHandle(&buffer, theirs, cudaIpcMemLazyEnablePeerAccess));
-  return buffer;
-}
-
-void close_peer_buffer(void* buffer) {
-  check_cuda("a peer's buffer", cudaIpcCloseMemHandle(buffer));
 }
 
 }  // namespace nano_vllm::cuda

@@ -1,5 +1,10 @@
 // Sums over the GPUs of one host, through memory that they map from each other, for tensors that
 // are too small for the library's rings to pay; and the norm that follows in a decoder.
+//
+// One-shot: each rank sends its rows to all others and sums what it gets; it waits for one way over
+// the links, and sends num_ranks - 1 times its rows. Two-shot: each rank sums a share of the rows,
+// which all others send to it, and sends the sums to all; it waits for two ways, and sends
+// 2 (num_ranks - 1) / num_ranks times its rows.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +16,30 @@ namespace nano_vllm {
 
 constexpr int kMaxPeers = 8;
 
+// Vectors of 16 bytes that one rank sums of each kChunkVecs * num_ranks: a warp's.
+constexpr int64_t kChunkVecs = 32;
+
 // The buffer of each rank: the counters of its calls, then what others have sent, by call (the last
-// two take turns), sender and place.
+// two take turns), sender and place. A sender has room for a rank's share of the largest message
+// twice: in a two-shot sum first what is to be summed, then the sums. In a one-shot sum it has all
+// of a message there.
 constexpr int64_t kPeerHeaderBytes = 256;
 
-// Bytes of a rank's buffer through which messages of so many bytes can go.
+// Vectors of 16 bytes, of the largest message that buffers are made for.
+constexpr int64_t share_of_rank(int64_t max_bytes, int num_ranks) {
+  const int64_t chunks = (max_bytes / 16 + kChunkVecs - 1) / kChunkVecs;
+  return (chunks + num_ranks - 1) / num_ranks * kChunkVecs;
+}
+
+// Bytes of the largest message that is summed in one shot.
+constexpr int64_t max_one_shot_bytes(int64_t max_bytes, int num_ranks) {
+  const int64_t room = 2 * share_of_rank(max_bytes, num_ranks) * 16;
+  return room < max_bytes ? room : max_bytes;
+}
+
+// Bytes of a rank's buffer; half of what travels are flags.
 constexpr int64_t size_of_peer_buffer(int64_t max_bytes, int num_ranks) {
-  return kPeerHeaderBytes + 2 * num_ranks * 2 * max_bytes;  // half of what travels are flags
+  return kPeerHeaderBytes + 2 * num_ranks * 2 * 2 * share_of_rank(max_bytes, num_ranks) * 16;
 }
 
 // With residual == nullptr: out = sum of all ranks' input, in float32 in their order, rounded to
@@ -35,18 +57,11 @@ struct AllReduceParams {
   void* buffers[kMaxPeers];       // by rank, as this one has them mapped
   int32_t rank, num_ranks;
   int64_t max_bytes;  // of a message, as the buffers were made for
+  bool is_two_shot;   // else at most max_one_shot_bytes()
 };
 
 namespace cuda {
 void all_reduce(const AllReduceParams& params, cudaStream_t stream);
-
-// Memory of the current device that other processes of the host may map: zeros.
-void* allocate_peer_buffer(int64_t num_bytes);
-void free_peer_buffer(void* buffer);
-constexpr int kPeerHandleBytes = 64;
-void export_peer_buffer(void* buffer, uint8_t* handle);
-void* import_peer_buffer(const uint8_t* handle);
-void close_peer_buffer(void* buffer);
 }  // namespace cuda
 
 }  // namespace nano_vllm

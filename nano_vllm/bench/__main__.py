@@ -16,6 +16,7 @@ BENCHMARKS = {
     "host": "microseconds of a step beside the model: scheduling, preparation, taking tokens in",
     "serve": "times to tokens and goodput of an OpenAI server under load",
     "replay": "what an engine with --record scheduled, decided again without a model, and drawn",
+    "all_reduce": "microseconds of sums over GPUs by size, in each way, under torchrun",
     "kernels": "GB/s and TFLOP/s of the kernels, against the device's ceilings and torch",
 }
 

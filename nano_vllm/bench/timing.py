@@ -56,8 +56,10 @@ def _graph_timer(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
     rounds = -(-CALLS_PER_GRAPH // len(calls))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # a capture that fails leaves its own stream current; the outer one comes back regardless
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+    # a capture that fails leaves its own stream current; the outer one comes back regardless.
+    # Threads of NCCL's may go on meanwhile.
+    capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+    with torch.cuda.stream(torch.cuda.current_stream()), capture:
         for _ in range(rounds):
             for call in calls:
                 call()

@@ -8,10 +8,8 @@ from collections.abc import Callable
 import torch
 
 from nano_vllm import ops
+from nano_vllm.distributed.all_reduce_way import MAX_BYTES, MAX_RANKS, Way, way_of
 
-MAX_PEERS = 8
-MAX_BYTES = 1 << 20
-"""Of a message. Each rank sends all of it to every other one, with as many bytes of flags."""
 _MAX_ROW_BYTES = 1 << 16
 """As many vectors of 16 bytes as the threads of a block keep."""
 _HANDLE_BYTES, _HOST_BYTES = 64, 16
@@ -27,16 +25,26 @@ class PeerMemory:
         buffers: [num_ranks], int64, on the CPU; addresses, by rank.
         rank: which of them is its own.
         device: of its own.
+        max_bytes: of the largest message.
     """
 
-    def __init__(self, buffers: torch.Tensor, rank: int, device: torch.device) -> None:
-        self._buffers = buffers
-        self._rank = rank
+    def __init__(
+        self, buffers: torch.Tensor, rank: int, device: torch.device, max_bytes: int
+    ) -> None:
+        self.buffers = buffers
+        self.rank = rank
+        self.max_bytes = max_bytes
         self._device = device
 
     @classmethod
     def connect(
-        cls, all_gather: AllGather, rank: int, num_ranks: int, device: torch.device, host: str
+        cls,
+        all_gather: AllGather,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        host: str,
+        max_bytes: int = MAX_BYTES,
     ) -> PeerMemory | None:
         """None, on all ranks, where one of them cannot map another's memory.
 
@@ -46,14 +54,15 @@ class PeerMemory:
             num_ranks: how many they are.
             device: a GPU.
             host: what names the host.
+            max_bytes: of the largest message.
         """
-        if num_ranks > MAX_PEERS:
+        if num_ranks > MAX_RANKS:
             return None
         digest = hashlib.sha256(host.encode()).digest()[:_HOST_BYTES]
         own = torch.zeros(_HANDLE_BYTES + _HOST_BYTES, dtype=torch.uint8)
         own[_HANDLE_BYTES:] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         like = torch.empty(0, device=device)
-        buffer = ops.allocate_peer_buffer(like, ops.peer_buffer_bytes(MAX_BYTES, num_ranks))
+        buffer = ops.allocate_peer_buffer(like, ops.peer_buffer_bytes(max_bytes, num_ranks))
         mapped: dict[int, int] = {}
         try:
             ops.export_peer_buffer(like, own[:_HANDLE_BYTES], buffer)
@@ -70,7 +79,7 @@ class PeerMemory:
         is_whole = torch.tensor([len(mapped) == num_ranks - 1], dtype=torch.uint8, device=device)
         if bool(all_gather(is_whole).all()):
             addresses = [mapped.get(peer, buffer) for peer in range(num_ranks)]
-            return cls(torch.tensor(addresses, dtype=torch.int64), rank, device)
+            return cls(torch.tensor(addresses, dtype=torch.int64), rank, device, max_bytes)
         for address in mapped.values():
             ops.release_peer_buffer(like, address, is_own=False)
         all_gather(is_whole)  # nobody frees what another one has mapped
@@ -78,36 +87,45 @@ class PeerMemory:
         return None
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether `all_reduce` can sum it."""
+        """Whether `all_reduce` can sum it, and as quickly as NCCL."""
         row_bytes = x.shape[-1] * x.element_size()
         return (
             x.dim() == 2
             and x.is_contiguous()
             and row_bytes % 16 == 0
             and row_bytes <= _MAX_ROW_BYTES
-            and x.numel() * x.element_size() <= MAX_BYTES
+            and self._way(x) is not Way.NCCL
         )
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """The sum over all ranks, in place."""
-        ops.all_reduce(x, x, self._buffers, self._rank, MAX_BYTES)
+        ops.all_reduce(x, x, self.buffers, self.rank, self.max_bytes, self._is_two_shot(x))
 
     def all_reduce_and_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> None:
         """residual += the sum over all ranks; x becomes the norm of that."""
-        ops.all_reduce(x, x, self._buffers, self._rank, MAX_BYTES, residual, weight, eps)
+        two_shot = self._is_two_shot(x)
+        ops.all_reduce(
+            x, x, self.buffers, self.rank, self.max_bytes, two_shot, residual, weight, eps
+        )
+
+    def _way(self, x: torch.Tensor) -> Way:
+        return way_of(x.numel() * x.element_size(), len(self.buffers))
+
+    def _is_two_shot(self, x: torch.Tensor) -> bool:
+        return self._way(x) is Way.TWO_SHOT
 
     def close(self) -> None:
         """Once no rank computes any more. The others' memory first: it is freed by them."""
         torch.cuda.synchronize(self._device)
         like = torch.empty(0, device=self._device)
-        for rank, address in enumerate(self._buffers.tolist()):
-            if rank != self._rank:
+        for rank, address in enumerate(self.buffers.tolist()):
+            if rank != self.rank:
                 ops.release_peer_buffer(like, address, is_own=False)
 
     def free(self) -> None:
         """Once no rank has it mapped any more."""
         like = torch.empty(0, device=self._device)
-        own = int(self._buffers[self._rank])
+        own = int(self.buffers[self.rank])
         ops.release_peer_buffer(like, own, is_own=True)

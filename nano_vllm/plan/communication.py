@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nano_vllm.distributed.all_reduce_way import Way, way_of
 from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.plan.gpus import Links
 from nano_vllm.plan.setup import Layout, Setup
@@ -39,9 +40,8 @@ class Communication:
 
 
 def all_reduce_seconds(links: Links, num_bytes: float, ranks: int, gpus_per_host: int) -> float:
-    """The quickest way that there is: all GPUs read all others' parts (one-shot), each sums a part
-    and all read the sums (two-shot), or NCCL's ring; between hosts NCCL, each GPU with those of its
-    place on other hosts.
+    """In the way that the engine takes within a host; between hosts by NCCL, each GPU with those of
+    its place on other hosts.
 
     Args:
         links: figures.
@@ -57,12 +57,13 @@ def all_reduce_seconds(links: Links, num_bytes: float, ranks: int, gpus_per_host
         hosts = -(-ranks // here)
         across = 2 * (hosts - 1) / hosts * num_bytes / here
         return links.hosts_latency + ring / links.bus + across / links.network
-    times = [links.nccl_latency + ring / links.bus]
-    if links.has_peer_kernels:
-        latency = links.one_shot_latency + links.one_shot_latency_per_gpu * ranks
-        times.append(latency + (ranks - 1) * num_bytes / links.send)
-        times.append(links.two_shot_latency + ring / links.two_shot_bus)
-    return min(times)
+    way = way_of(num_bytes, ranks)
+    if links.peer is None or way is Way.NCCL:
+        return links.nccl_latency + ring / links.bus
+    latency = links.one_shot_latency + links.one_shot_latency_per_gpu * ranks
+    if way is Way.ONE_SHOT:
+        return latency + (ranks - 1) * num_bytes / links.peer
+    return latency + links.two_shot_latency + ring / links.peer
 
 
 def send_seconds(links: Links, num_bytes: float, to_other_host: bool) -> float:

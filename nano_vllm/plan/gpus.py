@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from nano_vllm.distributed.all_reduce_way import HOP_SECONDS, RATE
+
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Links:
-    """Between GPUs, in bytes per second and seconds. Assumptions, from published figures of others
-    (docs/distributed.md names them), until measured here.
-    """
+    """Between GPUs, in bytes per second and seconds; docs/distributed.md says where from."""
 
     send: float
-    """From one GPU to another of its host, by NCCL or by an all-reduce that reads their memory."""
+    """From one GPU to another of its host, by NCCL."""
     bus: float
     """Bus bandwidth of NCCL's all-reduce within a host, as nccl-tests define it."""
-    has_peer_kernels: bool
-    """Whether GPUs can read each other's memory quickly enough for all-reduces of one or two steps
-    (one-shot, two-shot).
+    peer: float | None
+    """What leaves a GPU in an all-reduce by our kernel, besides the flags; None where GPUs cannot
+    write each other's memory quickly enough.
     """
-    nccl_latency: float = 20e-6
+    source: str = "assumed"
+    """Of the figures of all-reduces within a host. All others are assumed."""
+    nccl_latency: float = 17e-6
     """Of a small all-reduce within a host."""
-    one_shot_latency: float = 4e-6
+    one_shot_latency: float = 2.1e-6
     one_shot_latency_per_gpu: float = 0.25e-6
-    two_shot_latency: float = 13e-6
-    two_shot_bus: float = 220e9
+    two_shot_latency: float = HOP_SECONDS
+    """Beyond that of one shot."""
     send_latency: float = 10e-6
     """Of NCCL's send and receive within a host."""
     network: float = 47e9
@@ -37,9 +39,9 @@ class Links:
     """Of a small all-reduce over several hosts."""
 
 
-NVLINK_4 = Links(send=390e9, bus=300e9, has_peer_kernels=True)
-NVLINK_3 = Links(send=260e9, bus=230e9, has_peer_kernels=True, two_shot_bus=150e9)
-PCIE_4 = Links(send=24e9, bus=20e9, has_peer_kernels=False, network=22e9)
+NVLINK_4 = Links(send=390e9, bus=230e9, peer=RATE, source="measured between two GPUs")
+NVLINK_3 = Links(send=260e9, bus=150e9, peer=RATE * 2 / 3)
+PCIE_4 = Links(send=24e9, bus=20e9, peer=None, network=22e9)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def assumptions(setup: Setup) -> list[str]:
         f"{gpu.matmul / 1e12:.0f} TFLOP/s: prompts get {SUSTAINED_PRODUCT:.0%} of it in products "
         f"and {SUSTAINED_ATTENTION:.0%} in attention; kernels take {IN_A_STEP} times as long in a "
         "step of decodes as alone",
-        f"links (assumed): {_describe(links)}",
+        f"links: {_describe(links)}",
         f"{setup.gpus_per_host} GPUs a host; between hosts {links.network / 1e9:.0f} GB/s a GPU, "
         f"{links.network_latency * 1e6:.0f} us a send, {links.hosts_latency * 1e6:.0f} us an "
         f"all-reduce; the host's work is hidden behind the step before",
@@ -196,17 +196,17 @@ def cluster_row(num_gpus: int, best: Cluster | None, quickest: Cluster | None) -
 
 
 def _describe(links: Links) -> str:
-    ring = (
-        f"NCCL all-reduce {links.nccl_latency * 1e6:.0f} us and {links.bus / 1e9:.0f} GB/s of bus "
-        f"bandwidth, send {links.send_latency * 1e6:.0f} us and {links.send / 1e9:.0f} GB/s"
-    )
-    if not links.has_peer_kernels:
-        return ring
+    ways = [f"NCCL {links.nccl_latency * 1e6:.0f} us and {links.bus / 1e9:.0f} GB/s (bus)"]
+    if links.peer is not None:
+        ways = [
+            f"one-shot {links.one_shot_latency * 1e6:.1f} us, "
+            f"{links.one_shot_latency_per_gpu * 1e6:.2f} us a GPU and {links.peer / 1e9:.0f} GB/s",
+            f"two-shot {links.two_shot_latency * 1e6:.1f} us more",
+            *ways,
+        ]
     return (
-        f"one-shot all-reduce {links.one_shot_latency * 1e6:.0f} us, "
-        f"{links.one_shot_latency_per_gpu * 1e6:.2f} us a GPU and {links.send / 1e9:.0f} GB/s, "
-        f"two-shot {links.two_shot_latency * 1e6:.0f} us and {links.two_shot_bus / 1e9:.0f} GB/s, "
-        f"{ring}"
+        f"all-reduces ({links.source}): {'; '.join(ways)}; sends (assumed): "
+        f"{links.send_latency * 1e6:.0f} us and {links.send / 1e9:.0f} GB/s"
     )
 
 

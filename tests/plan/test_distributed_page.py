@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from nano_vllm.distributed.all_reduce_way import Way, way_of
 from nano_vllm.plan.__main__ import main
+from nano_vllm.plan.communication import all_reduce_seconds
+from nano_vllm.plan.gpus import NVLINK_4
 from nano_vllm.plan.setup import Layout
 from tests.plan.test_step_time import ONE, PREFILL, TPOT, simulation
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "distributed.md").read_text(encoding="utf-8")
 PLANS = re.findall(r"^\$ python -m nano_vllm\.plan (.*)\n((?:.*\n)*?)```$", PAGE, re.M)
+UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20}
 MODELS = {"qwen3-0.6b": "0.6B", "llama-3.1-8b": "8B"}
 
 
@@ -62,6 +67,33 @@ def test_the_page_tells_what_is_expected() -> None:
             assert float(shown) == pytest.approx(seconds * 1e3, abs=0.006)
         expected = modelled.prefill_tokens_per_second(layout, 4096)
         assert float(rate.replace(",", "")) == pytest.approx(expected, abs=501)
+
+
+def test_the_page_tells_how_gpus_sum() -> None:
+    rows = re.findall(r"^\| (\d) \| (\d+) ([KM]iB) \| (?:(\d) MiB|-) \| (.*) \|$", PAGE, re.M)
+    assert [int(row[0]) for row in rows] == [2, 3, 4, 6, 8]
+    for row in rows:
+        ranks, limit = int(row[0]), int(row[1]) * UNITS[row[2]]
+        assert way_of(limit, ranks) is Way.ONE_SHOT
+        beyond = Way.TWO_SHOT if row[3] else Way.NCCL
+        assert way_of(limit + 1024, ranks) is beyond
+        if row[3]:
+            limit = int(row[3]) * UNITS["MiB"]
+            assert way_of(limit, ranks) is Way.TWO_SHOT
+            assert way_of(limit + 1024, ranks) is Way.NCCL
+        sent = [float(number) for number in re.findall(r"[\d.]+", row[4])]
+        assert sent == pytest.approx([2 * (ranks - 1), 4 * (ranks - 1) / ranks], abs=0.05)
+
+
+def test_the_page_compares_all_reduces_with_the_published() -> None:
+    rows = re.findall(
+        r"^\| (\d) x (\d+) ([KM]?i?B)(, NCCL)? \| .* \| ([\d.]+) \| .* \|$", PAGE, re.M
+    )
+    assert len(rows) == 12
+    for ranks, size, unit, by_nccl, shown in rows:
+        links = replace(NVLINK_4, peer=None) if by_nccl else NVLINK_4
+        seconds = all_reduce_seconds(links, int(size) * UNITS[unit], int(ranks), 8)
+        assert float(shown) == pytest.approx(seconds * 1e6, abs=0.051)
 
 
 def launches() -> list[list[str]]:

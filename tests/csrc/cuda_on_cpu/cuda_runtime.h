@@ -64,6 +64,24 @@ void wait_until(const std::function<bool()>& condition);
 // once, by the last to come, with the data of all, by rank. Groups are told apart by their key.
 void meet(int key, int rank, int count, void* data, const std::function<void(void**)>& run);
 
+// Several GPUs of a host, see devices.cpp: runs body once for each, all at the same time. They take
+// turns at random, some more often than others; their sequence is given by the seed. Returns
+// whether all have ended, none of them with a failed check.
+bool run_devices(int count, unsigned seed, const std::function<void(int)>& body);
+
+// Zeros that all devices have at the same address, of those that run later.
+unsigned char* allocate_common(size_t num_bytes);
+void free_common(unsigned char* memory, size_t num_bytes);
+
+// A write to common memory lands at some time after, and before those or after those that were made
+// before it; at the end of a kernel all have landed. Who reads lets others go on first.
+void write_common(uint4* at, uint4 value);
+uint4 read_common(const uint4* at);
+void land_writes();
+
+// Rounds that a warp stays behind the others of its block: now and then some, of several devices.
+int lag_of_warp();
+
 inline int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 inline int warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
@@ -172,6 +190,7 @@ inline float __double2float_ru(double x) {
 }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdividef(float x, float y) { return x / y; }

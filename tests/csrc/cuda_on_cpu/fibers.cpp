@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;  // AddressSanitizer goes over all of it at every switch
 constexpr unsigned char kUnused = 0x5c;    // at the end of a stack
-constexpr int kMaxIdleRounds = 3;          // in which no thread gets on: none will
+constexpr int kMaxIdleRounds = 200;        // in which no thread gets on: none will
 
 struct Fiber {
   ucontext_t context;
@@ -67,10 +67,14 @@ void run_block() {
     makecontext(&fiber.context, start_fiber, 0);
   }
   size_t num_done = 0;
+  std::vector<int> lag(num_threads / kWarpSize + 1);  // of each warp: rounds that it stays behind
   for (int idle_rounds = 0; num_done < num_threads;) {
     bool has_moved = false;
     for (size_t i = 0; i < num_threads; ++i) {
       Fiber& fiber = grid.fibers[i];
+      int& rounds = lag[i / kWarpSize];
+      if (i % kWarpSize == 0) rounds = rounds > 0 ? rounds - 1 : lag_of_warp();
+      if (rounds > 0) continue;
       if (fiber.is_done || (fiber.waits_for != nullptr && !(*fiber.waits_for)())) continue;
       fiber.waits_for = nullptr;
       grid.current = &fiber;
@@ -107,6 +111,7 @@ void run_grid(dim3 size, dim3 block_size, size_t shared, const std::function<voi
       }
     }
   }
+  land_writes();
 }
 
 void wait_until(const std::function<bool()>& condition) {

@@ -77,6 +77,9 @@ inline void commit_copies() {}
 template <int kPending>
 void wait_copies() {}
 
+inline void write_through(uint4* at, uint4 value) { cuda_on_cpu::write_common(at, value); }
+inline uint4 read_through(const uint4* at) { return cuda_on_cpu::read_common(at); }
+
 inline void allow_next_kernel() {}
 inline void wait_for_last_kernel() {}
 
