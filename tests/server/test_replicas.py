@@ -100,7 +100,7 @@ def test_the_feed_of_each(pair: RunningServer) -> None:
 
 def test_one_of_them_killed(tiny_model: Path, log_path: Path) -> None:
     with running_server(tiny_model, log_path, "--dp", "2") as server:
-        streams = [OpenStream(server, max_tokens=700) for _ in range(4)]
+        streams = [OpenStream(server, max_tokens=1500) for _ in range(4)]
         pids = server.engine_pids
         os.kill(pids[1], signal.SIGKILL)
         time.sleep(0.2)
