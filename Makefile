@@ -62,8 +62,9 @@ else
 	$(BIN)/cmake --build --preset cuda --target csrc/cache/copy_blocks.o
 endif
 
+# A GPU is not shared: tests fill its memory.
 test-python: $(VENV)/test-tools $(VENV)/model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(wildcard /dev/nvidia[0-9]*),,--numprocesses $(JOBS) --dist worksteal)
 
 clean:
 	rm -rf build build-* dist *.egg-info nano_vllm/*.so

@@ -15,6 +15,10 @@ import pytest
 from hypothesis import Phase, settings
 
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and the processes that tests start do. Set before torch is there.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 SEED = int(os.environ.get("NANO_VLLM_TEST_SEED") or random.SystemRandom().getrandbits(31))
 
 
