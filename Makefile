@@ -66,9 +66,11 @@ else
 	$(BIN)/cmake --build --preset cuda --target csrc/cache/copy_blocks.o
 endif
 
-# A GPU is not shared: tests fill its memory.
+# The tests of a file stay together: they share servers. In the order of collection small files come last. A GPU is not
+# shared: tests fill its memory.
 test-python: $(VENV)/test-tools $(VENV)/model
-	$(BIN)/python -m pytest $(if $(wildcard /dev/nvidia[0-9]*),,--numprocesses $(JOBS) --dist worksteal)
+	$(BIN)/python -m pytest \
+	  $(if $(wildcard /dev/nvidia[0-9]*),,--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 clean:
 	rm -rf build build-* dist *.egg-info nano_vllm/*.so

@@ -87,6 +87,8 @@ def test_a_client_that_leaves_holds_nothing(pair: RunningServer) -> None:
 
 
 def test_the_feed_of_each(pair: RunningServer) -> None:
+    pair.post("/v1/completions", {"prompt": ["a", "b"], **GREEDY})
+    time.sleep(1.1)  # signs of life come once a second
     for engine in (0, 1):
         with pair.client.stream("GET", f"{pair.url}/debug/state?engine={engine}") as response:
             state = json.loads(next(response.iter_lines()).removeprefix("data: "))
