@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# Without bytecode: that of what is imported comes of itself, and most of it never is.
+PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc))
 # Since CUDA 12.9.
@@ -14,7 +15,10 @@ CPP_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*' '
 demo: $(VENV)/installed $(VENV)/model
 	$(BIN)/python -m nano_vllm.generate --chat --temperature 0 --prompt "What is the capital of France?"
 
-test: lint types test-cpp test-cuda-build test-python
+# Each of the first four has times when it keeps one core busy at most.
+test: $(VENV)/test-tools
+	$(MAKE) --jobs=2 lint types test-cpp test-cuda-build
+	$(MAKE) test-python
 
 # The build runs against the torch that the environment has, so that it is not fetched a second time.
 $(VENV)/installed: pyproject.toml setup.py $(shell git ls-files csrc)
@@ -49,12 +53,12 @@ test-cpp: $(VENV)/test-tools
 	$(BIN)/ctest --preset asan -j $(JOBS)
 
 # The whole library with its CUDA kernels, built for two architectures and loaded, GPU or not. Nobody runs the kernels
-# here: nvcc need not spend minutes on making them fast. And CMake's way to build them, by one of them.
+# here: neither compiler need spend minutes on making them fast. And CMake's way to build them, by one of them.
 test-cuda-build: $(VENV)/test-tools
 ifeq ($(NVCC),)
 	@echo "no nvcc: the CUDA kernels are not compiled here"
 else
-	NANO_VLLM_BUILD=cuda TORCH_CUDA_ARCH_LIST='8.0;9.0a' NVCC_APPEND_FLAGS=$(NVCC_FAST) MAX_JOBS=$(JOBS) \
+	NANO_VLLM_BUILD=cuda TORCH_CUDA_ARCH_LIST='8.0;9.0a' NVCC_APPEND_FLAGS=$(NVCC_FAST) CXXFLAGS=-O0 MAX_JOBS=$(JOBS) \
 	  $(BIN)/python setup.py --quiet build_ext --build-temp build/cuda/temp --build-lib build/cuda/lib
 	$(BIN)/python -c "import torch; torch.ops.load_library('build/cuda/lib/nano_vllm/_ops.so'); \
 	  assert torch.ops.nano_vllm.has_cuda()"
@@ -62,8 +66,11 @@ else
 	$(BIN)/cmake --build --preset cuda --target csrc/cache/copy_blocks.o
 endif
 
+# The tests of a file stay together: they share servers. In the order of collection small files come last. A GPU is not
+# shared: tests fill its memory.
 test-python: $(VENV)/test-tools $(VENV)/model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest \
+	  $(if $(wildcard /dev/nvidia[0-9]*),,--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 clean:
 	rm -rf build build-* dist *.egg-info nano_vllm/*.so

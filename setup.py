@@ -10,12 +10,14 @@ Environment:
         Whether a GPU is visible plays no part.
     TORCH_CUDA_ARCH_LIST: CUDA architectures, as torch's own extensions take them, e.g.
         `8.0;9.0a+PTX`.
+    CXXFLAGS: further options of the C++ compiler; they override those given here.
     CUDA_HOME: where the CUDA toolkit is, if not beside the nvcc on the PATH.
     MAX_JOBS: compile jobs at the same time.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
+CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 
 
@@ -158,7 +161,7 @@ def ops_library(home: Path | None) -> Extension:
         "-Wall",
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ]
-    compile_args = {"cxx": [*flags, "-fopenmp"]}
+    compile_args = {"cxx": [*flags, "-fopenmp", *CXXFLAGS]}
     extension = Extension(
         "nano_vllm._ops",
         sources=sources("*/*_cpu.cpp")
@@ -208,7 +211,9 @@ def core_module() -> Extension:
             "csrc/cache/shared_prefix.cpp",
         ],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args={"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]},
+        extra_compile_args={
+            "cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", *CXXFLAGS]
+        },
         language="c++",
     )
 

@@ -15,6 +15,10 @@ import pytest
 from hypothesis import Phase, settings
 
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
+# Read as torch is loaded. Idle threads sleep: they would spin on a core that others have work for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and what they start share the cores
 SEED = int(os.environ.get("NANO_VLLM_TEST_SEED") or random.SystemRandom().getrandbits(31))
 
 

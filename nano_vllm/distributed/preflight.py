@@ -34,6 +34,10 @@ def compare(store: Any, rank: int, size: int, facts: dict[str, str]) -> None:
     own = {"host": socket.gethostname(), "facts": facts}
     store.set(f"preflight/{rank}", json.dumps(own))
     said = [json.loads(store.get(f"preflight/{other}")) for other in range(size)]
+    store.set(f"preflight/{rank}/has_read", "")
+    if rank == 0:  # which may serve the store, and is about to end where they differ
+        for other in range(size):
+            store.get(f"preflight/{other}/has_read")
     first = said[0]
     for other in range(1, size):
         for name, value in first["facts"].items():

@@ -135,6 +135,9 @@ class Watchdog:
             if other not in self._beats or self._beats[other][0].number != beat.number:
                 self._beats[other] = beat, now
             reason = self._why_gone(beat, now - self._beats[other][1])
+            if reason is not None and self._store.check([FAILED]):
+                # It may have ended since this was looked at above, because of whom it names.
+                return self._store.get(FAILED).decode()
             if reason is not None:
                 return f"rank {other} on {beat.host} {reason}, {self._where(beat.step)}"
         return None

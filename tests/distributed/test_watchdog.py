@@ -105,3 +105,18 @@ def test_a_failure_is_told(dog: Watchdog) -> None:
     dog._progress.step = 4
     dog.tell_failure(OSError("no\n  more"))
     assert dog._whoever_is_gone() == "rank 0 on here failed in step 4: OSError: no more"
+
+
+def test_who_ended_because_of_another_is_not_named(
+    dog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says why before it ends, which may be between two looks."""
+    said = "rank 2 on there is dead, in step 3"
+
+    def end(_: int) -> bool:
+        dog._store.set(watchdog.FAILED, said)
+        return True
+
+    monkeypatch.setattr(watchdog, "is_dead", end)
+    beat(dog, 1, 3, space=watchdog.process_space())
+    assert dog._whoever_is_gone() == said

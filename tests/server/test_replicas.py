@@ -87,6 +87,8 @@ def test_a_client_that_leaves_holds_nothing(pair: RunningServer) -> None:
 
 
 def test_the_feed_of_each(pair: RunningServer) -> None:
+    pair.post("/v1/completions", {"prompt": ["a", "b"], **GREEDY})
+    time.sleep(1.1)  # signs of life come once a second
     for engine in (0, 1):
         with pair.client.stream("GET", f"{pair.url}/debug/state?engine={engine}") as response:
             state = json.loads(next(response.iter_lines()).removeprefix("data: "))
@@ -100,7 +102,7 @@ def test_the_feed_of_each(pair: RunningServer) -> None:
 
 def test_one_of_them_killed(tiny_model: Path, log_path: Path) -> None:
     with running_server(tiny_model, log_path, "--dp", "2") as server:
-        streams = [OpenStream(server, max_tokens=700) for _ in range(4)]
+        streams = [OpenStream(server, max_tokens=1500) for _ in range(4)]
         pids = server.engine_pids
         os.kill(pids[1], signal.SIGKILL)
         time.sleep(0.2)

@@ -97,11 +97,9 @@ WarpValues<T> gather(T value) {
     WarpValues<T> out;
   } data{value, {}};
   meet(1000 + warp(), lane(), kWarpSize, &data, [](void** all) {
-    for (int i = 0; i < kWarpSize; ++i) {
-      for (int j = 0; j < kWarpSize; ++j) {
-        static_cast<Data*>(all[i])->out.value[j] = static_cast<Data*>(all[j])->in;
-      }
-    }
+    WarpValues<T> values;
+    for (int i = 0; i < kWarpSize; ++i) values.value[i] = static_cast<Data*>(all[i])->in;
+    for (int i = 0; i < kWarpSize; ++i) static_cast<Data*>(all[i])->out = values;
   });
   return data.out;
 }
