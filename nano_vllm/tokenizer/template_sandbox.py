@@ -27,7 +27,7 @@ MAX_BYTES = 1 << 30
 
 def serve() -> None:
     """Answer each line of standard input by one of standard output, both JSON: a template's source
-    and its variables by the text, or by what is wrong.
+    and its variables by the text, or by what is wrong; a source alone by its literals.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
@@ -39,8 +39,10 @@ def serve() -> None:
         print(json.dumps(_answer(**json.loads(line))), flush=True)
 
 
-def _answer(source: str, variables: dict[str, Any]) -> dict[str, str]:
+def _answer(source: str, variables: dict[str, Any] | None = None) -> dict[str, Any]:
     try:
+        if variables is None:
+            return {"literals": _literals(source)}
         return {"text": _compiled(source).render(variables)}
     except jinja2.TemplateSyntaxError as error:
         return {"problem": f"line {error.lineno}: {error.message}"}
@@ -54,14 +56,26 @@ def _answer(source: str, variables: dict[str, Any]) -> dict[str, str]:
 
 @cache
 def _compiled(source: str) -> jinja2.Template:
-    # trim_blocks and lstrip_blocks are what templates on the hub are written for.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+    environment = _environment()
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(source)
+
+
+def _literals(source: str) -> list[str]:
+    """The strings and names of attributes in a template's expressions."""
+    tree = _environment().parse(source)
+    values = [node.value for node in tree.find_all(nodes.Const)]
+    names = [node.attr for node in tree.find_all(nodes.Getattr)]
+    return sorted({value for value in values if isinstance(value, str)} | set(names))
+
+
+def _environment() -> jinja2.Environment:
+    # trim_blocks and lstrip_blocks are what templates on the hub are written for.
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
 
 
 class _GenerationTag(Extension):

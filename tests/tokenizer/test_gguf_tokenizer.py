@@ -36,8 +36,12 @@ def test_smollm2_equals_transformers(smollm2: Path, add_special_tokens: bool) ->
     assert tokenizer.eos_token_ids == (expected.eos_token_id,)
     chat = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Yes?"}]
     for prompt in (True, False):
-        assert tokenizer.apply_chat_template(chat, prompt) == expected.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(chat, prompt)
+        assert rendered.text == expected.apply_chat_template(
             chat, add_generation_prompt=prompt, tokenize=False
+        )
+        assert tokenizer.encode_chat(rendered) == expected.apply_chat_template(
+            chat, add_generation_prompt=prompt, return_dict=False
         )
 
 
