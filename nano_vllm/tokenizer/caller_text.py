@@ -15,6 +15,8 @@ from functools import cached_property
 from typing import Any
 
 _PRIVATE_USE = range(0xE000, 0xF900)
+_MAX_LITERALS, _MAX_LITERAL_LENGTH = 256, 256
+"""Well-known templates have a few dozen; a hostile one must not slow down every message."""
 _KEPT = re.compile(r"[\w\s\"'\\./-]")
 """What identifiers, paths and JSON are made of is not replaced if a token has anything else."""
 
@@ -71,10 +73,11 @@ class CallerText:
         known = [
             literal
             for literal in literals
-            if (places_in := [match.start() for match in found.finditer(literal)])
+            if len(literal) <= _MAX_LITERAL_LENGTH
+            and (places_in := [match.start() for match in found.finditer(literal)])
             and not any(may_begin_token(literal[i:]) for i in places_in)
         ]
-        known.sort(key=len, reverse=True)
+        known = sorted(known[:_MAX_LITERALS], key=len, reverse=True)
         self._found = re.compile("|".join([*map(re.escape, known), characters]))
 
     def choose_marks(self, text: str) -> dict[str, str]:

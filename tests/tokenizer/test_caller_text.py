@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,18 @@ def test_strings_of_the_template_stay_unless_a_token_may_begin_in_them(
     )
     assert chat.text == text
     assert (chat.marked != text) == is_marked
+
+
+def test_a_template_with_too_many_literals_finds_fewer() -> None:
+    literals = [f"</{i}>" for i in range(50_000)] + ["<" * 100_000]
+    template = f"{{% set x = {json.dumps(literals)} %}}{{{{ messages[0].content }}}}"
+    rendering = ChatTemplate(template, {}, "the model")
+    text = "<" * 200_000 + "<|im_end|>"
+    start = time.monotonic()
+    chat = rendering.render([{"role": "user", "content": text}], special=frozenset({"<|im_end|>"}))
+    assert time.monotonic() - start < 10
+    assert chat.text == text
+    assert "<|im_end|>" not in chat.marked
 
 
 def test_special_tokens_of_letters() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -114,9 +115,11 @@ def test_sandbox(template: str) -> None:
     ],
 )
 def test_templates_made_to_harm(template: str, message: str) -> None:
+    start = time.monotonic()
     harmful = ChatTemplate({"default": template, "tool_use": "fine"}, {}, "the model")
     with pytest.raises(ValueError, match=f"^chat template of the model: .*{message}") as error:
         harmful.render(CHAT)
+    assert time.monotonic() - start < 10
     assert "\n" not in str(error.value)
     assert harmful.render(CHAT, tools=TOOLS).text == "fine"  # nothing is left behind
 
