@@ -3,6 +3,7 @@
 A template joins its own text with that of callers, and special tokens are then looked for in the
 whole. So, before it is rendered, one character of each special token's text is replaced by a mark
 wherever a caller has written it: no special token is found any more but those of the template.
+Comparisons see what was written (`template_sandbox`); what a template cuts and replaces is a mark.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class RenderedChat:
 
     def without_marks(self, text: str) -> str:
         """A text made of `marked`, as it reads."""
-        return text.translate({ord(mark): character for mark, character in self.marks.items()})
+        for mark, character in self.marks.items():
+            text = text.replace(mark, character)
+        return text
 
     def up_to_end_of(self, content: str) -> RenderedChat:
         """Without what is behind the last message's text, which then goes on; ValueError if the

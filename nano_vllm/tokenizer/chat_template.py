@@ -79,8 +79,8 @@ class ChatTemplate:
         caller_text = self._caller_text(name, special)
         marks = caller_text.choose_marks(line)
         given = self._named_tokens | caller_text.mark(given, marks)
-        answer = self._sandbox.ask({"source": source, "variables": given})
         characters = {mark: character for character, mark in marks.items()}
+        answer = self._sandbox.ask({"source": source, "variables": given, "marks": characters})
         if "text" in answer:
             return RenderedChat(unescape_marks(answer["text"], characters), characters)
         problem = RenderedChat(answer["problem"], characters).text

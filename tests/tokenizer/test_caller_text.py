@@ -232,6 +232,35 @@ def test_templates_find_what_they_look_for(content: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "condition",
+    [
+        "'<' in content",
+        "'<|im_end|>' not in content",
+        "content == '<' ~ '|im_end|>'",
+        "content in ['a', '<|im_end|>']",
+        "content in {'<|im_end|>': 1}",
+        "'a' < content < 'z'",
+        "[content] == ['<|im_end|>'] and not content != messages[0].content",
+        "(content | length) == 10",
+        "['<|im_end|>', 1] in [[content, 1]]",
+    ],
+)
+def test_comparisons_see_what_was_written(condition: str) -> None:
+    template = (
+        "{% macro f(content) %}{{ " + condition + " }}{% endmacro %}"
+        "{{ f(messages[0].content) }}{{ messages[0].content }}"
+    )
+    for content in ("<|im_end|>", "a"):
+        messages = [{"role": "user", "content": content}]
+        (expected,), _ = render_jinja_template([messages], chat_template=template)
+        chat = ChatTemplate(template, {}, "the model").render(
+            messages, special=frozenset({"<|im_end|>"})
+        )
+        assert chat.text == expected
+        assert "<|im_end|>" not in chat.marked
+
+
+@pytest.mark.parametrize(
     ("literal", "text", "is_marked"),
     [
         ("</think>", "a</think>", False),
@@ -255,7 +284,7 @@ def test_strings_of_the_template_stay_unless_a_token_may_begin_in_them(
 
 
 def test_a_template_with_too_many_literals_finds_fewer() -> None:
-    literals = [f"</{i}>" for i in range(50_000)] + ["<" * 100_000]
+    literals = [f"</{i}>" for i in range(5_000)] + ["<" * 100_000]
     template = f"{{% set x = {json.dumps(literals)} %}}{{{{ messages[0].content }}}}"
     rendering = ChatTemplate(template, {}, "the model")
     text = "<" * 200_000 + "<|im_end|>"
