@@ -143,14 +143,30 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list, through the model's chat template.
+
+        Every conversation is checked before any work begins: ValueError names the first that cannot
+        be served, and none is.
 
         Args:
             messages: {"role": ..., "content": ...} each, or lists of them.
             sampling_params: as in `generate`.
             use_tqdm: show a progress bar.
             add_generation_prompt: open the assistant's answer.
+            continue_final_message: go on with the last message instead, which needs
+                add_generation_prompt=False.
+            tools: descriptions of functions, for templates that know tools; for all conversations,
+                as what follows.
+            documents: for templates that know documents.
+            chat_template_kwargs: other variables of the template, such as enable_thinking.
+            parse_special: whether names of special tokens in all these become the tokens, instead
+                of text.
         """
         one = all(isinstance(message, Mapping) for message in messages)
         conversations: list[Any] = [messages] if one else list(messages)
@@ -159,7 +175,18 @@ class LLM:
             zip(conversations, _one_each(sampling_params, len(conversations)), strict=True)
         ):
             try:
-                requests.append(self.make_chat_request(conversation, params, add_generation_prompt))
+                requests.append(
+                    self.make_chat_request(
+                        conversation,
+                        params,
+                        parse_special=parse_special,
+                        add_generation_prompt=add_generation_prompt,
+                        continue_final_message=continue_final_message,
+                        tools=tools,
+                        documents=documents,
+                        chat_template_kwargs=chat_template_kwargs,
+                    )
+                )
             except ValueError as error:
                 raise ValueError(f"conversation {index}: {error}") from None
         return self.run(requests, use_tqdm)
@@ -266,16 +293,15 @@ class LLM:
         self,
         messages: Sequence[Message],
         params: SamplingParams,
-        add_generation_prompt: bool = True,
         stream: bool = False,
+        parse_special: bool = False,
+        **options: Any,
     ) -> Request:
-        """The same for a conversation."""
-        if not isinstance(messages, (list, tuple)) or not messages:
-            raise ValueError(f"a conversation must be a list of messages, got {messages!r}")
+        """The same for a conversation; `options` are those of `Tokenizer.apply_chat_template`."""
         tokenizer = self.get_tokenizer()
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-        return self._request(text, token_ids, params, stream)
+        chat = tokenizer.apply_chat_template(messages, **options)
+        token_ids = tokenizer.encode_chat(chat, parse_special)
+        return self._request(chat.text, token_ids, params, stream)
 
     def run(
         self,

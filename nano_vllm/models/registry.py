@@ -22,6 +22,8 @@ SUPPORTED = {
     "Phi3ForCausalLM": "nano_vllm.models.phi3",
     "SmolLM3ForCausalLM": "nano_vllm.models.smollm3",
     "Olmo2ForCausalLM": "nano_vllm.models.olmo2",
+    "Olmo3ForCausalLM": "nano_vllm.models.olmo2",
+    "Glm4ForCausalLM": "nano_vllm.models.glm4",
     "GraniteForCausalLM": "nano_vllm.models.granite",
     "GPT2LMHeadModel": "nano_vllm.models.gpt2",
 }

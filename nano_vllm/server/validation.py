@@ -48,7 +48,6 @@ SAME_NAME = (
     "prompt_logprobs",
 )
 """Fields that a request shares with SamplingParams."""
-TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -148,46 +147,32 @@ class Gate:
     ) -> tuple[str, list[int]]:
         """A conversation as the model reads it."""
         tokenizer = self.tokenizer("messages")
-        variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
-        for name in TEMPLATE_NAMES:
-            if name in variables:
-                raise invalid(f"chat_template_kwargs must not set {name}", "chat_template_kwargs")
         messages = [_plain(message) for message in getattr(request, "messages", None) or []]
         goes_on = bool(request.continue_final_message)
         opens = request.add_generation_prompt
-        if goes_on:
-            if opens:
-                raise invalid(
-                    "continue_final_message and add_generation_prompt exclude each other",
-                    "continue_final_message",
-                )
-            variables["continue_final_message"] = True
-            opens = False
         try:
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=opens is not False, **variables
+            chat = tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=not goes_on if opens is None else opens,
+                continue_final_message=goes_on,
+                chat_template_kwargs=request.chat_template_kwargs,
             )
         except ValueError as error:
-            # Behind the file's name, which is nobody's business.
-            raise invalid(_reason(error), "messages") from None
-        if goes_on:
-            text = _cut_behind(text, messages[-1])
-        return text, self.encode(text, add_special_tokens=False, field="messages")
+            raise _of_template(error) from None
+        self._check_length(chat.text, "messages")
+        try:
+            return chat.text, tokenizer.encode_chat(chat)
+        except ValueError as error:
+            raise invalid(str(error), "messages") from None
 
-    def encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
-        """Token ids; a text that is far too long is refused at once."""
-        tokenizer = self.tokenizer(field)
-        if len(text) > self.max_model_len * MAX_CHARS_PER_TOKEN:
-            raise invalid(
-                f"the prompt has {len(text)} characters, more than the context of "
-                f"{self.max_model_len} tokens can hold",
-                field,
-                "context_length_exceeded",
-            )
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt; one that is far too long is refused at once."""
+        tokenizer = self.tokenizer("prompt")
+        self._check_length(text, "prompt")
         try:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except ValueError as error:
-            raise invalid(str(error), field) from None
+            raise invalid(str(error), "prompt") from None
 
     def decode(self, token_ids: list[int], field: str = "tokens") -> str:
         """The text of tokens that a client sent."""
@@ -206,6 +191,16 @@ class Gate:
         if self._tokenizer is None:
             raise invalid("this server has no tokenizer: give token ids as prompt", field)
         return self._tokenizer
+
+    def _check_length(self, text: str, field: str) -> None:
+        """Before it is tokenised, which takes its time."""
+        if len(text) > self.max_model_len * MAX_CHARS_PER_TOKEN:
+            raise invalid(
+                f"the prompt has {len(text)} characters, more than the context of "
+                f"{self.max_model_len} tokens can hold",
+                field,
+                "context_length_exceeded",
+            )
 
     def _check(self, request: SamplingRequest) -> None:
         """What can be said ahead of the prompts."""
@@ -296,21 +291,17 @@ def _plain(message: Any) -> dict[str, Any]:
     return fields
 
 
-def _cut_behind(text: str, message: dict[str, Any]) -> str:
-    """The prompt up to the end of its last message's text."""
-    content = message["content"].strip()
-    place = text.rfind(content)
-    if not content or place < 0:
-        raise invalid("the last message cannot be continued", "continue_final_message")
-    return text[: place + len(content)]
-
-
-def _reason(error: ValueError) -> str:
-    """A template's complaint, without the place of its file."""
+def _of_template(error: ValueError) -> ApiError:
+    """What a template, or the way it is called, has to complain of."""
     message = str(error)
     if message.startswith("chat template of "):
-        return "chat template: " + message.partition(": ")[2]
-    return "this model has no chat template: use /v1/completions"
+        # Behind the file's name, which is nobody's business.
+        return invalid("chat template: " + message.partition(": ")[2], "messages")
+    if message.endswith("give it a plain prompt"):
+        return invalid("this model has no chat template: use /v1/completions", "messages")
+    first = message.split()[0]
+    is_field = first in ("chat_template_kwargs", "continue_final_message")
+    return invalid(message, first if is_field else "messages")
 
 
 _PARAMS = {f.name for f in fields(SamplingParams)}

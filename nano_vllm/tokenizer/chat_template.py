@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nano_vllm.tokenizer.caller_text import CallerText, RenderedChat, unescape_marks
+
 
 class ChatTemplate:
     """Renders a conversation as transformers' apply_chat_template does.
@@ -18,31 +20,41 @@ class ChatTemplate:
     A process of its own does it, which is started with the first conversation and has little time
     and memory (`template_sandbox`). Messages, tools and variables must be JSON.
 
-    Args: source: the template, or several by name; of those, "tool_use" renders conversations with
-        tools and "default"
-            the others.
-        special_tokens: bos_token, eos_token and the like, as templates know them.
+    Args:
+        source: the template, or several by name; of those, "tool_use" renders conversations with
+            tools and "default" the others.
+        named_tokens: bos_token, eos_token and the like, as templates know them.
         origin: the file it comes from, for errors.
     """
 
     def __init__(
-        self, source: str | Mapping[str, str], special_tokens: Mapping[str, str], origin: str
+        self, source: str | Mapping[str, str], named_tokens: Mapping[str, str], origin: str
     ) -> None:
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
-        self._special_tokens = dict(special_tokens)
+        self._named_tokens = dict(named_tokens)
         self._origin = origin
         self._sandbox = _Sandbox()
+        self._caller_texts: dict[tuple[str, frozenset[str]], CallerText] = {}
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        special: frozenset[str] = frozenset(),
+    ) -> RenderedChat:
         """The prompt; ValueError in one line if the template is broken, takes too long or refuses
         the messages.
+
+        Args:
+            messages, add_generation_prompt, tools, documents: as templates know them.
+            variables: the template's further ones.
+            special: texts of special tokens, which are the template's to write.
         """
+        if not messages or not isinstance(messages, list | tuple):
+            raise ValueError(f"a conversation must be a list of messages, got {messages!r}")
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f"a chat message must be an object with a role, got {message!r}")
@@ -52,23 +64,34 @@ class ChatTemplate:
             raise ValueError(
                 f"{self._origin} has no chat template named 'default'; it has: {known}"
             )
-        variables = {
-            **self._special_tokens,
-            "documents": None,
-            **variables,
+        source = self._sources[name]
+        given = {
+            **(variables or {}),
+            "documents": documents,
             "messages": messages,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            line = json.dumps({"source": self._sources[name], "variables": variables})
+            line = json.dumps([source, given])
         except (TypeError, ValueError) as error:
             raise ValueError(f"what a chat template is given must be JSON: {error}") from None
-        answer = self._sandbox.ask(line)
+        caller_text = self._caller_text(name, special)
+        marks = caller_text.choose_marks(line)
+        given = self._named_tokens | caller_text.mark(given, marks)
+        characters = {mark: character for character, mark in marks.items()}
+        answer = self._sandbox.ask({"source": source, "variables": given, "marks": characters})
         if "text" in answer:
-            return answer["text"]
-        problem = " ".join(answer["problem"].split())
-        raise ValueError(f"chat template of {self._origin}: {problem}")
+            return RenderedChat(unescape_marks(answer["text"], characters), characters)
+        problem = RenderedChat(answer["problem"], characters).text
+        raise ValueError(f"chat template of {self._origin}: {' '.join(problem.split())}")
+
+    def _caller_text(self, name: str, special: frozenset[str]) -> CallerText:
+        if (name, special) not in self._caller_texts:
+            # A template that cannot be parsed has none, and is refused when it is rendered.
+            literals = self._sandbox.ask({"source": self._sources[name]}).get("literals", ())
+            self._caller_texts[name, special] = CallerText(special, literals)
+        return self._caller_texts[name, special]
 
 
 class _Sandbox:
@@ -78,7 +101,8 @@ class _Sandbox:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, line: str) -> dict[str, str]:
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        line = json.dumps(question)
         with self._lock:
             process = self._process = self._process or self._start()
             assert process.stdin is not None

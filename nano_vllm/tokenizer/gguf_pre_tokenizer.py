@@ -21,6 +21,14 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    rf"{_CONTRACTION}"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    rf"{_CONTRACTION}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _DIGIT = r"\p{N}"
 
 
@@ -47,12 +55,17 @@ _DIGITS_GPT2 = PreTokenization((_DIGIT, _GPT2))
 
 PRE_TOKENIZATIONS = {
     "default": PreTokenization((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "chatglm-bpe": PreTokenization((_CL100K,)),
+    "dbrx": PreTokenization((_CL100K,)),
+    "glm4": PreTokenization((_CL100K,), ignores_merges=True),
     "gpt-2": PreTokenization((_GPT2,)),
+    "gpt-4o": PreTokenization((_O200K,)),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
     "qwen2": PreTokenization((_QWEN2,), normalizes=True),
     "refact": _DIGITS_GPT2,
+    "smaug-bpe": PreTokenization((_CL100K,)),
     "smollm": _DIGITS_GPT2,
     "starcoder": _DIGITS_GPT2,
     "tekken": PreTokenization((_TEKKEN,), ignores_merges=True, adds_bos=True),

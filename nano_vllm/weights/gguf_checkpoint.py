@@ -46,6 +46,11 @@ _OTHER_LAYER_NAMES = {
     "Gemma2ForCausalLM": _GEMMA_NAMES,
     "Gemma3ForCausalLM": _GEMMA_NAMES,
     "Phi3ForCausalLM": {"ffn_up": "mlp.gate_up_proj"},
+    "Glm4ForCausalLM": {
+        "post_attention_norm": "post_self_attn_layernorm",
+        "ffn_up": "mlp.gate_up_proj",
+        "post_ffw_norm": "post_mlp_layernorm",
+    },
 }
 """By architecture, where a name means something else there."""
 _PERMUTED = ("LlamaForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM")

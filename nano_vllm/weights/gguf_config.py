@@ -20,15 +20,18 @@ _ARCHITECTURES = {
     "phi3": "Phi3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
     "granite": "GraniteForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
 _EOS_KEYS = ("eos", "eot", "eom")
 """End of text, of turn, of message: llama.cpp stops at each."""
-
-
-_FULL_ATTENTION_PERIODS = {"gemma2": 2, "gemma3": 6}
+_WITH_WINDOW = {"olmo2": "Olmo3ForCausalLM"}
+"""What the same name stands for where the metadata have a sliding window."""
+_FULL_ATTENTION_PERIODS = {"gemma2": 2, "gemma3": 6, "olmo2": 4}
 """Every how manyth layer has no sliding window; llama.cpp has the numbers in its code."""
+_SLIDING_THETAS = {"gemma3": 10000.0}
+"""Base frequency of the layers with the window; that of the others, if a model is not here."""
 _NOPE_PERIODS = {"smollm3": 4}
 """Every how manyth layer rotates nothing; likewise."""
 _UNSCALED_BY_HEAD_DIM = {"gemma2": 46, "gemma3": 62}
@@ -76,14 +79,19 @@ def parse_gguf_config(file: GGUFFile, find_family: FindFamily) -> ModelConfig:
         raise ValueError(f"{file.path}: tensor 'token_embd.weight' is missing")
     eos_ids = [i for key in _EOS_KEYS for i in fields.token_ids(f"tokenizer.ggml.{key}_token_id")]
     num_layers = fields.integer(f"{arch}.block_count")
-    family = find_family(_ARCHITECTURES[arch])
+    sliding_window = fields.integer(f"{arch}.attention.sliding_window", 0, minimum=0) or None
+    architecture = _ARCHITECTURES[arch]
+    if sliding_window is not None:
+        architecture = _WITH_WINDOW.get(arch, architecture)
+    family = find_family(architecture)
+    slides = family.sliding_layers != "none"
+    rope_theta = fields.number(f"{arch}.rope.freq_base", 10000.0)
     has_layer_norm = "output_norm.bias" in file.tensors
     eps = "layer_norm_epsilon" if has_layer_norm else "layer_norm_rms_epsilon"
     hidden_act = "gelu_pytorch_tanh" if arch in ("gemma2", "gemma3", "gpt2") else "silu"
     softcap, logits_softcap = _SOFTCAPS.get(arch, (0.0, 0.0))
-    sliding_window = fields.integer(f"{arch}.attention.sliding_window", 0, minimum=0) or None
     config = ModelConfig(
-        architecture=_ARCHITECTURES[arch],
+        architecture=architecture,
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
         intermediate_size=fields.integer(f"{arch}.feed_forward_length"),
@@ -93,7 +101,7 @@ def parse_gguf_config(file: GGUFFile, find_family: FindFamily) -> ModelConfig:
         head_dim=head_dim,
         max_position=max_position,
         rms_norm_eps=fields.number(f"{arch}.attention.{eps}"),
-        rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
+        rope_theta=rope_theta,
         rope_scaling=_rope_scaling(file, fields, arch, rotary_dim, max_position),
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         hidden_act=hidden_act,
@@ -102,11 +110,11 @@ def parse_gguf_config(file: GGUFFile, find_family: FindFamily) -> ModelConfig:
         attention_output_bias="blk.0.attn_output.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
-        sliding_window=None if family.sliding_layers == "none" else sliding_window,
-        full_attention_layers=_every(_FULL_ATTENTION_PERIODS.get(arch), num_layers),
+        sliding_window=sliding_window if slides else None,
+        full_attention_layers=_full_attention_layers(fields, arch, num_layers, slides),
         nope_layers=_every(_NOPE_PERIODS.get(arch), num_layers),
         sliding_rope=(
-            Rope(fields.number(f"{arch}.rope.freq_base_swa", 10000.0))
+            Rope(fields.number(f"{arch}.rope.freq_base_swa", _SLIDING_THETAS.get(arch, rope_theta)))
             if family.rope_by_layer_type
             else None
         ),
@@ -115,7 +123,7 @@ def parse_gguf_config(file: GGUFFile, find_family: FindFamily) -> ModelConfig:
         logits_softcap=fields.number(f"{arch}.final_logit_softcapping", logits_softcap),
         embedding_multiplier=(
             hidden_size**0.5
-            if arch in _FULL_ATTENTION_PERIODS
+            if arch in ("gemma2", "gemma3")
             else fields.number(f"{arch}.embedding_scale", 1.0)
         ),
         residual_multiplier=fields.number(f"{arch}.residual_scale", 1.0),
@@ -124,6 +132,21 @@ def parse_gguf_config(file: GGUFFile, find_family: FindFamily) -> ModelConfig:
         eos_token_ids=tuple(dict.fromkeys(eos_ids)),
     )
     return replace(config, **family.always)
+
+
+def _full_attention_layers(
+    fields: ConfigFields, arch: str, num_layers: int, slides: bool
+) -> frozenset[int]:
+    """The layers without the sliding window."""
+    if not slides:
+        return frozenset()
+    key = f"{arch}.attention.sliding_window_pattern"
+    pattern = fields.raw(key, None)
+    if not isinstance(pattern, tuple):
+        return _every(_FULL_ATTENTION_PERIODS.get(arch), num_layers)
+    if len(pattern) != num_layers or not all(isinstance(slides, bool) for slides in pattern):
+        raise fields.error(key, f"must be an array of {num_layers} of true or false")
+    return frozenset(i for i, slides in enumerate(pattern) if not slides)
 
 
 def _every(period: int | None, num_layers: int) -> frozenset[int]:

@@ -17,7 +17,10 @@ from typing import Any
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """Metadata type id -> its struct format."""
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _MAX_DIMENSIONS = 4
+_MAX_HEADER_BYTES = 64 << 20
+"""The largest vocabularies of well-known models have 15 MB."""
 
 TENSOR_TYPES = {
     0: ("F32", 1, 4),
@@ -77,6 +80,7 @@ class GGUFFile:
         self.tensors: dict[str, GGUFTensor] = {}
         with path.open("rb") as file:
             self._size = os.fstat(file.fileno()).st_size
+            self._header_end = min(self._size, _MAX_HEADER_BYTES)
             if self._size < 24:
                 raise ValueError(f"{path} is not a GGUF file: {self._size} bytes")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -108,10 +112,11 @@ class GGUFFile:
         self._read_tensor_table(data, position, num_tensors)
 
     def _read_string(self, data: mmap.mmap, position: int) -> tuple[str, int]:
-        (length,) = struct.unpack_from("<Q", data, position)
-        start, end = position + 8, position + 8 + length
-        if end > self._size:
-            raise self._corrupt("a string runs past its end")
+        (length,) = _LENGTH.unpack_from(data, position)
+        start = position + 8
+        end = start + length
+        if end > self._header_end:
+            raise self._too_long("a string")
         return data[start:end].decode(), end
 
     def _read_value(self, data: mmap.mmap, position: int, kind: int, key: str) -> tuple[Any, int]:
@@ -125,6 +130,8 @@ class GGUFFile:
         kind, count = struct.unpack_from("<IQ", data, position)
         position += 12
         if kind == _STRING:
+            if position + 8 * count > self._header_end:  # without any text
+                raise self._too_long(f"metadata key {key!r}")
             strings = []
             for _ in range(count):
                 string, position = self._read_string(data, position)
@@ -133,8 +140,8 @@ class GGUFFile:
         if kind not in _SCALARS:
             raise self._corrupt(f"metadata key {key!r} is an array of unknown type {kind}")
         end = position + count * struct.calcsize("<" + _SCALARS[kind])
-        if end > self._size:
-            raise self._corrupt(f"metadata key {key!r} runs past its end")
+        if end > self._header_end:
+            raise self._too_long(f"metadata key {key!r}")
         return struct.unpack_from(f"<{count}{_SCALARS[kind]}", data, position), end
 
     def _read_tensor_table(self, data: mmap.mmap, position: int, num_tensors: int) -> None:
@@ -171,6 +178,14 @@ class GGUFFile:
                 f"tensor {name!r} ends at byte {offset + num_bytes} of {self._size}"
             )
         return GGUFTensor(name, shape, type_name, offset, num_bytes)
+
+    def _too_long(self, what: str) -> ValueError:
+        if self._header_end == self._size:
+            return self._corrupt(f"{what} runs past its end")
+        return ValueError(
+            f"{self.path}: the header must have at most {_MAX_HEADER_BYTES} bytes, which {what} "
+            "goes beyond"
+        )
 
     def _corrupt(self, problem: str) -> ValueError:
         return ValueError(f"{self.path} is truncated or corrupt: {problem}")

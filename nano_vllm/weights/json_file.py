@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 128 << 20
 """Of a file that is read whole; the largest tokenizers of well-known models have 35 MB."""
 
 

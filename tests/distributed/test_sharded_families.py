@@ -40,6 +40,8 @@ FAMILIES = [
     "smollm3",
     "olmo2",
     "olmo2, yarn scaling",
+    "olmo3",
+    "glm4",
     "granite, biases",
     "gpt2",
 ]

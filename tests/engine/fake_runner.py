@@ -18,6 +18,7 @@ from nano_vllm.outputs import Logprob
 from nano_vllm.sampling.beam_search import BeamSearch, Hypothesis
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence
+from nano_vllm.tokenizer.chat_template import ChatTemplate
 from nano_vllm.tokenizer.detokenizer import byte_level_alphabet
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
@@ -244,7 +245,7 @@ def make_engine(
     return Engine(EngineConfig(**options), runner, tokenizer, clock=clock)
 
 
-def make_tokenizer(*words: str) -> Tokenizer:
+def make_tokenizer(*words: str, chat_template: str | None = None) -> Tokenizer:
     """One token per byte, then the words, and an end-of-sequence token."""
     vocabulary = {piece: i for i, piece in enumerate(byte_level_alphabet())}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
@@ -254,7 +255,8 @@ def make_tokenizer(*words: str) -> Tokenizer:
     fill = [f"<unused{i}>" for i in range(EOS - 256 - len(words))]
     backend.add_special_tokens([*fill, "<eos>"])
     assert backend.token_to_id("<eos>") == EOS
-    return Tokenizer(backend, eos_token_ids=(EOS,))
+    template = ChatTemplate(chat_template, {}, "the model") if chat_template else None
+    return Tokenizer(backend, eos_token_ids=(EOS,), chat_template=template)
 
 
 def check_invariants(engine: Engine) -> None:

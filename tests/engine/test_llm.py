@@ -8,15 +8,16 @@ import pytest
 import nano_vllm
 from nano_vllm.engine.llm import LLM
 from nano_vllm.sampling_params import SamplingParams
-from tests.engine.fake_runner import FakeRunner, make_engine, make_tokenizer, reference_tokens
+from tests.engine.fake_runner import EOS, FakeRunner, make_engine, make_tokenizer, reference_tokens
 from tests.models.checkpoints import make_checkpoint
 
 PARAMS = SamplingParams(seed=1, max_tokens=6)
 
 
-def make_llm(with_tokenizer: bool = True) -> LLM:
+def make_llm(with_tokenizer: bool = True, chat_template: str | None = None) -> LLM:
     runner = FakeRunner(max_model_len=64)
-    return LLM.from_engine(make_engine(runner, make_tokenizer() if with_tokenizer else None))
+    tokenizer = make_tokenizer(chat_template=chat_template) if with_tokenizer else None
+    return LLM.from_engine(make_engine(runner, tokenizer))
 
 
 def generate(llm: LLM, prompts: Any, params: Any = PARAMS) -> list[nano_vllm.RequestOutput]:
@@ -177,25 +178,49 @@ def test_chat_needs_a_template() -> None:
         make_llm().chat([{"role": "user", "content": "Hi"}], use_tqdm=False)
 
 
-def test_conversations_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"conversation 1: .*must be a list of messages, got 5"):
-        LLM.chat(_Templated(), [[{"role": "user", "content": "Hi"}], 5])  # type: ignore[arg-type,list-item]
+HI = {"role": "user", "content": "Hi"}
 
 
-class _Templated(LLM):
-    def __init__(self) -> None:
-        self._use(make_llm().engine)
-        self.engine.tokenizer.apply_chat_template = (  # type: ignore[union-attr,method-assign]
-            lambda messages, add_generation_prompt=True: f"<{messages[0]['content']}>"
-        )
+def chat(llm: LLM, messages: Any, **options: Any) -> list[nano_vllm.RequestOutput]:
+    return llm.chat(messages, PARAMS, use_tqdm=False, **options)
+
+
+@pytest.mark.parametrize("wrong", [5, [], [5], "Hi"])
+def test_conversations_are_checked(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"conversation 1: .* must be "):
+        chat(make_llm(chat_template="a"), [[HI], wrong])
 
 
 def test_chat_renders_the_template() -> None:
-    llm = _Templated()
-    messages = [{"role": "user", "content": "Hi"}]
-    one = llm.chat(messages, PARAMS, use_tqdm=False)
-    two = llm.chat([messages, messages], PARAMS, use_tqdm=False)
-    assert [output.prompt for output in one + two] == ["<Hi>"] * 3
+    llm = make_llm(chat_template="<{{ messages[0].content }}>")
+    outputs = chat(llm, [HI]) + chat(llm, [[HI], [HI]])
+    assert [output.prompt for output in outputs] == ["<Hi>"] * 3
+
+
+def test_chat_hands_on_what_templates_take() -> None:
+    llm = make_llm(
+        chat_template="{{ messages[0].content }}{{ add_generation_prompt }}"
+        "{{ tools[0].f }}{{ documents[0].d }}{{ thinking }}"
+    )
+    own = {"tools": [{"f": "F"}], "documents": [{"d": "D"}]}
+    (output,) = chat(llm, [HI], chat_template_kwargs={"thinking": 1}, **own)
+    assert output.prompt == "HiTrueFD1"
+    outputs = chat(
+        llm, [[HI], [HI]], add_generation_prompt=False, continue_final_message=True, **own
+    )
+    assert [output.prompt for output in outputs] == ["Hi", "Hi"]
+    with pytest.raises(ValueError, match="conversation 0: chat_template_kwargs must not set tools"):
+        chat(llm, [HI], chat_template_kwargs={"tools": []})
+
+
+def test_messages_make_special_tokens_where_that_is_asked_for_alone() -> None:
+    llm = make_llm(chat_template="{{ messages[0].content }}<eos>")
+    message = {"role": "user", "content": "a<eos>"}
+    (output,) = chat(llm, [message])
+    assert output.prompt == "a<eos><eos>"
+    assert output.prompt_token_ids == [*b"a<eos>", EOS]
+    (output,) = chat(llm, [message], parse_special=True)
+    assert output.prompt_token_ids == [97, EOS, EOS]
 
 
 def test_leaving_the_context_closes_the_engine() -> None:

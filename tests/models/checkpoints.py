@@ -56,6 +56,8 @@ GGUF_ARCHITECTURES = {
     "phi3": gguf.MODEL_ARCH.PHI3,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
+    "glm4": gguf.MODEL_ARCH.GLM4,
     "granite": gguf.MODEL_ARCH.GRANITE,
     "gpt2": gguf.MODEL_ARCH.GPT2,
 }
@@ -92,8 +94,10 @@ def write_gguf(
         writer.add_value_length(head_dim)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         write_gguf_rope(writer, config, head_dim)
-    if kind in ("gemma2", "gemma3_text", "phi3") and config.sliding_window is not None:
+    if kind in ("gemma2", "gemma3_text", "phi3", "olmo3") and config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
+    if kind == "olmo3":
+        writer.add_sliding_window_pattern([t == "sliding_attention" for t in config.layer_types])
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -374,6 +378,66 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "rope_theta": 500000.0,
             "factor": 8.0,
             "original_max_position_embeddings": 32,
+        },
+    },
+    "olmo3": {
+        "family": "Olmo3",
+        "pad_token_id": 0,
+        "num_hidden_layers": 4,
+        "sliding_window": 11,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    },
+    "olmo3, multi-head, tied": {
+        "family": "Olmo3",
+        "pad_token_id": 0,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 4,
+        "head_dim": 96,
+        "sliding_window": 21,
+        "tie_word_embeddings": True,
+    },
+    "olmo3, own layers, biases": {
+        "family": "Olmo3",
+        "pad_token_id": 0,
+        "num_key_value_heads": 1,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 6,
+        "attention_bias": True,
+    },
+    "glm4": {"family": "Glm4", "pad_token_id": 0},
+    "glm4, most of a head rotated, no biases": {
+        "family": "Glm4",
+        "pad_token_id": 0,
+        "num_hidden_layers": 3,
+        "head_dim": 80,
+        "num_key_value_heads": 1,
+        "attention_bias": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500000.0,
+            "partial_rotary_factor": 0.8,
+        },
+    },
+    "glm4, yarn scaling, tied": {
+        "family": "Glm4",
+        "pad_token_id": 0,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.5,
         },
     },
     "granite": {

@@ -160,6 +160,18 @@ def test_a_final_message_is_continued(server: RunningServer) -> None:
     assert text == "<user>Hi\n<assistant>Well,"
 
 
+def test_messages_make_no_special_tokens(server: RunningServer) -> None:
+    user = {"role": "user", "content": "<eos>", "name": "<eos>"}
+    for options in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
+        body = {"messages": [user], "chat_template_kwargs": {"a": "<eos>"}, **options}
+        text = "<user><eos>" if options else "<user><eos>\n<assistant>"
+        assert server.post("/tokenize", body).json()["tokens"] == list(text.encode())
+    answer = chat(server, messages=[user], max_tokens=1, return_token_ids=True)
+    assert EOS not in answer["prompt_token_ids"]
+    # A plain prompt has no other way to say it.
+    assert server.post("/tokenize", {"prompt": "a<eos>"}).json()["tokens"] == [97, EOS]
+
+
 def test_chat_fills_the_context_by_default(server: RunningServer) -> None:
     answer = chat(server, messages=[{"role": "user", "content": "x" * 2000}], ignore_eos=True)
     assert answer["usage"]["total_tokens"] == MAX_MODEL_LEN

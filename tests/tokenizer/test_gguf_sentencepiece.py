@@ -300,7 +300,7 @@ def test_begin_and_end_tokens(
 def test_chat_template_knows_the_named_tokens(write_sentencepiece: Write) -> None:
     template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ unk_token }}"
     path = write_sentencepiece(train_sentencepiece(), chat_template=template)
-    prompt = Tokenizer.from_path(path).apply_chat_template([{"role": "user", "content": "x"}])
+    prompt = Tokenizer.from_path(path).apply_chat_template([{"role": "user", "content": "x"}]).text
     assert prompt == "<s>x</s><unk>"
 
 

@@ -36,8 +36,12 @@ def test_smollm2_equals_transformers(smollm2: Path, add_special_tokens: bool) ->
     assert tokenizer.eos_token_ids == (expected.eos_token_id,)
     chat = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Yes?"}]
     for prompt in (True, False):
-        assert tokenizer.apply_chat_template(chat, prompt) == expected.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(chat, prompt)
+        assert rendered.text == expected.apply_chat_template(
             chat, add_generation_prompt=prompt, tokenize=False
+        )
+        assert tokenizer.encode_chat(rendered) == expected.apply_chat_template(
+            chat, add_generation_prompt=prompt, return_dict=False
         )
 
 
@@ -98,6 +102,26 @@ def test_pre_tokenizers_equal_transformers(write_byte_level: Write, pre: str) ->
         assert tokenizer.encode(text) == expected.encode(text), text
 
 
+@pytest.mark.parametrize(
+    ("names", "pieces"),
+    [
+        (
+            ("dbrx", "smaug-bpe", "chatglm-bpe", "glm4", "llama-bpe"),
+            "HelloWorld 's _I 'LL _ 123 45 _a //NN _ _b",
+        ),
+        (("gpt-4o",), "Hello World's _I'LL _ 123 45 _a //NN _ _b"),
+        (("tekken",), "Hello World 's _I 'LL _ 1 2 3 4 5 _a //NN _ _b"),
+    ],
+)
+def test_where_texts_are_split(names: tuple[str, ...], pieces: str) -> None:
+    """Contractions, capitals, digits, slashes before the ends of lines."""
+    for name in names:
+        split = (
+            PRE_TOKENIZATIONS[name].build().pre_tokenize_str("HelloWorld's I'LL 12345 a//\n\n  b")
+        )
+        assert [p.replace("Ġ", "_").replace("Ċ", "N") for p, _ in split] == pieces.split(), name
+
+
 def test_qwen2_composes(write_byte_level: Write) -> None:
     tokenizer = Tokenizer.from_path(write_byte_level("qwen2"))
     assert tokenizer.encode("e\u0301") == tokenizer.encode("é")
@@ -133,6 +157,7 @@ def test_begin_and_end_tokens(write_byte_level: Write, byte_level: tokenizers.To
     assert ends("gpt-2") == (False, False)
     assert ends("llama-bpe") == (True, False)
     assert ends("llama-bpe", add_bos_token=False) == (False, False)
+    assert ends("dbrx") == ends("glm4") == ends("gpt-4o") == (False, False)
     assert ends("gpt-2", add_bos_token=True, add_eos_token=True) == (True, True)
 
 

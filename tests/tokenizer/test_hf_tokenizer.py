@@ -86,7 +86,7 @@ def test_chat_template_places(
         (folder / "chat_template.jinja").write_text(jinja)
     tokenizer = Tokenizer.from_path(folder)
     assert tokenizer.has_chat_template
-    assert tokenizer.apply_chat_template(MESSAGES) == expected
+    assert tokenizer.apply_chat_template(MESSAGES).text == expected
 
 
 def test_no_chat_template(tmp_path: Path, byte_level: tokenizers.Tokenizer) -> None:

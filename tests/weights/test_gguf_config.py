@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nano_vllm.config import RopeScaling
+from nano_vllm.config import ModelConfig, Rope, RopeScaling
 from nano_vllm.models.registry import model_class
 from nano_vllm.weights.model_config import load_model_config
+from tests.weights.conftest import LLAMA_METADATA
 
 
 def test_fields(write_gguf: Callable[..., Path]) -> None:
@@ -58,6 +59,33 @@ def test_rope_scaling(
 ) -> None:
     metadata = {f"llama.rope.scaling.{key}": value for key, value in values.items()}
     assert load_model_config(write_gguf(metadata), model_class).rope_scaling == expected
+
+
+def window_layers(config: ModelConfig) -> list[int]:
+    return [config.window(layer) for layer in range(config.num_layers)]
+
+
+def test_olmo3_is_an_olmo2_with_a_window(write_gguf: Callable[..., Path]) -> None:
+    shape: dict[str, Any] = {
+        **{k.replace("llama", "olmo2"): v for k, v in LLAMA_METADATA.items() if "llama" in k},
+        "olmo2.block_count": 5,
+        "olmo2.rope.scaling.type": "yarn",
+        "olmo2.rope.scaling.factor": 8.0,
+    }
+    config = load_model_config(write_gguf(shape, arch="olmo2"), model_class)
+    assert (config.architecture, config.sliding_rope) == ("Olmo2ForCausalLM", None)
+    assert window_layers(config) == [0] * 5
+    shape["olmo2.attention.sliding_window"] = 7
+    config = load_model_config(write_gguf(shape, arch="olmo2"), model_class)
+    assert (config.architecture, window_layers(config)) == ("Olmo3ForCausalLM", [7, 7, 7, 0, 7])
+    assert config.rope_scaling is not None
+    assert config.sliding_rope == Rope(5000.0)
+    shape["olmo2.attention.sliding_window_pattern"] = [True, False, False, True, True]
+    config = load_model_config(write_gguf(shape, arch="olmo2"), model_class)
+    assert window_layers(config) == [7, 0, 0, 7, 7]
+    shape["olmo2.attention.sliding_window_pattern"] = [True]
+    with pytest.raises(ValueError, match="must be an array of 5 of true or false"):
+        load_model_config(write_gguf(shape, arch="olmo2"), model_class)
 
 
 def test_frequency_factors(write_gguf: Callable[..., Path]) -> None:

@@ -64,6 +64,27 @@ def test_fields(tmp_path: Path) -> None:
     assert (config.dtype, config.bos_token_id, config.eos_token_ids) == ("bfloat16", 1, (2,))
 
 
+def test_olmo3_as_it_was_published(tmp_path: Path) -> None:
+    """transformers 4: one base frequency, and a scaling that is not for the window's layers."""
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    changes = {"architectures": ["Olmo3ForCausalLM"], "rope_scaling": scaling}
+    config = parse(write(tmp_path, {**changes, "num_hidden_layers": 5, "sliding_window": 7}))
+    assert [config.window(layer) for layer in range(5)] == [7, 7, 7, 0, 7]
+    assert config.rope(0) == Rope(5e5)
+    full = config.rope(3)
+    assert full is not None
+    assert full.theta == 5e5
+    assert full.scaling is not None
+    assert (full.scaling.kind, full.scaling.factor) == ("yarn", 8.0)
+
+
+def test_glm4_as_it_was_published(tmp_path: Path) -> None:
+    changes = {"architectures": ["Glm4ForCausalLM"], "attention_bias": True, "head_dim": 32}
+    config = parse(write(tmp_path, changes))
+    assert (config.rotary_dim, config.rope_is_neox) == (16, False)
+    assert (config.attention_bias, config.attention_output_bias) == (True, False)
+
+
 def test_what_transformers_saves(tmp_path: Path) -> None:
     """The form of transformers 5: rope_parameters, dtype, every field written."""
     hf = transformers.LlamaConfig(

@@ -96,6 +96,19 @@ def test_an_index_that_points_at_itself(folder: Path) -> None:
     fails(folder, "has no weights")
 
 
+def test_shards_of_other_lengths_and_kinds(folder: Path) -> None:
+    for change in (lambda data: data[:-1], lambda data: data[:20], lambda data: data + b"x"):
+        save_file({"a": torch.zeros(8)}, folder / "1.safetensors")
+        save_file({"b": torch.zeros(8)}, folder / "2.safetensors")
+        places = {"a": "1.safetensors", "b": "2.safetensors"}
+        (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+        shard = folder / "2.safetensors"
+        shard.write_bytes(change(shard.read_bytes()))
+        fails(folder, r"2\.safetensors is truncated or corrupt")
+    save_file({"b": torch.zeros(8, dtype=torch.int64)}, shard)
+    fails(folder, "tensor 'b' has dtype I64; supported: F64, F32, F16, BF16")
+
+
 def test_a_shard_that_is_a_loop_of_links(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE}}))
     (folder / SINGLE).symlink_to("other.safetensors")
@@ -121,6 +134,9 @@ def test_pickles(folder: Path) -> None:
     (folder / SINGLE).write_bytes(data)
     fails(folder, "truncated or corrupt")
     torch.save({"a": Harmful(mark)}, folder / SINGLE)
+    fails(folder, "truncated or corrupt")
+    (folder / SINGLE).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
     fails(folder, "truncated or corrupt")
     assert not mark.exists()
 
@@ -149,17 +165,17 @@ def test_files_of_a_gigabyte(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         with (folder / name).open("wb") as file:
             file.truncate(1 << 30)
-    fails(folder, r"config.json must have at most 268435456 bytes, got 1073741824")
+    fails(folder, r"config.json must have at most 134217728 bytes, got 1073741824")
     (folder / "config.json").unlink()
     for name in ("tokenizer.json", "tekken.json", "tokenizer.model", "x.tiktoken"):
         with (folder / name).open("wb") as file:
             file.truncate(1 << 30)
-        with pytest.raises(ValueError, match=rf"{name} must have at most 268435456 bytes"):
+        with pytest.raises(ValueError, match=rf"{name} must have at most 134217728 bytes"):
             load_hf_tokenizer(folder)
         (folder / name).unlink()
     (folder / "tokenizer.model").write_bytes(b"\n")
     os.truncate(folder / "tokenizer.model", 1 << 30)
-    with pytest.raises(ValueError, match=r"tokenizer.model must have at most 268435456 bytes"):
+    with pytest.raises(ValueError, match=r"tokenizer.model must have at most 134217728 bytes"):
         load_hf_tokenizer(folder)
 
 
@@ -190,6 +206,17 @@ def test_numbers_of_a_gguf_header(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(data + bytes(64))
     fails(path, "truncated or corrupt")
+
+
+@pytest.mark.parametrize("element", [8, 0], ids=["strings", "bytes"])
+def test_a_vocabulary_of_a_gigabyte_in_a_gguf(tmp_path: Path, element: int) -> None:
+    path = tmp_path / "model.gguf"
+    count = (1 << 30) // (8 if element == 8 else 1)
+    name = b"tokenizer.ggml.tokens"
+    key = struct.pack("<Q", len(name)) + name
+    path.write_bytes(gguf_header(0, 1, key + struct.pack("<IIQ", 9, element, count)))
+    os.truncate(path, (1 << 30) + 1000)  # empty strings, or zeros
+    fails(path, "the header must have at most 67108864 bytes")
 
 
 def test_a_hundred_thousand_tensors_of_a_gguf(write_gguf: WriteGGUF, tmp_path: Path) -> None:
