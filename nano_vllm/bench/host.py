@@ -163,6 +163,7 @@ class ModelLessRunner:
         self.num_host_blocks = 0
         self.host_block_seconds = None
         self.saturating_tokens = 1
+        self.spread = None
         self.freed_window = 0
         self.input_batch = InputBatch(
             heads,  # type: ignore[arg-type]

@@ -202,6 +202,7 @@ def header_fields(scheduler: Scheduler) -> dict[str, Any]:
         settings["prefill_pace"] = {
             "limit": pace.limit,
             "saturating_tokens": pace.cost.saturating_tokens,
+            "spread": pace.spread,
         }
     return {
         "format": FORMAT,

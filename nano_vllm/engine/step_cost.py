@@ -13,6 +13,14 @@ MIN_PREFILL_TOKENS = 4
 """A prompt goes on by so many tokens a step, whatever they cost."""
 MIN_PREFILL_SHARE = 0.1
 """A prompt may lengthen a step by so much of what it takes without, however low the limit is."""
+MIN_PREFILL_RETURN = 0.25
+"""And by so much of what any part of it, were it one token, costs the step: streams that have to
+wait for that are better off where the prompt is soon done.
+"""
+MARGIN = 1.2, 0.045, 0.1
+"""By so many mean errors the steps aim below the limit, at least and at most so much of it: they
+vary, and the promise is about the slow ones.
+"""
 
 _ROWS, _CONTEXT, _TOKENS, _PAIRS = 1 / 64, 1 / 2**16, 1 / 2**8, 1 / 2**20
 """Units in which the features of usual steps are about 1."""
@@ -141,15 +149,16 @@ class StepCost:
             prefill_context: tokens of the prompt that are in the cache already.
 
         Returns:
-            at least MIN_PREFILL_TOKENS, and what takes MIN_PREFILL_SHARE of a step without beyond
-            what it costs to have any.
+            at least MIN_PREFILL_TOKENS, and what takes MIN_PREFILL_SHARE of a step without or
+            MIN_PREFILL_RETURN of what it costs to have any.
         """
         base = self._decode.at(num_decodes * _ROWS, decode_context * _CONTEXT)
         overhead, per_token, per_pair = self._prefill.weights
         per_token, per_pair = per_token * _TOKENS, per_pair * _PAIRS
         few = self.saturating_tokens
         by_any = per_pair * few * prefill_context
-        least = max(overhead, 0.0) + by_any + MIN_PREFILL_SHARE * base
+        fixed = max(overhead, 0.0) + by_any
+        least = fixed + max(MIN_PREFILL_SHARE * base, MIN_PREFILL_RETURN * fixed)
         room = max(limit - base, least) - overhead
 
         def slope_at(num_tokens: float) -> float:
@@ -194,14 +203,22 @@ class PrefillPace:
         limit: seconds between two tokens of a running stream; None for twice what they are without
             prompts, 0 for as many as there may be.
         saturating_tokens: as in StepCost.
+        spread: behind so many tokens of a prompt, parts of up to so many are shared out among all
+            of the device; longer ones would take far longer. None where there is no difference.
     """
 
     MAX_STEPS = 32
     """So many steps with prompts in a row; then one without shows what decodes take by now."""
 
-    def __init__(self, limit: float | None = None, saturating_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        limit: float | None = None,
+        saturating_tokens: int = 1,
+        spread: tuple[int, int] | None = None,
+    ) -> None:
         self.cost = StepCost(saturating_tokens)
         self.limit = limit
+        self.spread = spread
         self._num_steps = 0
 
     def observe(self, work: StepWork, seconds: float) -> None:
@@ -223,9 +240,14 @@ class PrefillPace:
         limit = self.limit
         if limit is None:
             limit = 2.0 * self.cost.predict(StepWork(num_decodes, decode_context, 0, 0))
-        # Steps vary, and the promise is about the slow ones.
-        limit *= 1.0 - min(1.2 * self.cost.error, 0.1)
-        return self.cost.max_prefill_tokens(limit, num_decodes, decode_context, prefill_context)
+        errors, least, most = MARGIN
+        limit *= 1.0 - min(max(errors * self.cost.error, least), most)
+        num_tokens = self.cost.max_prefill_tokens(
+            limit, num_decodes, decode_context, prefill_context
+        )
+        if self.spread is not None and prefill_context >= self.spread[0]:
+            num_tokens = min(num_tokens, self.spread[1])
+        return num_tokens
 
 
 def _guess_prefill(base: float) -> tuple[float, float, float]:

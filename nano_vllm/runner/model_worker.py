@@ -19,7 +19,12 @@ from nano_vllm.metrics import LapTimer
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
 from nano_vllm.runner.cuda_graphs import StepGraphs
-from nano_vllm.runner.input_batch import InputBatch, ModelInput
+from nano_vllm.runner.input_batch import (
+    MAX_SPREAD_TOKENS,
+    MIN_SPREAD_CONTEXT,
+    InputBatch,
+    ModelInput,
+)
 from nano_vllm.runner.limits import (
     check_head_dim,
     choose_dtype_name,
@@ -142,6 +147,10 @@ class ModelWorker:
             """
             self.saturating_tokens = _saturating_tokens(shard, self.device)
             """Of a prompt; see StepCost."""
+            self.spread = (
+                (MIN_SPREAD_CONTEXT, MAX_SPREAD_TOKENS) if self.input_batch.spreads_chunks else None
+            )
+            """Of a prompt; see PrefillPace."""
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda" and not config.enforce_eager:
                 self.graphs = StepGraphs(

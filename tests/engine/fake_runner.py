@@ -135,6 +135,7 @@ class FakeRunner:
         self.num_host_blocks = num_host_blocks
         self.host_block_seconds = None
         self.saturating_tokens = 1
+        self.spread = None
         self._slots = [EMPTY] * (num_blocks * block_size)
         self._host_blocks: dict[int, list[int]] = {}
 

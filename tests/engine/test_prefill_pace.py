@@ -26,7 +26,7 @@ class SimulatedRunner(FakeRunner):
 
     def __init__(self, device: Device, **options: Any) -> None:
         super().__init__(
-            num_blocks=8192,
+            num_blocks=16_384,
             block_size=16,
             max_model_len=40_000,
             max_num_batched_tokens=BUDGET,

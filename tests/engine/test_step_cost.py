@@ -257,3 +257,15 @@ def test_a_prompt_takes_many_tokens_where_few_cost_as_much() -> None:
     by_any = SMALL.seconds(StepWork(1, 600, 1, pace.cost.pairs(1, 32_000))) - base
     assert longest < 1.02 * (base + 1.25 * by_any)
     assert num_steps < 500
+
+
+def test_parts_that_are_spread_are_no_longer_than_can_be() -> None:
+    pace, free = PrefillPace(1.0, spread=(2048, 256)), PrefillPace(1.0)
+    for each in (pace, free):
+        for tokens in (100, 200, 400, 800):
+            for context in (0, 2000, 4000):
+                pairs = each.cost.pairs(tokens, context)
+                each.observe(StepWork(8, 800, tokens, pairs), 0.005 + 1e-5 * tokens)
+    assert free.max_prefill_tokens(8, 800, 3000) > 256
+    assert pace.max_prefill_tokens(8, 800, 3000) == 256
+    assert pace.max_prefill_tokens(8, 800, 2047) > 256

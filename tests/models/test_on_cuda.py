@@ -102,6 +102,7 @@ def test_chunks_whose_tokens_decode_generate_alike(
     expected = generate(tmp_path, "cuda", dtype, prompts, **room)
     monkeypatch.setattr(input_batch, "MIN_SPREAD_CONTEXT", 16)
     monkeypatch.setattr(input_batch, "SHARED_PREFIX_BYTES", 0)
+    monkeypatch.setattr(input_batch, "DECODE_QUERIES", 1)
     num_spread = 0
     prompt_rows = input_batch.InputBatch.prompt_rows
 
