@@ -145,11 +145,13 @@ class Watchdog:
     def _why_gone(self, beat: Beat, silence: float) -> str | None:
         if is_near(beat) and is_dead(beat.pid):
             return "is dead"
-        if silence > (LOADING_SILENCE_SECONDS if beat.step < 0 else SILENCE_SECONDS):
+        is_loading = self._progress.step < 0  # which takes some ranks longer than others
+        # Once one has a step all have loaded, also those whose last beat does not say so yet.
+        loads = is_loading and beat.step < 0
+        if silence > (LOADING_SILENCE_SECONDS if loads else SILENCE_SECONDS):
             kill_if_near(beat)
             return f"has given no sign of life for {silence:.0f} s"
         waiting_since = self._progress.waiting_since
-        is_loading = self._progress.step < 0  # which takes some ranks longer than others
         if waiting_since is None or beat.waiting_seconds or is_loading:
             return None
         waited = time.monotonic() - waiting_since

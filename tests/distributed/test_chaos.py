@@ -7,12 +7,14 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed.launch_ranks import Ranks, start_ranks
 from tests.distributed.rank_functions import (
@@ -61,11 +63,14 @@ def check_end(ranks: Ranks, victim: int, seconds: float, line: str) -> None:
         probe.bind(("127.0.0.1", ranks.port))
 
 
-def strike(model: str, folder: Path, number: int, draw: random.Random) -> None:
-    tp, pp = draw.choice(((2, 1), (2, 1), (1, 2), (4, 1), (2, 2)))
+def strike(model: str, folder: Path, number: int, draw: random.Random, device: str = "cpu") -> None:
+    cuts = [(2, 1), (2, 1), (1, 2), (4, 1), (2, 2)]
+    if device == "cuda":
+        cuts = [(tp, pp) for tp, pp in cuts if tp * pp <= torch.cuda.device_count()]
+    tp, pp = draw.choice(cuts)
     size, name = tp * pp, draw.choice((signal.SIGKILL, signal.SIGSTOP))
     victim, step = draw.randrange(size), draw.randint(1, 40)
-    options = options_of(model, tensor_parallel_size=tp, pipeline_parallel_size=pp)
+    options = options_of(model, tensor_parallel_size=tp, pipeline_parallel_size=pp, device=device)
     ranks = start_ranks(generate_slowly, size, folder / str(number), options)
     try:
         wait_for_step(ranks, step)
@@ -79,12 +84,19 @@ def strike(model: str, folder: Path, number: int, draw: random.Random) -> None:
 
 
 def test_a_rank_is_killed_or_stopped_at_a_random_step(
-    tmp_path: Path, model: str, seed: int
+    tmp_path: Path, model: str, seed: int, device: str
 ) -> None:
+    """On GPUs with NCCL; nothing of the ranks stays there."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
     draw = random.Random(seed)
     draws = [random.Random(draw.getrandbits(63)) for _ in range(ROUNDS)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        list(threads.map(lambda i: strike(model, tmp_path, i, draws[i]), range(ROUNDS)))
+        list(threads.map(lambda i: strike(model, tmp_path, i, draws[i], device), range(ROUNDS)))
+    if device == "cuda":
+        command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert not {int(pid) for pid in found.split() if pid.isdigit()} - {os.getpid()}
 
 
 @pytest.mark.parametrize(
