@@ -46,7 +46,6 @@ from nano_vllm.engine.messages import (
 if TYPE_CHECKING:
     from nano_vllm.engine.engine import Engine
     from nano_vllm.engine.request import Request
-    from nano_vllm.outputs import RequestOutput
 
 PICTURE_BLOCKS = 2048
 PICTURE_STEPS = 120
@@ -76,8 +75,6 @@ class EngineLoop:
         self._inbox = inbox
         self._send = send
         self._clock = clock
-        self._sent: dict[str, dict[int, tuple[int, int] | None]] = {}
-        """By request and completion: characters and tokens that were reported; None for all."""
         self._steps: deque[StepNote] = deque(maxlen=PICTURE_STEPS)
         self._step_seconds = 0.0
         self._host_seconds = 0.0
@@ -99,14 +96,13 @@ class EngineLoop:
             start = self._clock()
             if end is not None:
                 self._host_seconds += start - end
-            outputs = self._engine.step()
+            deltas = [delta_of(request) for request in self._engine.advance()]
             end = self._clock()
             self._step_seconds += end - start
-            deltas = [self._delta(output) for output in outputs]
             if deltas:
                 self._send(Deltas(deltas))
-            num_running = self._engine.get_metrics().num_running
-            num_tokens = sum(delta.num_tokens for delta in deltas)
+            num_running = self._engine.scheduler.num_running
+            num_tokens = sum(len(c.token_ids) for delta in deltas for c in delta.completions)
             self._steps.append(StepNote(end, end - start, num_running, num_tokens))
 
     def _handle(self, message: ToEngine | None) -> None:
@@ -119,7 +115,6 @@ class EngineLoop:
         elif isinstance(message, Abort):
             for request_id in message.request_ids:
                 engine.abort(request_id)
-                self._sent.pop(request_id, None)
         elif isinstance(message, Ping):
             self._send(self._pong(message.with_picture))
         elif message is None:
@@ -141,41 +136,6 @@ class EngineLoop:
             stream=message.stream,
             priority=message.priority,
             cache_salt=message.cache_salt,
-        )
-
-    def _delta(self, output: RequestOutput) -> RequestDelta:
-        is_first = output.request_id not in self._sent
-        sent = self._sent.setdefault(output.request_id, {})
-        completions = []
-        for completion in output.outputs:
-            reported = sent.get(completion.index, (0, 0))
-            if reported is None:
-                continue
-            num_chars, num_tokens = reported
-            if num_tokens == len(completion.token_ids) and not completion.finished:
-                continue
-            logprobs = completion.logprobs
-            completions.append(
-                CompletionDelta(
-                    completion.index,
-                    completion.text[num_chars:],
-                    completion.token_ids[num_tokens:],
-                    None if logprobs is None else logprobs[num_tokens:],
-                    completion.finish_reason,
-                    completion.stop_reason,
-                )
-            )
-            so_far = (len(completion.text), len(completion.token_ids))
-            sent[completion.index] = None if completion.finished else so_far
-        if output.finished:
-            del self._sent[output.request_id]
-        return RequestDelta(
-            output.request_id,
-            completions,
-            output.finished,
-            output.metrics if output.finished else None,
-            output.num_cached_tokens if output.finished else 0,
-            output.prompt_logprobs if is_first else None,
         )
 
     def _pong(self, with_picture: bool) -> Pong:
@@ -202,6 +162,39 @@ class EngineLoop:
             owners.get(block) or (CACHED if allocator.state(block) == cached else FREE)
             for block in range(0, allocator.num_blocks, stride)
         )
+
+
+def delta_of(request: Request) -> RequestDelta:
+    """What a request gained since the last call."""
+    completions = []
+    for index, completion in enumerate(request.results):
+        sequence, told = completion.sequence, completion.num_told_tokens
+        num_tokens, ended = sequence.num_output_tokens, sequence.is_finished
+        if completion.is_told or (num_tokens == told and not ended):
+            continue
+        text = completion.text.text if ended else completion.text.settled_text
+        completions.append(
+            CompletionDelta(
+                index,
+                text[completion.num_told_chars :],
+                sequence.token_ids[sequence.num_prompt_tokens + told :],
+                sequence.output_logprobs[told:] if request.has_logprobs else None,
+                sequence.finish_reason,
+                sequence.stop_reason,
+            )
+        )
+        completion.num_told_tokens, completion.num_told_chars = num_tokens, len(text)
+        completion.is_told = ended
+    is_told, request.is_told = request.is_told, True
+    has_ended = request.metrics.finished_time is not None
+    return RequestDelta(
+        request.request_id,
+        completions,
+        has_ended,
+        request.metrics if has_ended else None,
+        request.num_cached_tokens if has_ended else 0,
+        None if is_told else request.prompt_logprobs,
+    )
 
 
 def serve_engine(connection: socket.socket) -> int:

@@ -18,7 +18,8 @@ from nano_vllm.server.chat import ChatAnswer
 from nano_vllm.server.completions import CompletionAnswer
 from nano_vllm.server.documentation import describe, document
 from nano_vllm.server.errors import ApiError, invalid
-from nano_vllm.server.generation import error_response, event, json_response, respond
+from nano_vllm.server.event import event
+from nano_vllm.server.generation import error_response, json_response, respond
 from nano_vllm.server.guard import Guard
 from nano_vllm.server.http_body import Disconnected, decode, read_body
 from nano_vllm.server.page import page_html
