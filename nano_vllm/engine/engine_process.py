@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from nano_vllm.engine.messages import (
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 PICTURE_BLOCKS = 2048
 PICTURE_STEPS = 120
 EXIT_SECONDS = 10
+TOKENS_PER_MESSAGE = 128
+"""With log-probabilities, which are up to 21 entries a token."""
 NUM_OWNERS = 250
 """Sequences that a picture can tell apart."""
 
@@ -99,11 +101,18 @@ class EngineLoop:
             deltas = [delta_of(request) for request in self._engine.advance()]
             end = self._clock()
             self._step_seconds += end - start
-            if deltas:
-                self._send(Deltas(deltas))
+            num_tokens = sum(delta.num_tokens for delta in deltas)
+            self._report(deltas)
             num_running = self._engine.scheduler.num_running
-            num_tokens = sum(len(c.token_ids) for delta in deltas for c in delta.completions)
             self._steps.append(StepNote(end, end - start, num_running, num_tokens))
+
+    def _report(self, deltas: list[RequestDelta]) -> None:
+        if any(delta.num_tokens > TOKENS_PER_MESSAGE for delta in deltas):
+            for delta in deltas:
+                for part in parts_of(delta):
+                    self._send(Deltas([part]))
+        elif deltas:
+            self._send(Deltas(deltas))
 
     def _handle(self, message: ToEngine | None) -> None:
         engine = self._engine
@@ -195,6 +204,22 @@ def delta_of(request: Request) -> RequestDelta:
         request.num_cached_tokens if has_ended else 0,
         None if is_told else request.prompt_logprobs,
     )
+
+
+def parts_of(delta: RequestDelta) -> Iterator[RequestDelta]:
+    """Deltas that sum up to this one, with so few log-probabilities each that to decode it holds
+    nobody up.
+    """
+    for completion in delta.completions:
+        token_ids, logprobs = completion.token_ids, completion.logprobs
+        if logprobs is None:
+            continue
+        completion.token_ids, completion.logprobs = [], []
+        for start in range(0, len(token_ids), TOKENS_PER_MESSAGE):
+            end = start + TOKENS_PER_MESSAGE
+            part = CompletionDelta(completion.index, "", token_ids[start:end], logprobs[start:end])
+            yield RequestDelta(delta.request_id, [part], False)
+    yield delta
 
 
 def serve_engine(connection: socket.socket) -> int:

@@ -49,6 +49,8 @@ DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 STATE_SECONDS = 0.25
 """Between two pictures of the engine."""
 CLIENT_CLOSED = 499
+LARGE_BODY = 2**18
+"""Bytes; what is longer is decoded beside the event loop."""
 
 router = APIRouter()
 
@@ -83,8 +85,11 @@ def service_of(request: Request) -> Service:
 
 
 async def body_of(request: Request, decoder: msgspec.json.Decoder[Any]) -> Any:
-    timeout = service_of(request).config.read_timeout
-    return decode(await read_body(request.headers, request.receive, timeout), decoder)
+    service = service_of(request)
+    body = await read_body(request.headers, request.receive, service.config.read_timeout)
+    if len(body) > LARGE_BODY:
+        return await service.in_thread(decode, body, decoder)
+    return decode(body, decoder)
 
 
 @router.post("/v1/completions", **describe(CompletionRequest, Completion))

@@ -20,6 +20,8 @@ from nano_vllm.server.service import Service
 
 MAX_PENDING_TOKENS = 2**16
 """Of a stream whose client does not read: more, and it is cut off."""
+LARGE_ANSWER = 2**10
+"""Output tokens; what has more is put together beside the event loop."""
 ABORT_CONNECTION = "nano_vllm.abort_connection"
 """The extension of the ASGI scope that drops the connection at once."""
 _ENCODER = msgspec.json.Encoder()
@@ -105,17 +107,22 @@ class Run:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
                 raise Disconnected
-            whole = self._answer.whole(collecting.result())
+            deltas = collecting.result()
+            if self._answer.num_output_tokens > LARGE_ANSWER:
+                return await self._service.in_thread(self._response, deltas)
+            return self._response(deltas)
         finally:
             leaving.cancel()
             collecting.cancel()
             self.close()
-        return json_response(whole)
 
     def close(self) -> None:
         """Abort what is unfinished."""
         self._timer.cancel()
         self._service.llm.abort(self._output)
+
+    def _response(self, deltas: dict[int, RequestDelta]) -> Response:
+        return json_response(self._answer.whole(deltas))
 
     async def _collect(self) -> dict[int, RequestDelta]:
         total: dict[int, RequestDelta] = {}

@@ -153,6 +153,7 @@ class Gate:
             if name in variables:
                 raise invalid(f"chat_template_kwargs must not set {name}", "chat_template_kwargs")
         messages = [_plain(message) for message in getattr(request, "messages", None) or []]
+        self._check_length(sum(len(str(message["content"])) for message in messages), "messages")
         goes_on = bool(request.continue_final_message)
         opens = request.add_generation_prompt
         if goes_on:
@@ -177,17 +178,20 @@ class Gate:
     def encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
         """Token ids; a text that is far too long is refused at once."""
         tokenizer = self.tokenizer(field)
-        if len(text) > self.max_model_len * MAX_CHARS_PER_TOKEN:
-            raise invalid(
-                f"the prompt has {len(text)} characters, more than the context of "
-                f"{self.max_model_len} tokens can hold",
-                field,
-                "context_length_exceeded",
-            )
+        self._check_length(len(text), field)
         try:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except ValueError as error:
             raise invalid(str(error), field) from None
+
+    def _check_length(self, num_chars: int, field: str) -> None:
+        if num_chars > self.max_model_len * MAX_CHARS_PER_TOKEN:
+            raise invalid(
+                f"the prompt has {num_chars} characters, more than the context of "
+                f"{self.max_model_len} tokens can hold",
+                field,
+                "context_length_exceeded",
+            )
 
     def decode(self, token_ids: list[int], field: str = "tokens") -> str:
         """The text of tokens that a client sent."""

@@ -53,12 +53,17 @@ class _Answer:
         self.is_complete = True
 
 
+def request_bytes(path: str, body: Any, *headers: str) -> bytes:
+    """A POST request as it goes over the connection."""
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "host: a", f"content-length: {len(data)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
 async def stream(url: str, body: dict[str, Any], leaving: Leaving | None = None) -> str | None:
     """The text of one streamed completion; None where the client left before it had all."""
     host, port = url.removeprefix("http://").split(":")
-    data = json.dumps({**body, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(data)}\r\n\r\n"
-    request = head.encode() + data
+    request = request_bytes("/v1/completions", {**body, "stream": True})
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         if leaving is None:
