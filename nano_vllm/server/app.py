@@ -214,6 +214,12 @@ async def page(request: Request) -> Response:
     )
 
 
+@router.get("/favicon.ico", include_in_schema=False)
+async def favicon(request: Request) -> Response:
+    """Browsers ask for it."""
+    return Response(status_code=204)
+
+
 @router.get("/debug/state", include_in_schema=False)
 async def state(request: Request) -> Response:
     """An engine as server-sent events, a few a second, as the page shows it."""

@@ -6,7 +6,6 @@ import asyncio
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -14,25 +13,9 @@ import openai
 import pytest
 
 from nano_vllm.config import DEFAULT_MODEL
-from nano_vllm.weights.resolve import resolve_model
 from tests.server.running_server import RunningServer
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    try:
-        resolve_model(None)
-    except ValueError as error:
-        pytest.skip(str(error))
-    log = tmp_path_factory.mktemp("smollm2") / "log"
-    server = RunningServer(["--num-blocks", "256", "--max-model-len", "1024"], log)
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture
