@@ -39,9 +39,9 @@ from nano_vllm.engine.messages import (
     Search,
     StepNote,
     ToEngine,
-    encode,
     to_engine_decoder,
 )
+from nano_vllm.engine.outbox import Outbox
 
 if TYPE_CHECKING:
     from nano_vllm.engine.engine import Engine
@@ -233,10 +233,8 @@ def serve_engine(connection: socket.socket) -> int:
     if not isinstance(first, Load):
         return 1
     inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
-    outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+    outbox = Outbox(connection)
     threading.Thread(target=_read_into, args=(stream, inbox), daemon=True).start()
-    writer = threading.Thread(target=_write_from, args=(outbox, connection), daemon=True)
-    writer.start()
     exit_code = 1
     try:
         from nano_vllm.engine.engine import Engine
@@ -244,7 +242,7 @@ def serve_engine(connection: socket.socket) -> int:
         engine = Engine.from_config(first.config)
         engine.number_from(first.first_seq_id)
         runner = engine.runner
-        outbox.put(
+        outbox.send(
             Ready(
                 runner.model_config.vocab_size,
                 runner.max_model_len,
@@ -254,16 +252,15 @@ def serve_engine(connection: socket.socket) -> int:
             )
         )
         gc.freeze()  # what is loaded stays: no collection need look at it, in the middle of a step
-        EngineLoop(engine, inbox, outbox.put).run()
+        EngineLoop(engine, inbox, outbox.send).run()
         engine.close()
         exit_code = 0
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        outbox.put(Failed(kind + " ".join(str(error).split())))
+        outbox.send(Failed(kind + " ".join(str(error).split())))
         if not isinstance(error, ValueError):
             sys.excepthook(*sys.exc_info())
-    outbox.put(None)
-    writer.join(timeout=5)
+    outbox.close(timeout=5)
     return exit_code
 
 
@@ -286,20 +283,6 @@ def _read_into(stream: BinaryIO, inbox: queue.SimpleQueue[ToEngine | None]) -> N
     inbox.put(None)
     time.sleep(EXIT_SECONDS)  # a daemon's: the process has ended by then, unless a step hangs
     os._exit(1)
-
-
-def _write_from(outbox: queue.SimpleQueue[FromEngine | None], connection: socket.socket) -> None:
-    """Send messages, those that came meanwhile together."""
-    while True:
-        messages = [outbox.get()]
-        while not outbox.empty():
-            messages.append(outbox.get())
-        try:
-            connection.sendall(encode(message for message in messages if message is not None))
-        except OSError:
-            return
-        if messages[-1] is None:
-            return
 
 
 def main() -> int:

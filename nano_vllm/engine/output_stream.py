@@ -57,7 +57,7 @@ class OutputStream:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens that came and were not read."""
-        return sum(delta.num_tokens for delta in self._pending.values())
+        return sum(delta.num_tokens for delta in self._pending.values()) if self._pending else 0
 
     def _ring(self) -> None:
         if self._wake is not None and not self._wake.done():

@@ -43,6 +43,7 @@ from nano_vllm.server.responses import (
 )
 from nano_vllm.server.routes import Routes
 from nano_vllm.server.service import Service
+from nano_vllm.server.validation import is_short
 
 COMPLETION = msgspec.json.Decoder(CompletionRequest)
 CHAT = msgspec.json.Decoder(ChatRequest)
@@ -104,7 +105,10 @@ async def create_completion(request: Request) -> Response:
     gate = service.check_open()
     asked: CompletionRequest = await body_of(request, COMPLETION)
     service.check_model(asked.model)
-    prompts = await service.in_thread(gate.completion, asked)
+    if is_short(asked):
+        prompts = gate.completion(asked)
+    else:
+        prompts = await service.in_thread(gate.completion, asked)
     answer = CompletionAnswer(asked, prompts, service.model_name, service.tokenizer)
     return await respond(service, answer, request.receive)
 

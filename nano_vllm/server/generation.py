@@ -24,6 +24,8 @@ LARGE_ANSWER = 2**10
 """Output tokens; what has more is put together beside the event loop."""
 ABORT_CONNECTION = "nano_vllm.abort_connection"
 """The extension of the ASGI scope that drops the connection at once."""
+WRITE_PART = "nano_vllm.write_part"
+"""The extension that writes a part of the body at once; it says whether it could."""
 _ENCODER = msgspec.json.Encoder()
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -178,10 +180,11 @@ class EventStream(Response):
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        write_part = scope.get("extensions", {}).get(WRITE_PART)
         try:
             while deltas is not None:
                 events = b"".join([answer.events(place, delta) for place, delta in deltas])
-                if events:
+                if events and not (write_part and write_part(events)):
                     await self._put(send, events)
                 if run.num_pending_tokens > MAX_PENDING_TOKENS:
                     _cut_off(scope)

@@ -25,6 +25,10 @@ from nano_vllm.server.protocol import (
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+SHORT_TEXT = 256
+"""Characters."""
+SHORT_IDS = 2048
+"""Tokens."""
 MAX_CHARS_PER_TOKEN = 256
 """A text longer than this times the context is refused before it is tokenised."""
 SAME_NAME = (
@@ -285,6 +289,16 @@ def _biases(biases: dict[str, float] | None) -> dict[int, float] | None:
         if not (token_id.isascii() and token_id.isdigit() and len(token_id) <= 10):
             raise ValueError(f"logit_bias must be by token id, got {token_id[:32]!r}")
     return {int(token_id): bias for token_id, bias in biases.items()}
+
+
+def is_short(request: CompletionRequest) -> bool:
+    """Whether the gate takes no longer than to ask a thread to do its work."""
+    prompt = request.prompt
+    if request.echo or request.bad_words or request.stop or not prompt:
+        return False
+    if isinstance(prompt, str):
+        return len(prompt) <= SHORT_TEXT
+    return isinstance(prompt[0], int) and len(prompt) <= SHORT_IDS
 
 
 def _plain(message: Any) -> dict[str, Any]:
