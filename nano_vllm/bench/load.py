@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +18,10 @@ from nano_vllm.bench.workload import Workload
 LINE_LIMIT = 2**24
 """Bytes of a header line or chunk size line, at the most."""
 
+_BRINGS_TEXT = re.compile(rb'"choices": ?\[ ?\{')
+_TELLS_MORE = re.compile(rb'"(?:usage|error)": ?[{"]')
+"""Most events do not, and need not be decoded. In a text these would have backslashes."""
+
 
 @dataclass(slots=True)
 class Timeline:
@@ -26,6 +31,10 @@ class Timeline:
     chunks: list[float] = field(default_factory=list)
     """When each event with a choice came."""
     num_tokens: int = 0
+    status: int = 0
+    """Of HTTP; 0 where no answer came."""
+    end: float = 0.0
+    """When the answer was whole, or failed."""
     error: str | None = None
 
     @property
@@ -87,6 +96,7 @@ class Client:
             timeline.error = f"{type(error).__name__}: {error}"
         except asyncio.TimeoutError:
             timeline.error = f"no end within {self._timeout:g} s"
+        timeline.end = time.monotonic()
         if timeline.error is None and not timeline.chunks:
             timeline.error = "no token came"
         return timeline
@@ -94,6 +104,7 @@ class Client:
     async def _stream(self, body: dict[str, Any], timeline: Timeline) -> None:
         pending = b""
         status, parts = await self._request("POST", "/v1/completions", body)
+        timeline.status = status
         if status != 200:
             text = b"".join([part async for part in parts])
             timeline.error = f"status {status}: {text[:200].decode(errors='replace')}"
@@ -103,6 +114,9 @@ class Client:
             *events, pending = (pending + part).split(b"\n\n")
             for event in events:
                 if not event.startswith(b"data: {"):
+                    continue
+                if _BRINGS_TEXT.search(event) and not _TELLS_MORE.search(event):
+                    timeline.chunks.append(now)
                     continue
                 value = json.loads(event[6:])
                 if "error" in value:
@@ -148,9 +162,20 @@ async def _body(
             while part := await reader.read(65536):
                 yield part
             return
-        while size := int(await reader.readline(), 16):
-            yield await reader.readexactly(size)
-            await reader.readexactly(2)
+        data = b""
+        while True:
+            head, found, rest = data.partition(b"\r\n")
+            size = int(head, 16) if found else -1
+            if size == 0:
+                return
+            if found and len(rest) >= size + 2:
+                yield rest[:size]
+                data = rest[size + 2 :]
+                continue
+            more = await reader.read(65536)
+            if not more:
+                raise asyncio.IncompleteReadError(data, None)
+            data += more
     finally:
         writer.close()
 

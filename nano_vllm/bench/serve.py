@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50, 90, 95, 99)
 SLO_NAMES = ("ttft", "tpot", "e2e")
+TOO_MANY_REQUESTS = 429
+"""What a server says whose queue is full."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,12 +83,14 @@ def run(args: argparse.Namespace) -> None:
     failed: list[str] = [t.error for t in timelines if t.error is not None]
     if not done:
         raise ValueError(f"all {len(failed)} requests failed; the first: {failed[0]}")
+    refused = [(t.end - t.start) * 1e3 for t in timelines if t.status == TOO_MANY_REQUESTS]
     machine: dict[str, Any] = {
         "url": args.url,
         "model": model,
         "rate": "inf" if args.request_rate == float("inf") else args.request_rate,
         "prompts": args.num_prompts,
         "failed": len(failed),
+        "refused": len(refused),
         "seconds": round(seconds, 3),
         "date": datetime.date.today().isoformat(),
     }
@@ -100,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
     }
     samples = latencies(done)
     rows = [{"ms": name, **summary(values)} for name, values in samples.items() if values]
+    if refused:
+        rows.append({"ms": "refused", **summary(refused)})
     for error in sorted(set(failed))[:3]:
         print(f"failed: {failed.count(error)} x {error}")
     report("serve", machine, rows, more={"rates": [rates]})

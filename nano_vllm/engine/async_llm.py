@@ -208,7 +208,7 @@ class AsyncLLM:
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Deltas):
-            for delta in message.requests:
+            for delta in reversed(message.requests):  # whose first token it is come last
                 output, place = self._streams.get(delta.request_id, (None, 0))
                 if output is not None:
                     if delta.finished:

@@ -224,6 +224,12 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Advance the requests under way by one step; what is to be reported of them."""
+        return [self._processor.output(request) for request in self.advance()]
+
+    def advance(self) -> list[Request]:
+        """The same, for who reports by other means: the requests that ended, and those that are
+        streamed and gained a token.
+        """
         start, self._result_time = self._result_time, None
         if not self._launched:
             if not self._launch():
@@ -272,7 +278,8 @@ class Engine:
             return None
         for completion in request.completions:
             self._processor.advance(completion)
-        return self._finish(request, self._clock())
+        self._finish(request, self._clock())
+        return self._processor.output(request)
 
     def pin(self, token_ids: list[int], cache_salt: str | None = None) -> int:
         """Keep the full blocks that hold these tokens, as far as they are computed, from eviction.
@@ -359,7 +366,7 @@ class Engine:
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
 
-    def _report(self, noticed: list[Sequence], now: float) -> list[RequestOutput]:
+    def _report(self, noticed: list[Sequence], now: float) -> list[Request]:
         touched: dict[str, Request] = {}
         for sequence in noticed:
             request = touched[sequence.request_id] = self._requests[sequence.request_id]
@@ -368,13 +375,14 @@ class Engine:
             stop = self._processor.advance(request.completions[sequence.index])
             if stop is not None:
                 self._stop(sequence, stop)
-        outputs = []
+        reported = []
         for request in touched.values():
             if request.is_finished:
-                outputs.append(self._finish(request, now))
+                self._finish(request, now)
+                reported.append(request)
             elif request.stream:
-                outputs.append(self._processor.output(request))
-        return outputs
+                reported.append(request)
+        return reported
 
     def _stop(self, sequence: Sequence, stop: str) -> None:
         """A stop string ends the sequence, and counts before any other end in the same step."""
@@ -382,18 +390,18 @@ class Engine:
             self.scheduler.finish(sequence, "stop", stop)
         sequence.finish_reason, sequence.stop_reason = "stop", stop
 
-    def _finish(self, request: Request, now: float) -> RequestOutput:
+    def _finish(self, request: Request, now: float) -> None:
         del self._requests[request.request_id]
         request.metrics.finished_time = now
-        output = self._processor.output(request)
+        request.metrics.num_preemptions = request.num_preemptions
+        results = [completion.sequence for completion in request.results]
         metrics = self._metrics
         metrics.num_finished_requests += 1
-        metrics.num_aborted_requests += any(c.finish_reason == "abort" for c in output.outputs)
-        metrics.num_prompt_tokens += len(output.prompt_token_ids)
-        metrics.num_cached_tokens += output.num_cached_tokens
-        metrics.num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
-        metrics.num_preemptions += output.metrics.num_preemptions
-        return output
+        metrics.num_aborted_requests += any(s.finish_reason == "abort" for s in results)
+        metrics.num_prompt_tokens += len(request.prompt_token_ids)
+        metrics.num_cached_tokens += request.num_cached_tokens
+        metrics.num_output_tokens += sum(s.num_output_tokens for s in results)
+        metrics.num_preemptions += request.num_preemptions
 
 
 def _check_pool(runner: ModelRunner) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from nano_vllm.engine.messages import (
@@ -39,18 +39,19 @@ from nano_vllm.engine.messages import (
     Search,
     StepNote,
     ToEngine,
-    encode,
     to_engine_decoder,
 )
+from nano_vllm.engine.outbox import Outbox
 
 if TYPE_CHECKING:
     from nano_vllm.engine.engine import Engine
     from nano_vllm.engine.request import Request
-    from nano_vllm.outputs import RequestOutput
 
 PICTURE_BLOCKS = 2048
 PICTURE_STEPS = 120
 EXIT_SECONDS = 10
+TOKENS_PER_MESSAGE = 128
+"""With log-probabilities, which are up to 21 entries a token."""
 NUM_OWNERS = 250
 """Sequences that a picture can tell apart."""
 
@@ -77,8 +78,6 @@ class EngineLoop:
         self._inbox = inbox
         self._send = send
         self._clock = clock
-        self._sent: dict[str, dict[int, tuple[int, int] | None]] = {}
-        """By request and completion: characters and tokens that were reported; None for all."""
         self._steps: deque[StepNote] = deque(maxlen=PICTURE_STEPS)
         self._step_seconds = 0.0
         self._host_seconds = 0.0
@@ -102,15 +101,21 @@ class EngineLoop:
             start = self._clock()
             if end is not None:
                 self._host_seconds += start - end
-            outputs = self._engine.step()
+            deltas = [delta_of(request) for request in self._engine.advance()]
             end = self._clock()
             self._step_seconds += end - start
-            deltas = [self._delta(output) for output in outputs]
-            if deltas:
-                self._send(Deltas(deltas))
-            num_running = self._engine.get_metrics().num_running
             num_tokens = sum(delta.num_tokens for delta in deltas)
+            self._report(deltas)
+            num_running = self._engine.scheduler.num_running
             self._steps.append(StepNote(end, end - start, num_running, num_tokens))
+
+    def _report(self, deltas: list[RequestDelta]) -> None:
+        if any(delta.num_tokens > TOKENS_PER_MESSAGE for delta in deltas):
+            for delta in deltas:
+                for part in parts_of(delta):
+                    self._send(Deltas([part]))
+        elif deltas:
+            self._send(Deltas(deltas))
 
     def _handle(self, message: ToEngine | None) -> None:
         engine = self._engine
@@ -122,7 +127,6 @@ class EngineLoop:
         elif isinstance(message, Abort):
             for request_id in message.request_ids:
                 engine.abort(request_id)
-                self._sent.pop(request_id, None)
         elif isinstance(message, Ping):
             self._send(self._pong(message.with_picture))
         elif message is None:
@@ -144,41 +148,6 @@ class EngineLoop:
             stream=message.stream,
             priority=message.priority,
             cache_salt=message.cache_salt,
-        )
-
-    def _delta(self, output: RequestOutput) -> RequestDelta:
-        is_first = output.request_id not in self._sent
-        sent = self._sent.setdefault(output.request_id, {})
-        completions = []
-        for completion in output.outputs:
-            reported = sent.get(completion.index, (0, 0))
-            if reported is None:
-                continue
-            num_chars, num_tokens = reported
-            if num_tokens == len(completion.token_ids) and not completion.finished:
-                continue
-            logprobs = completion.logprobs
-            completions.append(
-                CompletionDelta(
-                    completion.index,
-                    completion.text[num_chars:],
-                    completion.token_ids[num_tokens:],
-                    None if logprobs is None else logprobs[num_tokens:],
-                    completion.finish_reason,
-                    completion.stop_reason,
-                )
-            )
-            so_far = (len(completion.text), len(completion.token_ids))
-            sent[completion.index] = None if completion.finished else so_far
-        if output.finished:
-            del self._sent[output.request_id]
-        return RequestDelta(
-            output.request_id,
-            completions,
-            output.finished,
-            output.metrics if output.finished else None,
-            output.num_cached_tokens if output.finished else 0,
-            output.prompt_logprobs if is_first else None,
         )
 
     def _pong(self, with_picture: bool) -> Pong:
@@ -207,6 +176,55 @@ class EngineLoop:
         )
 
 
+def delta_of(request: Request) -> RequestDelta:
+    """What a request gained since the last call."""
+    completions = []
+    for index, completion in enumerate(request.results):
+        sequence, told = completion.sequence, completion.num_told_tokens
+        num_tokens, ended = sequence.num_output_tokens, sequence.is_finished
+        if completion.is_told or (num_tokens == told and not ended):
+            continue
+        text = completion.text.text if ended else completion.text.settled_text
+        completions.append(
+            CompletionDelta(
+                index,
+                text[completion.num_told_chars :],
+                sequence.token_ids[sequence.num_prompt_tokens + told :],
+                sequence.output_logprobs[told:] if request.has_logprobs else None,
+                sequence.finish_reason,
+                sequence.stop_reason,
+            )
+        )
+        completion.num_told_tokens, completion.num_told_chars = num_tokens, len(text)
+        completion.is_told = ended
+    is_told, request.is_told = request.is_told, True
+    has_ended = request.metrics.finished_time is not None
+    return RequestDelta(
+        request.request_id,
+        completions,
+        has_ended,
+        request.metrics if has_ended else None,
+        request.num_cached_tokens if has_ended else 0,
+        None if is_told else request.prompt_logprobs,
+    )
+
+
+def parts_of(delta: RequestDelta) -> Iterator[RequestDelta]:
+    """Deltas that sum up to this one, with so few log-probabilities each that to decode it holds
+    nobody up.
+    """
+    for completion in delta.completions:
+        token_ids, logprobs = completion.token_ids, completion.logprobs
+        if logprobs is None:
+            continue
+        completion.token_ids, completion.logprobs = [], []
+        for start in range(0, len(token_ids), TOKENS_PER_MESSAGE):
+            end = start + TOKENS_PER_MESSAGE
+            part = CompletionDelta(completion.index, "", token_ids[start:end], logprobs[start:end])
+            yield RequestDelta(delta.request_id, [part], False)
+    yield delta
+
+
 def serve_engine(connection: socket.socket) -> int:
     """Load what the first message says and work until the connection or the engine ends.
 
@@ -218,10 +236,8 @@ def serve_engine(connection: socket.socket) -> int:
     if not isinstance(first, Load):
         return 1
     inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
-    outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+    outbox = Outbox(connection)
     threading.Thread(target=_read_into, args=(stream, inbox), daemon=True).start()
-    writer = threading.Thread(target=_write_from, args=(outbox, connection), daemon=True)
-    writer.start()
     exit_code = 1
     try:
         from nano_vllm.engine.engine import Engine
@@ -229,7 +245,7 @@ def serve_engine(connection: socket.socket) -> int:
         engine = Engine.from_config(first.config)
         engine.number_from(first.first_seq_id)
         runner = engine.runner
-        outbox.put(
+        outbox.send(
             Ready(
                 runner.model_config.vocab_size,
                 runner.max_model_len,
@@ -239,16 +255,15 @@ def serve_engine(connection: socket.socket) -> int:
             )
         )
         gc.freeze()  # what is loaded stays: no collection need look at it, in the middle of a step
-        EngineLoop(engine, inbox, outbox.put).run()
+        EngineLoop(engine, inbox, outbox.send).run()
         engine.close()
         exit_code = 0
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        outbox.put(Failed(kind + " ".join(str(error).split())))
+        outbox.send(Failed(kind + " ".join(str(error).split())))
         if not isinstance(error, ValueError):
             sys.excepthook(*sys.exc_info())
-    outbox.put(None)
-    writer.join(timeout=5)
+    outbox.close(timeout=5)
     return exit_code
 
 
@@ -271,20 +286,6 @@ def _read_into(stream: BinaryIO, inbox: queue.SimpleQueue[ToEngine | None]) -> N
     inbox.put(None)
     time.sleep(EXIT_SECONDS)  # a daemon's: the process has ended by then, unless a step hangs
     os._exit(1)
-
-
-def _write_from(outbox: queue.SimpleQueue[FromEngine | None], connection: socket.socket) -> None:
-    """Send messages, those that came meanwhile together."""
-    while True:
-        messages = [outbox.get()]
-        while not outbox.empty():
-            messages.append(outbox.get())
-        try:
-            connection.sendall(encode(message for message in messages if message is not None))
-        except OSError:
-            return
-        if messages[-1] is None:
-            return
 
 
 def main() -> int:

@@ -127,7 +127,10 @@ class RequestDelta(msgspec.Struct, array_like=True, gc=False):
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(delta.token_ids) for delta in self.completions)
+        count = 0
+        for delta in self.completions:
+            count += len(delta.token_ids)
+        return count
 
 
 class Deltas(msgspec.Struct, tag=True, array_like=True):

@@ -29,15 +29,17 @@ class OutputProcessor:
         Returns:
             the stop string that ends the text here, if one does.
         """
+        if completion.detokenizer is None:
+            return None
         sequence, text = completion.sequence, completion.text
         num_seen = completion.num_seen_tokens
         tokens = sequence.token_ids[sequence.num_prompt_tokens + num_seen :]
         completion.num_seen_tokens += len(tokens)
-        if completion.detokenizer is not None:
+        if sequence.output_logprobs:
             self._name_tokens(sequence.output_logprobs[num_seen:])
-            if num_seen == 0:
-                self._name_tokens(entry for entry in sequence.prompt_logprobs if entry)
-        if completion.detokenizer is None or text.found is not None:
+        if sequence.prompt_logprobs and num_seen == 0:
+            self._name_tokens(entry for entry in sequence.prompt_logprobs if entry)
+        if text.found is not None:
             return None
         params = sequence.params
         may_stop = sequence.num_output_tokens > params.min_tokens
@@ -52,7 +54,6 @@ class OutputProcessor:
 
     def output(self, request: Request) -> RequestOutput:
         """The request's result so far; text that a stop string may yet take back is left out."""
-        request.metrics.num_preemptions = sum(s.num_preemptions for s in request.sequences)
         return RequestOutput(
             request.request_id,
             request.prompt,
@@ -63,8 +64,8 @@ class OutputProcessor:
                 for index, completion in enumerate(request.results)
             ],
             request.is_finished,
-            replace(request.metrics),
-            request.completions[0].sequence.num_cached_tokens,
+            replace(request.metrics, num_preemptions=request.num_preemptions),
+            request.num_cached_tokens,
         )
 
     def _name_tokens(self, entries: Iterable[dict[int, Logprob]]) -> None:
@@ -76,14 +77,13 @@ class OutputProcessor:
 
 def _completion_output(request: Request, index: int, completion: Completion) -> CompletionOutput:
     sequence, text = completion.sequence, completion.text
-    searched = request.beams is not None
-    with_logprobs = request.params.logprobs is not None and not searched
+    has_logprobs = request.has_logprobs
     return CompletionOutput(
         index,
         text.text if sequence.is_finished else text.settled_text,
         sequence.output_token_ids,
-        sequence.cumulative_logprob if with_logprobs or searched else None,
-        list(sequence.output_logprobs) if with_logprobs else None,
+        sequence.cumulative_logprob if has_logprobs or request.beams is not None else None,
+        list(sequence.output_logprobs) if has_logprobs else None,
         sequence.finish_reason,
         sequence.stop_reason,
     )

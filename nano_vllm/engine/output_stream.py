@@ -22,8 +22,6 @@ class OutputStream:
         self.request_ids = request_ids
         self.engines = [0] * len(request_ids)
         """By prompt, the replica that it runs in."""
-        self.num_pending_tokens = 0
-        """Tokens that came and were not read."""
         self._pending: dict[int, RequestDelta] = {}
         """By prompt."""
         self._num_open = len(request_ids)
@@ -36,7 +34,6 @@ class OutputStream:
             self._pending[place].absorb(delta)
         else:
             self._pending[place] = delta
-        self.num_pending_tokens += delta.num_tokens
         self._num_open -= delta.finished
         self._ring()
 
@@ -54,8 +51,13 @@ class OutputStream:
                 return None
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
-        pending, self._pending, self.num_pending_tokens = self._pending, {}, 0
+        pending, self._pending = self._pending, {}
         return list(pending.items())
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that came and were not read."""
+        return sum(delta.num_tokens for delta in self._pending.values()) if self._pending else 0
 
     def _ring(self) -> None:
         if self._wake is not None and not self._wake.done():

@@ -152,10 +152,13 @@ class _RoutedStream(OutputStream):
     def __init__(self, request_ids: list[str], router: Router) -> None:
         super().__init__(request_ids)
         self._router = router
+        self._begun: set[int] = set()
+        """Prompts a token of which came."""
 
     def put(self, place: int, delta: RequestDelta) -> None:
         if delta.finished:
             self._router.end(delta.request_id)
-        else:
+        elif place not in self._begun:
+            self._begun.add(place)
             self._router.note_progress(delta.request_id)
         super().put(place, delta)

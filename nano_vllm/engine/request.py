@@ -22,6 +22,11 @@ class Completion:
     text: StopStrings
     num_seen_tokens: int = 0
     """Output tokens whose text is in `text`."""
+    num_told_tokens: int = 0  # set by delta_of, as are the next two
+    """Output tokens that deltas have told."""
+    num_told_chars: int = 0
+    is_told: bool = False
+    """Whether its end was told."""
 
 
 @dataclass(slots=True)
@@ -38,6 +43,8 @@ class Request:
     beams: BeamGroup | None = None
     """Where the completions are the beams of a search."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    is_told: bool = False  # set by delta_of
+    """Whether a delta has told of it."""
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -48,13 +55,27 @@ class Request:
         return all(completion.sequence.is_finished for completion in self.completions)
 
     @property
+    def num_preemptions(self) -> int:
+        return sum(completion.sequence.num_preemptions for completion in self.completions)
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether those of its output are reported."""
+        return self.params.logprobs is not None and self.beams is None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache."""
+        return self.completions[0].sequence.num_cached_tokens
+
+    @property
     def results(self) -> list[Completion]:
         """The completions to report, in order: of more than n, the likeliest."""
         if self.beams is not None:
             found = max(1, len(self.beams.hypotheses))
             return self.completions[: min(found, self.params.n)]
         # A stream has told their places.
-        if not self.is_finished or len(self.completions) == self.params.n:
+        if len(self.completions) == self.params.n or not self.is_finished:
             return self.completions[: self.params.n]
         # One that was cut off has a large sum, as it has few tokens.
         by_logprob = sorted(

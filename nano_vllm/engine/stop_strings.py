@@ -42,9 +42,9 @@ class StopStrings:
     @property
     def settled_text(self) -> str:
         """The text but for an end that may turn out to begin a stop string."""
-        if self.found is not None:
+        if self.found is not None or not self._stop:
             return self.text
-        return self.text[: len(self.text) - max(map(self._overlap, self._stop), default=0)]
+        return self.text[: len(self.text) - max(map(self._overlap, self._stop))]
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest beginning of `stop`, short of all of it, that ends the text."""

@@ -11,6 +11,7 @@ import msgspec
 
 from nano_vllm.engine.messages import CompletionDelta, RequestDelta
 from nano_vllm.outputs import Logprob, RequestMetrics
+from nano_vllm.server.event import EventTemplate, event
 from nano_vllm.server.protocol import SamplingRequest
 from nano_vllm.server.responses import (
     PromptLogprobs,
@@ -45,6 +46,8 @@ class Answer(ABC):
         self.output_tokens = [0] * len(prompts)
         """By prompt, of all its completions."""
         self.num_cached_tokens = 0
+        self._templates: dict[tuple[int, int], EventTemplate] = {}
+        """By prompt and completion, of a chunk that brings text and nothing else."""
         options = request.stream_options
         self.include_usage = bool(options and options.include_usage)
 
@@ -115,9 +118,37 @@ class Answer(ABC):
             metrics.num_preemptions,
         )
 
-    @abstractmethod
-    def chunks(self, place: int, delta: RequestDelta) -> list[msgspec.Struct]:
+    def events(self, place: int, delta: RequestDelta) -> bytes:
         """What a stream sends for a delta that was noted."""
+        parts = []
+        for completion in delta.completions:
+            key = place, completion.index
+            template = self._templates.get(key)
+            if template is not None and completion.text and completion.finish_reason is None:
+                parts.append(template.filled(completion.text))
+                continue
+            parts += map(event, self.chunks(place, completion, delta.prompt_logprobs))
+            params = self.prompts[place].params
+            if template is None and params.logprobs is None and not self.request.return_token_ids:
+                text = secrets.token_hex(16)
+                (chunk,) = self.chunks(place, CompletionDelta(completion.index, text, []), None)
+                self._templates[key] = EventTemplate(event(chunk), text)
+        return b"".join(parts)
+
+    @abstractmethod
+    def chunks(
+        self,
+        place: int,
+        completion: CompletionDelta,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+    ) -> list[msgspec.Struct]:
+        """What a stream sends for what a completion gained.
+
+        Args:
+            place: of its prompt.
+            completion: what it gained.
+            prompt_logprobs: where they came with it.
+        """
 
     @abstractmethod
     def last_chunk(self) -> msgspec.Struct | None:

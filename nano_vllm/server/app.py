@@ -10,15 +10,17 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from nano_vllm.server.chat import ChatAnswer
 from nano_vllm.server.completions import CompletionAnswer
-from nano_vllm.server.documentation import describe, document
+from nano_vllm.server.documentation import document
 from nano_vllm.server.errors import ApiError, invalid
-from nano_vllm.server.generation import error_response, event, json_response, respond
+from nano_vllm.server.event import event
+from nano_vllm.server.generation import error_response, json_response, respond
 from nano_vllm.server.guard import Guard
 from nano_vllm.server.http_body import Disconnected, decode, read_body
 from nano_vllm.server.page import page_html
@@ -39,7 +41,9 @@ from nano_vllm.server.responses import (
     Tokens,
     Version,
 )
+from nano_vllm.server.routes import Routes
 from nano_vllm.server.service import Service
+from nano_vllm.server.validation import is_short
 
 COMPLETION = msgspec.json.Decoder(CompletionRequest)
 CHAT = msgspec.json.Decoder(ChatRequest)
@@ -48,33 +52,38 @@ DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 STATE_SECONDS = 0.25
 """Between two pictures of the engine."""
 CLIENT_CLOSED = 499
+LARGE_BODY = 2**18
+"""Bytes; what is longer is decoded beside the event loop."""
 
-router = APIRouter()
+routes = Routes()
 
 
 def make_app(service: Service) -> Guard:
     """The whole ASGI application."""
     config = service.config
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, title="nano_vllm")
+    handlers: dict[Any, Any] = {
+        ApiError: _on_api_error,
+        Disconnected: _on_disconnect,
+        HTTPException: _on_http_error,
+    }
+    app = Starlette(routes=routes.served, exception_handlers=handlers)
     app.state.service = service
     app.state.created = int(time.time())
-    app.include_router(router)
-
-    @app.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError) -> Response:
-        return error_response(error)
-
-    @app.exception_handler(Disconnected)
-    async def on_disconnect(request: Request, error: Disconnected) -> Response:
-        return Response(status_code=CLIENT_CLOSED)
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> Response:
-        response = error_response(ApiError(error.status_code, str(error.detail).lower()))
-        response.headers.update(error.headers or {})
-        return response
-
     return Guard(app, config.api_key, config.log_format if config.access_log else None)
+
+
+async def _on_api_error(request: Request, error: ApiError) -> Response:
+    return error_response(error)
+
+
+async def _on_disconnect(request: Request, error: Disconnected) -> Response:
+    return Response(status_code=CLIENT_CLOSED)
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    response = error_response(ApiError(error.status_code, str(error.detail).lower()))
+    response.headers.update(error.headers or {})
+    return response
 
 
 def service_of(request: Request) -> Service:
@@ -82,23 +91,29 @@ def service_of(request: Request) -> Service:
 
 
 async def body_of(request: Request, decoder: msgspec.json.Decoder[Any]) -> Any:
-    timeout = service_of(request).config.read_timeout
-    return decode(await read_body(request.headers, request.receive, timeout), decoder)
+    service = service_of(request)
+    body = await read_body(request.headers, request.receive, service.config.read_timeout)
+    if len(body) > LARGE_BODY:
+        return await service.in_thread(decode, body, decoder)
+    return decode(body, decoder)
 
 
-@router.post("/v1/completions", **describe(CompletionRequest, Completion))
+@routes.post("/v1/completions", CompletionRequest, Completion)
 async def create_completion(request: Request) -> Response:
     """Continue texts."""
     service = service_of(request)
     gate = service.check_open()
     asked: CompletionRequest = await body_of(request, COMPLETION)
     service.check_model(asked.model)
-    prompts = await service.in_thread(gate.completion, asked)
+    if is_short(asked):
+        prompts = gate.completion(asked)
+    else:
+        prompts = await service.in_thread(gate.completion, asked)
     answer = CompletionAnswer(asked, prompts, service.model_name, service.tokenizer)
     return await respond(service, answer, request.receive)
 
 
-@router.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion))
+@routes.post("/v1/chat/completions", ChatRequest, ChatCompletion)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     service = service_of(request)
@@ -109,7 +124,7 @@ async def create_chat_completion(request: Request) -> Response:
     return await respond(service, ChatAnswer(asked, prompt, service.model_name), request.receive)
 
 
-@router.post("/tokenize", **describe(TokenizeRequest, Tokens))
+@routes.post("/tokenize", TokenizeRequest, Tokens)
 async def tokenize(request: Request) -> Response:
     """Token ids of a text or a conversation."""
     service = service_of(request)
@@ -133,7 +148,7 @@ async def tokenize(request: Request) -> Response:
     return json_response(await service.in_thread(work))
 
 
-@router.post("/detokenize", **describe(DetokenizeRequest, Text))
+@routes.post("/detokenize", DetokenizeRequest, Text)
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     service = service_of(request)
@@ -143,7 +158,7 @@ async def detokenize(request: Request) -> Response:
     return json_response(Text(await service.in_thread(gate.decode, asked.tokens)))
 
 
-@router.get("/tokenizer_info", **describe(None, TokenizerInfo))
+@routes.get("/tokenizer_info", TokenizerInfo)
 async def tokenizer_info(request: Request) -> Response:
     """The tokens that begin and end a text, by their names; with /tokenize and /detokenize a client
     such as lm-eval needs no tokenizer of its own.
@@ -158,26 +173,26 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-@router.get("/v1/models", **describe(None, ModelList))
+@routes.get("/v1/models", ModelList)
 async def list_models(request: Request) -> Response:
     """The one model."""
     return json_response(ModelList([_model_card(request)]))
 
 
-@router.get("/v1/models/{model:path}", **describe(None, ModelCard))
-async def get_model(request: Request, model: str) -> Response:
+@routes.get("/v1/models/{model:path}", ModelCard)
+async def get_model(request: Request) -> Response:
     """The model, by its name."""
-    service_of(request).check_model(model)
+    service_of(request).check_model(request.path_params["model"])
     return json_response(_model_card(request))
 
 
-@router.get("/version", **describe(None, Version))
+@routes.get("/version", Version)
 async def version(request: Request) -> Response:
     """Of the server."""
     return json_response(Version(importlib.metadata.version("nano_vllm")))
 
 
-@router.get("/health", **describe(None, Health))
+@routes.get("/health", Health)
 async def health(request: Request) -> Response:
     """Whether requests are served: 503 while the model loads, and when the engine is stuck."""
     status = service_of(request).status
@@ -186,7 +201,7 @@ async def health(request: Request) -> Response:
     return json_response(Health(status))
 
 
-@router.get("/metrics", **describe(None, str, "text/plain"))
+@routes.get("/metrics", str, "text/plain")
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     service = service_of(request)
@@ -194,13 +209,13 @@ async def metrics(request: Request) -> Response:
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/openapi.json", **describe(None, dict[str, Any]))
+@routes.get("/openapi.json", dict[str, Any])
 async def openapi(request: Request) -> Response:
     """This API."""
-    return json_response(document(router))
+    return json_response(document(routes))
 
 
-@router.get("/", include_in_schema=False)
+@routes.get("/")
 async def page(request: Request) -> Response:
     """A chat, and the engine at work."""
     return HTMLResponse(
@@ -208,7 +223,13 @@ async def page(request: Request) -> Response:
     )
 
 
-@router.get("/debug/state", include_in_schema=False)
+@routes.get("/favicon.ico")
+async def favicon(request: Request) -> Response:
+    """Browsers ask for it."""
+    return Response(status_code=204)
+
+
+@routes.get("/debug/state")
 async def state(request: Request) -> Response:
     """An engine as server-sent events, a few a second, as the page shows it."""
     service = service_of(request)

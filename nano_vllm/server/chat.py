@@ -33,29 +33,33 @@ class ChatAnswer(Answer):
         self._begun: set[int] = set()
         """Choices whose role was told."""
 
-    def chunks(self, place: int, delta: RequestDelta) -> list[msgspec.Struct]:
+    def chunks(
+        self,
+        place: int,
+        completion: CompletionDelta,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+    ) -> list[msgspec.Struct]:
         responses: list[msgspec.Struct] = []
-        for completion in delta.completions:
-            index = completion.index
-            if index not in self._begun:
-                opening = ChatDelta(role="assistant", content="")
-                first = self._response([ChatChunkChoice(index, opening)])
-                if self.request.return_token_ids and not self._begun:
-                    first.prompt_token_ids = self.prompts[0].token_ids
-                self._begun.add(index)
-                responses.append(first)
-            choice = ChatChunkChoice(
-                index,
-                ChatDelta(content=completion.text) if completion.text else ChatDelta(),
-                self._logprobs(completion),
-                completion.finish_reason,
+        index = completion.index
+        if index not in self._begun:
+            first = self._response(
+                [ChatChunkChoice(index, ChatDelta(role="assistant", content=""))]
             )
-            if completion.finish_reason is not None:
-                choice.stop_reason = completion.stop_reason
-            if self.request.return_token_ids:
-                choice.token_ids = completion.token_ids
-            responses.append(self._response([choice]))
-        return responses
+            if self.request.return_token_ids and not self._begun:
+                first.prompt_token_ids = self.prompts[0].token_ids
+            self._begun.add(index)
+            responses.append(first)
+        choice = ChatChunkChoice(
+            index,
+            ChatDelta(content=completion.text) if completion.text else ChatDelta(),
+            self._logprobs(completion),
+            completion.finish_reason,
+        )
+        if completion.finish_reason is not None:
+            choice.stop_reason = completion.stop_reason
+        if self.request.return_token_ids:
+            choice.token_ids = completion.token_ids
+        return [*responses, self._response([choice])]
 
     def last_chunk(self) -> msgspec.Struct | None:
         if not self.include_usage and not self.request.timings:

@@ -40,11 +40,13 @@ class CompletionAnswer(Answer):
         self._prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
         """By prompt: they come once, for all its choices."""
 
-    def chunks(self, place: int, delta: RequestDelta) -> list[msgspec.Struct]:
-        return [
-            self._response([self._choice(place, completion, delta)])
-            for completion in delta.completions
-        ]
+    def chunks(
+        self,
+        place: int,
+        completion: CompletionDelta,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+    ) -> list[msgspec.Struct]:
+        return [self._response([self._choice(place, completion, prompt_logprobs)])]
 
     def last_chunk(self) -> msgspec.Struct | None:
         if not self.include_usage and not self.request.timings:
@@ -53,7 +55,7 @@ class CompletionAnswer(Answer):
 
     def whole(self, deltas: dict[int, RequestDelta]) -> msgspec.Struct:
         choices = [
-            self._choice(place, completion, delta)
+            self._choice(place, completion, delta.prompt_logprobs)
             for place, delta in deltas.items()
             for completion in delta.completions
         ]
@@ -75,11 +77,14 @@ class CompletionAnswer(Answer):
         return response
 
     def _choice(
-        self, place: int, completion: CompletionDelta, delta: RequestDelta
+        self,
+        place: int,
+        completion: CompletionDelta,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
     ) -> CompletionChoice:
         request, prompt = self.request, self.prompts[place]
-        if delta.prompt_logprobs is not None:
-            self._prompt_logprobs[place] = delta.prompt_logprobs
+        if prompt_logprobs is not None:
+            self._prompt_logprobs[place] = prompt_logprobs
         index = place * prompt.params.n + completion.index
         begins = index not in self._num_chars
         num_chars = self._num_chars.setdefault(index, 0)
@@ -98,8 +103,8 @@ class CompletionAnswer(Answer):
                 entries = list(self._prompt_logprobs[place]) + entries
             choice.logprobs = self._logprobs(ids, entries, num_chars)
             self._num_chars[index] += sum(map(len, choice.logprobs.tokens))
-        if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
-            choice.prompt_logprobs = prompt_entries(delta.prompt_logprobs)
+        if request.prompt_logprobs is not None and prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_entries(prompt_logprobs)
         if request.return_token_ids:
             choice.token_ids = completion.token_ids
             choice.prompt_token_ids = prompt.token_ids if begins else UNSET

@@ -6,10 +6,9 @@ import re
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter
-from fastapi.routing import APIRoute
 
 from nano_vllm.server.errors import ErrorResponse
+from nano_vllm.server.routes import Routes
 
 STATUSES = {
     400: "The request is not valid, or asks for what is not supported.",
@@ -28,59 +27,45 @@ _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "require
 _TEMPLATE = "#/components/schemas/{name}"
 
 
-def describe(request: Any, response: Any, media_type: str = "application/json") -> dict[str, Any]:
-    """What a route says of itself, for `document`.
-
-    Args:
-        request: type of the body; None without one.
-        response: type of the answer.
-        media_type: of the answer.
-    """
-    types = {"request": request, "response": response, "media_type": media_type}
-    return {"openapi_extra": {"x-types": types}}
-
-
-def document(router: APIRouter) -> dict[str, Any]:
+def document(routes: Routes) -> dict[str, Any]:
     """The OpenAPI document of the described routes."""
-    routes = [r for r in router.routes if isinstance(r, APIRoute) and r.openapi_extra]
-    described = [route.openapi_extra["x-types"] for route in routes if route.openapi_extra]
-    types = [t for d in described for t in (d["request"], d["response"]) if t is not None]
+    described = routes.described
+    types = [t for d in described for t in (d.request, d.response) if t is not None]
     schemas, components = msgspec.json.schema_components(
         [*types, ErrorResponse], ref_template=_TEMPLATE
     )
     schema_of = dict(zip(map(str, [*types, ErrorResponse]), schemas, strict=True))
     paths: dict[str, Any] = {}
-    for route, own in zip(routes, described, strict=True):
+    for own in described:
         operation: dict[str, Any] = {
-            "operationId": route.name,
-            "summary": (route.endpoint.__doc__ or "").strip(),
+            "operationId": own.endpoint.__name__,
+            "summary": (own.endpoint.__doc__ or "").strip(),
             "responses": {
                 "200": {
                     "description": "As asked.",
-                    "content": {own["media_type"]: {"schema": schema_of[str(own["response"])]}},
+                    "content": {own.media_type: {"schema": schema_of[str(own.response)]}},
                 }
             },
         }
-        if own["request"] is not None:
-            body = {"application/json": {"schema": schema_of[str(own["request"])]}}
+        if own.request is not None:
+            body = {"application/json": {"schema": schema_of[str(own.request)]}}
             operation["requestBody"] = {"required": True, "content": body}
-            if "stream" in own["request"].__struct_fields__:
+            if "stream" in own.request.__struct_fields__:
                 content = operation["responses"]["200"]["content"]
                 content["text/event-stream"] = {"schema": _EVENT}
-        for status in STATUSES if own["request"] is not None else OF_GET:
+        for status in STATUSES if own.request is not None else OF_GET:
             operation["responses"][str(status)] = {
                 "description": STATUSES[status],
                 "content": {"application/json": {"schema": schema_of[str(ErrorResponse)]}},
             }
-        path = re.sub(r":path}", "}", route.path)
+        path = re.sub(r":path}", "}", own.path)
         names = re.findall(r"{(\w+)}", path)
         if names:
             operation["parameters"] = [
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                 for name in names
             ]
-        (method,) = route.methods or {"GET"}
-        paths.setdefault(path, {})[method.lower()] = operation
+        paths.setdefault(path, {})[own.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "nano_vllm", "version": "1"},

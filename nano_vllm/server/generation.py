@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -13,13 +14,18 @@ from nano_vllm.engine.messages import RequestDelta
 from nano_vllm.engine.output_stream import EngineError, OutputStream
 from nano_vllm.server.answer import Answer
 from nano_vllm.server.errors import ApiError
+from nano_vllm.server.event import END, event
 from nano_vllm.server.http_body import Disconnected, Receive
 from nano_vllm.server.service import Service
 
 MAX_PENDING_TOKENS = 2**16
 """Of a stream whose client does not read: more, and it is cut off."""
+LARGE_ANSWER = 2**10
+"""Output tokens; what has more is put together beside the event loop."""
 ABORT_CONNECTION = "nano_vllm.abort_connection"
 """The extension of the ASGI scope that drops the connection at once."""
+WRITE_PART = "nano_vllm.write_part"
+"""The extension that writes a part of the body at once; it says whether it could."""
 _ENCODER = msgspec.json.Encoder()
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -103,17 +109,22 @@ class Run:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
                 raise Disconnected
-            whole = self._answer.whole(collecting.result())
+            deltas = collecting.result()
+            if self._answer.num_output_tokens > LARGE_ANSWER:
+                return await self._service.in_thread(self._response, deltas)
+            return self._response(deltas)
         finally:
             leaving.cancel()
             collecting.cancel()
             self.close()
-        return json_response(whole)
 
     def close(self) -> None:
         """Abort what is unfinished."""
         self._timer.cancel()
         self._service.llm.abort(self._output)
+
+    def _response(self, deltas: dict[int, RequestDelta]) -> Response:
+        return json_response(self._answer.whole(deltas))
 
     async def _collect(self) -> dict[int, RequestDelta]:
         total: dict[int, RequestDelta] = {}
@@ -139,15 +150,19 @@ class EventStream(Response):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self._run = run
+        self._sending_since: float | None = None
+        """When the send began that is under way."""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         streaming = asyncio.create_task(self._stream(scope, receive, send))
         leaving = asyncio.create_task(_wait_until_gone(receive))
+        watching = asyncio.create_task(self._watch(scope))
         try:
             await asyncio.wait({streaming, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if streaming.done():
                 streaming.result()
         finally:
+            watching.cancel()
             leaving.cancel()
             streaming.cancel()
             self._run.close()
@@ -165,40 +180,44 @@ class EventStream(Response):
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        write_part = scope.get("extensions", {}).get(WRITE_PART)
         try:
             while deltas is not None:
-                chunks = [c for place, delta in deltas for c in answer.chunks(place, delta)]
-                if chunks:
-                    await self._put(scope, send, b"".join(map(event, chunks)))
+                events = b"".join([answer.events(place, delta) for place, delta in deltas])
+                if events and not (write_part and write_part(events)):
+                    await self._put(send, events)
+                if run.num_pending_tokens > MAX_PENDING_TOKENS:
+                    _cut_off(scope)
                 deltas = await run.next()
             last = answer.last_chunk()
-            end = b"data: [DONE]\n\n" if last is None else event(last) + b"data: [DONE]\n\n"
+            end = END if last is None else event(last) + END
         except ApiError as error:
-            end = event(error.response) + b"data: [DONE]\n\n"
-        await self._put(scope, send, end, more=False)
+            end = event(error.response) + END
+        await self._put(send, end, more=False)
 
-    async def _put(
-        self, scope: MutableMapping[str, Any], send: Send, body: bytes, more: bool = True
-    ) -> None:
-        """Send; a client that does not take it in time, or is too far behind, is cut off."""
-        run = self._run
-        cut_off = scope.get("extensions", {}).get(ABORT_CONNECTION, _nothing)
-        timer = asyncio.get_running_loop().call_later(run.read_timeout, cut_off)
-        try:
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-        finally:
-            timer.cancel()
-        if run.num_pending_tokens > MAX_PENDING_TOKENS:
-            cut_off()
+    async def _put(self, send: Send, body: bytes, more: bool = True) -> None:
+        self._sending_since = time.monotonic()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._sending_since = None
+
+    async def _watch(self, scope: MutableMapping[str, Any]) -> None:
+        """Cut off a client that does not take in time what is sent: one timer for all of it, as one
+        for each send would cost more than the send.
+        """
+        timeout = self._run.read_timeout
+        while True:
+            now = time.monotonic()
+            due = (now if self._sending_since is None else self._sending_since) + timeout
+            if due <= now:
+                _cut_off(scope)
+                return
+            await asyncio.sleep(due - now)
 
 
-def _nothing() -> None:
-    pass
-
-
-def event(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + _ENCODER.encode(value) + b"\n\n"
+def _cut_off(scope: MutableMapping[str, Any]) -> None:
+    abort = scope.get("extensions", {}).get(ABORT_CONNECTION)
+    if abort is not None:
+        abort()
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

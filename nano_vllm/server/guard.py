@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from nano_vllm.server.errors import ApiError
-from nano_vllm.server.generation import Send, error_response
+from nano_vllm.server.generation import WRITE_PART, Send, error_response
 from nano_vllm.server.http_body import Disconnected, Receive
 
 OPEN_PATH = "/health"
@@ -56,6 +56,17 @@ class Guard:
             else:
                 num_bytes += len(message.get("body", b""))
             await send(message)
+
+        write_part = scope.get("extensions", {}).get(WRITE_PART)
+        if write_part is not None:
+
+            def write_part_on(body: bytes) -> bool:
+                nonlocal num_bytes
+                could = write_part(body)
+                num_bytes += len(body) if could else 0
+                return could
+
+            scope["extensions"][WRITE_PART] = write_part_on
 
         try:
             if scope["path"] != OPEN_PATH and not self._has_key(scope):

@@ -9,7 +9,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nano_vllm.server.errors import invalid
-from nano_vllm.server.generation import ABORT_CONNECTION
+from nano_vllm.server.generation import ABORT_CONNECTION, WRITE_PART
 
 HEADER_SECONDS = 30.0
 """From the first byte of a connection, or of a request, to the end of its headers."""
@@ -17,7 +17,9 @@ MAX_HEADER_BYTES = 65536
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Drops connections whose headers do not come, or do not end."""
+    """Drops connections whose headers do not come, or do not end. Parts of a stream need not go
+    through all that stands between the application and the connection.
+    """
 
     _header_timer: asyncio.TimerHandle | None = None
     _num_header_bytes = 0
@@ -43,7 +45,10 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_headers = True
         self._start_header_timer()
-        extensions: dict[str, Any] = {ABORT_CONNECTION: self.transport.abort}
+        extensions: dict[str, Any] = {
+            ABORT_CONNECTION: self.transport.abort,
+            WRITE_PART: self._write_part,
+        }
         self.scope["extensions"] = extensions
 
     def on_headers_complete(self) -> None:
@@ -51,6 +56,17 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._stop_header_timer()
         super().on_headers_complete()
+
+    def _write_part(self, body: bytes) -> bool:
+        """Write what follows of a response whose head was sent and whose end was not; False where
+        nothing can be written now.
+        """
+        # Where another request has come already, the cycle is that one's, whose head was not sent.
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     def send_400_response(self, msg: str) -> None:
         body = msgspec.json.encode(invalid(msg.lower().rstrip(".")).response)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -30,6 +38,14 @@ class ServerMetrics:
         self._registry = CollectorRegistry()
         self._engine = _EngineCollector(model_name)
         self._registry.register(self._engine)
+        ProcessCollector(registry=self._registry)  # memory and file descriptors of the API process
+        tasks = Gauge(
+            "nano_vllm:tasks",
+            "Tasks of the API process's event loop.",
+            ["model_name"],
+            registry=self._registry,
+        ).labels(model_name)
+        tasks.set_function(_num_tasks)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> list[Histogram]:
             whole = Histogram(
@@ -116,6 +132,13 @@ class ServerMetrics:
         """
         self._engine.pongs = pongs
         return generate_latest(self._registry)
+
+
+def _num_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # outside of an event loop
+        return 0
 
 
 class _EngineCollector(Collector):

@@ -25,6 +25,10 @@ from nano_vllm.server.protocol import (
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+SHORT_TEXT = 256
+"""Characters."""
+SHORT_IDS = 2048
+"""Tokens."""
 MAX_CHARS_PER_TOKEN = 256
 """A text longer than this times the context is refused before it is tokenised."""
 SAME_NAME = (
@@ -148,6 +152,7 @@ class Gate:
         """A conversation as the model reads it."""
         tokenizer = self.tokenizer("messages")
         messages = [_plain(message) for message in getattr(request, "messages", None) or []]
+        self._check_length(sum(len(str(message["content"])) for message in messages), "messages")
         goes_on = bool(request.continue_final_message)
         opens = request.add_generation_prompt
         try:
@@ -165,14 +170,30 @@ class Gate:
         except ValueError as error:
             raise invalid(str(error), "messages") from None
 
+<<<<<<< HEAD
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a prompt; one that is far too long is refused at once."""
         tokenizer = self.tokenizer("prompt")
         self._check_length(text, "prompt")
+=======
+    def encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
+        """Token ids; a text that is far too long is refused at once."""
+        tokenizer = self.tokenizer(field)
+        self._check_length(len(text), field)
+>>>>>>> 0939dcfe9861c79485a31cbba95f1522cb984e6b
         try:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except ValueError as error:
             raise invalid(str(error), "prompt") from None
+
+    def _check_length(self, num_chars: int, field: str) -> None:
+        if num_chars > self.max_model_len * MAX_CHARS_PER_TOKEN:
+            raise invalid(
+                f"the prompt has {num_chars} characters, more than the context of "
+                f"{self.max_model_len} tokens can hold",
+                field,
+                "context_length_exceeded",
+            )
 
     def decode(self, token_ids: list[int], field: str = "tokens") -> str:
         """The text of tokens that a client sent."""
@@ -276,6 +297,16 @@ def _biases(biases: dict[str, float] | None) -> dict[int, float] | None:
         if not (token_id.isascii() and token_id.isdigit() and len(token_id) <= 10):
             raise ValueError(f"logit_bias must be by token id, got {token_id[:32]!r}")
     return {int(token_id): bias for token_id, bias in biases.items()}
+
+
+def is_short(request: CompletionRequest) -> bool:
+    """Whether the gate takes no longer than to ask a thread to do its work."""
+    prompt = request.prompt
+    if request.echo or request.bad_words or request.stop or not prompt:
+        return False
+    if isinstance(prompt, str):
+        return len(prompt) <= SHORT_TEXT
+    return isinstance(prompt[0], int) and len(prompt) <= SHORT_IDS
 
 
 def _plain(message: Any) -> dict[str, Any]:

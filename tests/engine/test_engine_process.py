@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from nano_vllm.engine.engine_process import EngineLoop
+from nano_vllm.engine.engine_process import TOKENS_PER_MESSAGE, EngineLoop, parts_of
 from nano_vllm.engine.messages import (
     CACHED,
     FIRST_OWNER,
@@ -23,7 +23,7 @@ from nano_vllm.engine.messages import (
     to_engine_decoder,
 )
 from nano_vllm.engine.output_stream import OutputStream
-from nano_vllm.outputs import RequestMetrics
+from nano_vllm.outputs import Logprob, RequestMetrics
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from tests.engine.fake_runner import (
     FakeRunner,
@@ -200,3 +200,22 @@ def test_an_output_stream_merges_what_nobody_reads() -> None:
         assert await reading == ["xyyz", "!"]
 
     asyncio.run(scenario())
+
+
+def test_parts_with_log_probabilities_sum_up_to_the_delta() -> None:
+    def completion(index: int, num_tokens: int) -> CompletionDelta:
+        logprobs = [{i: Logprob(-i / 8, i)} for i in range(num_tokens)]
+        return CompletionDelta(index, f"text {index}", list(range(num_tokens)), logprobs, "length")
+
+    def delta(*lengths: int) -> RequestDelta:
+        completions = [completion(i, length) for i, length in enumerate(lengths)]
+        return RequestDelta("a", completions, True, RequestMetrics(1.0), 5, [None, {3: Logprob(0)}])
+
+    for lengths in ((1,), (0, 3), (3 * TOKENS_PER_MESSAGE, 5), (TOKENS_PER_MESSAGE + 1,) * 3):
+        total, *parts = parts_of(delta(*lengths))
+        assert max(part.num_tokens for part in (total, *parts)) <= TOKENS_PER_MESSAGE
+        assert [part.finished for part in (total, *parts)] == [False] * len(parts) + [True]
+        for part in parts:
+            total.absorb(part)
+        total.completions.sort(key=lambda completion: completion.index)
+        assert total == delta(*lengths)

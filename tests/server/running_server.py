@@ -19,6 +19,7 @@ import httpx
 
 from tests.engine.fake_runner import EOS, VOCAB_SIZE, make_tokenizer
 from tests.models.checkpoints import make_checkpoint
+from tests.server.load_client import request_bytes
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -114,11 +115,7 @@ class RunningServer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         client.connect((host, int(port)))
         if body is not None:
-            data = json.dumps(body).encode()
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(data)}\r\n\r\n"
-            )
-            client.sendall(head.encode() + data)
+            client.sendall(request_bytes("/v1/completions", body))
         return client
 
     def metric(self, name: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 
 from nano_vllm import LLM, RequestOutput, SamplingParams
 from tests.engine.fake_runner import EOS
+from tests.server.load_client import request_bytes
 from tests.server.running_server import (
     MAX_MODEL_LEN,
     NUM_BLOCKS,
     RunningServer,
+    read_all,
     running_server,
     sse_events,
 )
@@ -314,3 +317,29 @@ def test_the_feed_shows_the_engine(server: RunningServer) -> None:
     state = json.loads(line.removeprefix("data: "))
     assert state["metrics"]["num_blocks"] == NUM_BLOCKS
     assert {"blocks", "steps", "num_cached_blocks"} <= set(state)
+
+
+def test_streams_that_were_asked_for_together_come_one_behind_the_other(
+    server: RunningServer,
+) -> None:
+    bodies = [
+        {"prompt": prompt, "max_tokens": 40, "seed": 3, "stream": True, "ignore_eos": True}
+        for prompt in ("a", "bc")
+    ]
+    alone = [server.post("/v1/completions", body).text for body in bodies]
+    first, last = bodies
+    with server.connect() as client:
+        client.sendall(
+            request_bytes("/v1/completions", first)
+            + request_bytes("/v1/completions", last, "connection: close")
+        )
+        answers = read_all(client, 20).split(b"HTTP/1.1 200 OK")[1:]
+    assert len(answers) == 2
+    for answer, expected in zip(answers, alone, strict=True):
+        _, _, body = answer.partition(b"\r\n\r\n")
+        text = re.sub(rb"(?:^|\r\n)[0-9a-f]+\r\n", b"", body).decode()
+        texts = [
+            "".join(json.loads(part)["choices"][0]["text"] for part in re.findall(r"{.*}", stream))
+            for stream in (text, expected)
+        ]
+        assert texts[0] == texts[1]

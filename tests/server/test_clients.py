@@ -1,14 +1,11 @@
-"""The official client against the default model, in all its ways; a load with people leaving."""
+"""The official client against the default model, in all its ways."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import random
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,27 +13,9 @@ import openai
 import pytest
 
 from nano_vllm.config import DEFAULT_MODEL
-from nano_vllm.weights.resolve import resolve_model
-from tests.server.running_server import RunningServer, running_server
+from tests.server.running_server import RunningServer
 
-LOAD = int(os.environ.get("NANO_VLLM_TEST_REQUESTS", "300"))
-"""Requests of the load test; the issue's figure is 5000."""
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    try:
-        resolve_model(None)
-    except ValueError as error:
-        pytest.skip(str(error))
-    log = tmp_path_factory.mktemp("smollm2") / "log"
-    server = RunningServer(["--num-blocks", "256", "--max-model-len", "1024"], log)
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture
@@ -144,60 +123,3 @@ def test_the_curl_examples_of_the_readme(smollm2: RunningServer, number: int) ->
         ["bash", "-c", command + " --fail"], capture_output=True, text=True, check=True
     )
     assert ("Paris", "[DONE]", '"tokens"')[number] in result.stdout
-
-
-def test_a_load_with_people_leaving(tiny_model: Path, log_path: Path) -> None:
-    """Nothing leaks, and those who stay get what they would have got alone."""
-    flags = ["--max-queue", "1024", "--no-access-log"]
-    with running_server(tiny_model, log_path, *flags) as server:
-
-        def held() -> tuple[int, int]:
-            folder = Path(f"/proc/{server.process.pid}")
-            status = (folder / "status").read_text()
-            rss = int(status.partition("VmRSS:")[2].split()[0])
-            return len(list((folder / "fd").iterdir())), rss
-
-        bodies = [
-            {"prompt": f"prompt {i % 20}", "max_tokens": 5 + i % 40, "seed": i % 20, "stream": True}
-            for i in range(LOAD)
-        ]
-        asyncio.run(_all(server.url, bodies[:64], leave=False))
-        before = held()
-        texts = asyncio.run(_all(server.url, bodies, leave=True))
-        server.wait_until_idle()
-        after = held()
-        print(f"file descriptors {before[0]} -> {after[0]}, RSS {before[1]} -> {after[1]} KiB")
-        alone = {
-            str(body): "".join(asyncio.run(_all(server.url, [body], leave=False)))
-            for body in bodies[:40]
-        }
-        stayed = [(str(b), t) for b, t in zip(bodies, texts, strict=True) if t is not None]
-        assert len(stayed) > LOAD // 2
-        assert all(alone.get(body, text) == text for body, text in stayed)
-        assert after[0] <= before[0] + 2
-        assert after[1] <= before[1] + 40_000
-
-
-async def _all(url: str, bodies: list[dict], leave: bool) -> list[str | None]:
-    """The texts of concurrent streams; None for those, a fifth, that were left."""
-    draw = random.Random(1)
-    gate = asyncio.Semaphore(128)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-
-        async def one(body: dict, leaves_after: int | None) -> str | None:
-            text = ""
-            async with gate, client.stream("POST", "/v1/completions", json=body) as response:
-                assert response.status_code == 200, await response.aread()
-                count = 0
-                async for line in response.aiter_lines():
-                    if count == leaves_after:
-                        return None
-                    if line.startswith("data: {"):
-                        count += 1
-                        choices = httpx.Response(200, content=line[6:]).json()["choices"]
-                        text += choices[0]["text"]
-            return text
-
-        leaving = [draw.randrange(10) if leave and draw.random() < 0.2 else None for _ in bodies]
-        return await asyncio.gather(*map(one, bodies, leaving))
