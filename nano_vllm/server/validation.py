@@ -164,29 +164,23 @@ class Gate:
             )
         except ValueError as error:
             raise _of_template(error) from None
-        self._check_length(chat.text, "messages")
+        self._check_length(len(chat.text), "messages")
         try:
             return chat.text, tokenizer.encode_chat(chat)
         except ValueError as error:
             raise invalid(str(error), "messages") from None
 
-<<<<<<< HEAD
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a prompt; one that is far too long is refused at once."""
         tokenizer = self.tokenizer("prompt")
-        self._check_length(text, "prompt")
-=======
-    def encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
-        """Token ids; a text that is far too long is refused at once."""
-        tokenizer = self.tokenizer(field)
-        self._check_length(len(text), field)
->>>>>>> 0939dcfe9861c79485a31cbba95f1522cb984e6b
+        self._check_length(len(text), "prompt")
         try:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except ValueError as error:
             raise invalid(str(error), "prompt") from None
 
     def _check_length(self, num_chars: int, field: str) -> None:
+        """Of a text before it is rendered or tokenised, which takes its time."""
         if num_chars > self.max_model_len * MAX_CHARS_PER_TOKEN:
             raise invalid(
                 f"the prompt has {num_chars} characters, more than the context of "
@@ -212,16 +206,6 @@ class Gate:
         if self._tokenizer is None:
             raise invalid("this server has no tokenizer: give token ids as prompt", field)
         return self._tokenizer
-
-    def _check_length(self, text: str, field: str) -> None:
-        """Before it is tokenised, which takes its time."""
-        if len(text) > self.max_model_len * MAX_CHARS_PER_TOKEN:
-            raise invalid(
-                f"the prompt has {len(text)} characters, more than the context of "
-                f"{self.max_model_len} tokens can hold",
-                field,
-                "context_length_exceeded",
-            )
 
     def _check(self, request: SamplingRequest) -> None:
         """What can be said ahead of the prompts."""

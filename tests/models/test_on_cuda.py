@@ -98,7 +98,7 @@ def test_chunks_whose_tokens_decode_generate_alike(
     make_checkpoint(tmp_path, seed=6)
     draw = random.Random(6)
     prompts = [[draw.randrange(3, 199) for _ in range(70 + 2 * i)] for i in range(16)]
-    room: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 32}
+    room: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 16}
     expected = generate(tmp_path, "cuda", dtype, prompts, **room)
     monkeypatch.setattr(input_batch, "MIN_SPREAD_CONTEXT", 16)
     monkeypatch.setattr(input_batch, "SHARED_PREFIX_BYTES", 0)
