@@ -78,8 +78,8 @@ class LLM:
                 "cache_salt" beside it, a prompt finds the cached blocks of equal salts alone.
             sampling_params: for all, or a list with one for each; by default SamplingParams().
             use_tqdm: show a progress bar.
-            priority: for all, or a list with one for each: the lowest first, under
-                scheduling_policy priority.
+            priority: for all, or a list with one for each: the lowest first. Other than 0 only
+                under scheduling_policy priority.
 
         Returns:
             one result per prompt, in their order.

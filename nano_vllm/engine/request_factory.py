@@ -115,7 +115,7 @@ class RequestFactory:
         cache_salt: str | None,
     ) -> None:
         self._limits.check(prompt_token_ids, params)
-        check_priority(priority)
+        check_priority(priority, self._scheduler.by_priority)
         check_cache_salt(cache_salt)
         self._scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
 

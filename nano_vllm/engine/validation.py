@@ -10,11 +10,13 @@ from nano_vllm.sampling_params import SamplingParams
 MAX_SALT_LENGTH = 1024
 
 
-def check_priority(priority: int) -> None:
-    """Raise ValueError for what is no priority."""
+def check_priority(priority: int, by_priority: bool) -> None:
+    """Raise ValueError for what is no priority, or would be none to the scheduler."""
     # type(), as True is an int
     if type(priority) is not int or not -(2**31) <= priority < 2**31:
         raise ValueError(f"priority must be an integer in [-2^31, 2^31), got {priority!r}")
+    if priority and not by_priority:
+        raise ValueError(f"priority needs scheduling_policy='priority', got {priority}")
 
 
 def check_cache_salt(salt: str | None) -> str | None:

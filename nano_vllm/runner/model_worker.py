@@ -38,6 +38,8 @@ from nano_vllm.sampling.greedy import likeliest_tokens
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
 
+READ_BEHIND_WINDOW = 128
+"""kReadBehindWindow in csrc/attention/paged_attention.h."""
 TILE_ROWS = 128
 """Tokens times query heads of a tile of a prompt."""
 
@@ -140,11 +142,13 @@ class ModelWorker:
             if self.num_host_blocks:
                 self.host_cache = HostCache(self.kv_cache, self.num_host_blocks)
                 self.host_block_seconds = self.host_cache.measure_copy_in()
-            self.freed_window = self.model_config.widest_window if self.device.type == "cpu" else 0
+            self.freed_window = self.model_config.widest_window
             """Tokens behind which no kernel looks for blocks; 0 for none. Those for CUDA read tiles
             whose first tokens may lie behind the window, and would multiply what others have there
             by zero: NaN may be among it.
             """
+            if self.device.type == "cuda" and self.freed_window:
+                self.freed_window += READ_BEHIND_WINDOW
             self.saturating_tokens = _saturating_tokens(shard, self.device)
             """Of a prompt; see StepCost."""
             self.spread = (

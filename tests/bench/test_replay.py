@@ -87,6 +87,8 @@ def run(seed: int, path: Path | None) -> tuple[dict[str, Any], dict[str, int]]:
             prompt = head[: draw.randrange(length)]
             prompt += [draw.randrange(VOCAB_SIZE) for _ in range(length - len(prompt))]
             urgency, salt = draw.randrange(3), draw.choice([None, None, "salt", "pepper"])
+            if engine.config.scheduling_policy == "fcfs":
+                urgency = 0
             if draw.random() < 0.2:
                 search = BeamSearchParams(beam_width=2, max_tokens=draw.choice([1, 8]))
                 engine.add(

@@ -37,7 +37,7 @@ def order_of_ends(outputs: list[RequestOutput]) -> list[int]:
 @pytest.mark.parametrize("policy", ["priority", "fcfs"])
 def test_one_at_a_time_they_end_in_order(policy: str) -> None:
     draw = random.Random(0)
-    priorities = [draw.randrange(-3, 4) for _ in range(30)]
+    priorities = [draw.randrange(-3, 4) if policy == "priority" else 0 for _ in range(30)]
     prompts = [[place, 1, 2] for place in range(30)]
     llm = make_llm(policy, max_num_seqs=1)
     outputs = llm.generate(prompts, PARAMS, use_tqdm=False, priority=priorities)
@@ -91,6 +91,15 @@ def test_bad_priorities(priority: Any, message: str) -> None:
     assert not llm.engine.has_work
 
 
+def test_a_priority_that_would_not_count_is_refused() -> None:
+    llm = make_llm("fcfs")
+    with pytest.raises(
+        ValueError, match="prompt 1: priority needs scheduling_policy='priority', got 3"
+    ):
+        llm.generate([[1], [2]], PARAMS, use_tqdm=False, priority=[0, 3])
+    assert not llm.engine.has_work
+
+
 @pytest.mark.parametrize("policy", ["priority", "fcfs"])
 def test_the_lowest_priority_loses_its_blocks_first(policy: str) -> None:
     """Though it came first: first come, first served, the last to come loses them."""
@@ -100,7 +109,8 @@ def test_the_lowest_priority_loses_its_blocks_first(policy: str) -> None:
     prompts = [[place] * 15 for place in range(3)]
     outputs = []
     for place, prompt in enumerate(prompts):
-        llm.engine.add_request(str(place), prompt, params, priority=-place)
+        priority = -place if policy == "priority" else 0
+        llm.engine.add_request(str(place), prompt, params, priority=priority)
         outputs += llm.engine.step()
     assert llm.get_metrics().num_running == 3
     while llm.engine.has_work:
@@ -140,7 +150,8 @@ def test_nobody_is_preempted_more_often_than_the_bound(
                 params[name] = SamplingParams(
                     seed=1, max_tokens=draw.choice([40, 70]), ignore_eos=True
                 )
-                engine.add_request(name, prompts[name], params[name], priority=-len(prompts))
+                priority = -len(prompts) if policy == "priority" else 0
+                engine.add_request(name, prompts[name], params[name], priority=priority)
             for output in engine.step():
                 num_finished += 1
                 most = max(most, output.metrics.num_preemptions)

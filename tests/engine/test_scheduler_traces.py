@@ -90,6 +90,8 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
                 draw.randrange(VOCAB_SIZE) for _ in range(length - len(head))
             ]
             urgency, salt = draw.randrange(3), draw.choice([None, None, "salt"])
+            if engine.config.scheduling_policy == "fcfs":
+                urgency = 0
             if draw.random() < 0.2:
                 beams[request_id] = BeamSearchParams(
                     beam_width=draw.randrange(1, 1 + min(5, engine.scheduler.max_num_seqs)),
