@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ from nano_vllm.sequence import Sequence
 from nano_vllm.step_record import StepRecorder, step_range
 
 __all__ = ["LaunchedStep", "ModelRunner", "choose_dtype"]
+
+SPARE_BYTES = 1 << 30
+"""Free on the device where a graph is captured ahead of need: each takes about 1 MB, and kernels
+that are loaded on the way some hundred.
+"""
 
 
 class ModelRunner(ModelWorker):
@@ -113,10 +119,10 @@ class ModelRunner(ModelWorker):
         do: the second time it is captured. Not while a step is under way.
 
         Returns:
-            whether there was one.
+            whether there was one, and memory to spare.
         """
         shape = None if self.graphs is None else self.graphs.missing()
-        if shape is None:
+        if shape is None or self._free_bytes() < SPARE_BYTES:
             return False
         try:
             step = Step(self.input_batch.write_nothing(shape), gathers_logits=False)
@@ -130,6 +136,12 @@ class ModelRunner(ModelWorker):
             self.parallel.fail(error)
             raise
         return True
+
+    def _free_bytes(self) -> float:
+        """Of the device, as the driver tells."""
+        if self.device.type != "cuda":
+            return math.inf
+        return torch.cuda.mem_get_info(self.device)[0]
 
     def _decide(self, batch: Batch) -> tuple[Step, list[int], list[_WantedLogprobs]]:
         """Write the step, and tell the other ranks of it.
