@@ -89,6 +89,10 @@ constexpr int64_t paged_attention_workspace_numel(int64_t num_seqs, int64_t num_
          prefix_rows(num_seqs, num_heads) * (head_dim + 2) + prefill_plan_numel(num_seqs);
 }
 
+// Tokens behind the window of a sequence's queries that the CUDA kernels may read, as they read
+// whole tiles: their blocks must be the sequence's still.
+constexpr int32_t kReadBehindWindow = 128;
+
 namespace cpu {
 inline void plan_attention(const PagedAttentionParams&) {}  // threads take tasks as they come
 void paged_attention(const PagedAttentionParams& params);

@@ -122,7 +122,10 @@ struct AttentionCase {
   DType cache_dtype() const { return float8 ? DType::kFloat8E4M3 : dtype; }
 };
 
-// The tensors of a case; block tables in random order, slots that hold no token NaN.
+constexpr int32_t kNowhere = 1 << 30;
+
+// The tensors of a case; block tables in random order, slots that hold no token NaN. The entries of
+// blocks that nobody may read lead far out of the cache.
 struct AttentionInputs {
   explicit AttentionInputs(const AttentionCase& c)
       : query(c.dtype, 0), keys(c.cache_dtype(), 0), values(c.cache_dtype(), 0) {
@@ -150,8 +153,7 @@ struct AttentionInputs {
     std::vector<int32_t> order(num_blocks);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), generator);
-    // An entry past the sequence's blocks leads far out of the cache.
-    tables.assign(c.sequences.size() * (max_blocks + 1), 1 << 30);
+    tables.assign(c.sequences.size() * (max_blocks + 1), kNowhere);
     p.block_tables_stride = max_blocks + 1;
 
     num_tokens = start.back() + 2;  // two rows of padding
@@ -192,6 +194,13 @@ struct AttentionInputs {
           keys.set(at, uniform(-2, 2) / scale_of(key_scales, head));
           values.set(at, uniform(-1, 1) / scale_of(value_scales, head));
         }
+      }
+    }
+    for (size_t s = 0; s < c.sequences.size(); ++s) {
+      const auto [query_len, seq_len] = c.sequences[s];
+      const int first = seq_len - query_len - c.sliding_window + 1 - kReadBehindWindow;
+      if (c.sliding_window > 0 && first > 0) {
+        std::fill_n(tables.data() + s * p.block_tables_stride, first / c.block_size, kNowhere);
       }
     }
   }

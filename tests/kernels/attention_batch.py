@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nano_vllm import ops
+from nano_vllm.runner.model_worker import READ_BEHIND_WINDOW
 from tests import reference
 from tests.kernels.compare import assert_close, assert_equal_bits, assert_gaps_untouched
 from tests.kernels.draw import FLOAT8, SENTINEL, Draw
@@ -138,9 +139,9 @@ def page(
 
     All that no query may see is NaN: rows past a sequence's end, blocks of nobody, padding queries,
     gaps between the strides. Block table entries past a sequence's last block, and those of blocks
-    behind the sliding window of all its queries, on a CPU and unless it has all, name a block of
-    nobody or no block at all. The bounds max_query_len and max_seq_len are often loose. A float8
-    cache often has scales, if not the given ones.
+    behind what may be read for the sliding window of all its queries, unless it has all, name a
+    block of nobody or no block at all. The bounds max_query_len and max_seq_len are often loose. A
+    float8 cache often has scales, if not the given ones.
     """
     query = torch.cat([sequence.query for sequence in sequences])
     _, num_kv_heads, head_dim = sequences[0].keys.shape
@@ -158,8 +159,9 @@ def page(
     slots = []
     for s, own in enumerate(blocks[: sum(needed)].split(needed)):
         window = options.get("sliding_window") or seq_lens[s]
+        window += READ_BEHIND_WINDOW if draw.device == "cuda" else 0
         behind = max(seq_lens[s] - query_lens[s] + 1 - window, 0) // block_size
-        if has_all_blocks or draw.device == "cuda":
+        if has_all_blocks:
             behind = 0
         tables[s, behind : len(own)] = own[behind:]
         slots.append((own[:, None] * block_size + rows).flatten()[: seq_lens[s]])
