@@ -122,12 +122,26 @@ def test_a_search_that_is_too_wide_is_refused() -> None:
 
 
 def test_the_lowest_priority_goes_first() -> None:
-    for policy, order in (("priority", ["a", "c", "b"]), ("fcfs", ["a", "b", "c"])):
-        adds = [Add("b", [98], PARAMS, False, 5), Add("c", [99], PARAMS, False, -1)]
+    for policy, priorities, order in (
+        ("priority", (5, -1), ["a", "c", "b"]),
+        ("fcfs", (0, 0), ["a", "b", "c"]),
+    ):
+        adds = [
+            Add("b", [98], PARAMS, False, priorities[0]),
+            Add("c", [99], PARAMS, False, priorities[1]),
+        ]
         script = {0: [Add("a", [97], PARAMS, False)], 1: adds}
         sent, _ = run(script, max_num_seqs=1, scheduling_policy=policy)
         steps = [message for message in sent if isinstance(message, Deltas)]
         assert [d.request_id for step in steps for d in step.requests] == order
+
+
+def test_a_priority_under_fcfs_is_refused() -> None:
+    script = {0: [Add("a", [97], PARAMS, False, 5), Add("b", [98], PARAMS, False)]}
+    sent, _ = run(script, scheduling_policy="fcfs")
+    refused = [message for message in sent if isinstance(message, Refused)]
+    assert [message.request_id for message in refused] == ["a"]
+    assert deltas_of(sent, "b")[0].finished
 
 
 def test_a_salt_keeps_to_itself() -> None:
@@ -209,13 +223,32 @@ def test_parts_with_log_probabilities_sum_up_to_the_delta() -> None:
 
     def delta(*lengths: int) -> RequestDelta:
         completions = [completion(i, length) for i, length in enumerate(lengths)]
-        return RequestDelta("a", completions, True, RequestMetrics(1.0), 5, [None, {3: Logprob(0)}])
+        prompt = [None, *({i: Logprob(-i)} for i in range(lengths[-1]))]
+        return RequestDelta("a", completions, True, RequestMetrics(1.0), 5, prompt)
 
-    for lengths in ((1,), (0, 3), (3 * TOKENS_PER_MESSAGE, 5), (TOKENS_PER_MESSAGE + 1,) * 3):
-        total, *parts = parts_of(delta(*lengths))
-        assert max(part.num_tokens for part in (total, *parts)) <= TOKENS_PER_MESSAGE
-        assert [part.finished for part in (total, *parts)] == [False] * len(parts) + [True]
-        for part in parts:
-            total.absorb(part)
+    async def scenario(lengths: tuple[int, ...]) -> None:
+        parts = list(parts_of(delta(*lengths)))
+        assert max(part.size for part in parts) <= TOKENS_PER_MESSAGE
+        assert [part.finished for part in parts] == [False] * (len(parts) - 1) + [True]
+        output = OutputStream(["b", "a"])
+        reading = asyncio.create_task(output.next())
+        for part in parts[:-1]:
+            output.put(1, part)
+            await asyncio.sleep(0)
+            assert not reading.done()
+        output.put(0, RequestDelta("b", [], True))
+        assert await reading == [(0, RequestDelta("b", [], True))]
+        output.put(1, parts[-1])
+        ((_, total),) = await output.next() or []
         total.completions.sort(key=lambda completion: completion.index)
         assert total == delta(*lengths)
+        assert await output.next() is None
+
+    for lengths in (
+        (1, 0),
+        (0, 3),
+        (3 * TOKENS_PER_MESSAGE, 5),
+        (5, 3 * TOKENS_PER_MESSAGE),
+        (TOKENS_PER_MESSAGE + 1,) * 3,
+    ):
+        asyncio.run(scenario(lengths))
