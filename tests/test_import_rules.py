@@ -97,7 +97,6 @@ HEAVY = {
     "jinja2",
     "tqdm",
     "matplotlib",
-    "msgspec",
     "fastapi",
     "starlette",
     "uvicorn",

@@ -110,7 +110,7 @@ class EngineLoop:
             self._steps.append(StepNote(end, end - start, num_running, num_tokens))
 
     def _report(self, deltas: list[RequestDelta]) -> None:
-        if any(delta.num_tokens > TOKENS_PER_MESSAGE for delta in deltas):
+        if any(delta.size > TOKENS_PER_MESSAGE for delta in deltas):
             for delta in deltas:
                 for part in parts_of(delta):
                     self._send(Deltas([part]))
@@ -213,6 +213,11 @@ def parts_of(delta: RequestDelta) -> Iterator[RequestDelta]:
     """Deltas that sum up to this one, with so few log-probabilities each that to decode it holds
     nobody up.
     """
+    if delta.prompt_logprobs is not None:
+        entries, delta.prompt_logprobs = delta.prompt_logprobs, None
+        for start in range(0, len(entries), TOKENS_PER_MESSAGE):
+            some = entries[start : start + TOKENS_PER_MESSAGE]
+            yield RequestDelta(delta.request_id, [], False, prompt_logprobs=some, is_part=True)
     for completion in delta.completions:
         token_ids, logprobs = completion.token_ids, completion.logprobs
         if logprobs is None:
@@ -221,7 +226,7 @@ def parts_of(delta: RequestDelta) -> Iterator[RequestDelta]:
         for start in range(0, len(token_ids), TOKENS_PER_MESSAGE):
             end = start + TOKENS_PER_MESSAGE
             part = CompletionDelta(completion.index, "", token_ids[start:end], logprobs[start:end])
-            yield RequestDelta(delta.request_id, [part], False)
+            yield RequestDelta(delta.request_id, [part], False, is_part=True)
     yield delta
 
 

@@ -112,6 +112,8 @@ class RequestDelta(msgspec.Struct, array_like=True, gc=False):
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """With the first delta alone."""
+    is_part: bool = False
+    """Whether the rest of the delta is still to come, and nobody reads this before."""
 
     def absorb(self, later: RequestDelta) -> None:
         """Become the sum of both."""
@@ -122,8 +124,11 @@ class RequestDelta(msgspec.Struct, array_like=True, gc=False):
             else:
                 self.completions.append(delta)
         self.finished, self.metrics = later.finished, later.metrics
-        self.num_cached_tokens = later.num_cached_tokens
-        self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
+        self.num_cached_tokens, self.is_part = later.num_cached_tokens, later.is_part
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = later.prompt_logprobs
+        else:
+            self.prompt_logprobs += later.prompt_logprobs or ()
 
     @property
     def num_tokens(self) -> int:
@@ -131,6 +136,11 @@ class RequestDelta(msgspec.Struct, array_like=True, gc=False):
         for delta in self.completions:
             count += len(delta.token_ids)
         return count
+
+    @property
+    def size(self) -> int:
+        """Tokens that may have log-probabilities, of output and prompt."""
+        return self.num_tokens + len(self.prompt_logprobs or ())
 
 
 class Deltas(msgspec.Struct, tag=True, array_like=True):

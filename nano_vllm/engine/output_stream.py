@@ -24,12 +24,21 @@ class OutputStream:
         """By prompt, the replica that it runs in."""
         self._pending: dict[int, RequestDelta] = {}
         """By prompt."""
+        self._parts: dict[int, RequestDelta] = {}
+        """By prompt; of deltas that came in part."""
         self._num_open = len(request_ids)
         self._error: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
 
     def put(self, place: int, delta: RequestDelta) -> None:
         """Take in what the prompt of that place gained."""
+        if place in self._parts:
+            self._parts[place].absorb(delta)
+            delta = self._parts[place]
+        if delta.is_part:
+            self._parts[place] = delta
+            return
+        self._parts.pop(place, None)
         if place in self._pending:
             self._pending[place].absorb(delta)
         else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from nano_vllm.engine.messages import CompletionDelta, RequestDelta
 from nano_vllm.outputs import Logprob, RequestMetrics
-from nano_vllm.server.event import EventTemplate, event
+from nano_vllm.server.event import EventTemplate, encoded, event
 from nano_vllm.server.protocol import SamplingRequest
 from nano_vllm.server.responses import (
     PromptLogprobs,
@@ -159,8 +159,17 @@ class Answer(ABC):
         """The response to a request that is not streamed.
 
         Args:
-            deltas: by prompt, all that it gained.
+            deltas: by prompt, all that it gained; without completions afterwards.
         """
+
+
+def drained(completions: list[CompletionDelta]) -> Iterator[CompletionDelta]:
+    """These by index, which the list no longer has: each is freed when the next one comes, as to
+    free much in one go holds up all other threads.
+    """
+    completions.sort(key=lambda completion: -completion.index)
+    while completions:
+        yield completions.pop()
 
 
 def token_text(token_id: int, entry: Logprob) -> str:
@@ -173,6 +182,8 @@ def prompt_entries(logprobs: Iterable[dict[int, Logprob] | None]) -> PromptLogpr
     return [
         None
         if entries is None
-        else {str(i): TokenEntry(e.logprob, e.rank, e.decoded_token) for i, e in entries.items()}
+        else encoded(
+            {str(i): TokenEntry(e.logprob, e.rank, e.decoded_token) for i, e in entries.items()}
+        )
         for entries in logprobs
     ]

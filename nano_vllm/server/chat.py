@@ -7,7 +7,8 @@ from msgspec import UNSET
 
 from nano_vllm.engine.messages import CompletionDelta, RequestDelta
 from nano_vllm.outputs import Logprob
-from nano_vllm.server.answer import Answer, prompt_entries, token_text
+from nano_vllm.server.answer import Answer, drained, prompt_entries, token_text
+from nano_vllm.server.event import encoded
 from nano_vllm.server.protocol import ChatRequest
 from nano_vllm.server.responses import (
     ChatChoice,
@@ -81,7 +82,7 @@ class ChatAnswer(Answer):
                 completion.stop_reason,
                 completion.token_ids if self.request.return_token_ids else UNSET,
             )
-            for completion in sorted(delta.completions, key=lambda c: c.index)
+            for completion in drained(delta.completions)
         ]
         response = ChatCompletion(
             self.id, self.created, self.model, choices, self.usage, timings=self.timings
@@ -106,9 +107,11 @@ class ChatAnswer(Answer):
         for token_id, entry in zip(completion.token_ids, completion.logprobs or [], strict=True):
             likeliest = sorted(entry.items(), key=lambda item: -item[1].logprob)[:most]
             content.append(
-                ChatLogprob(
-                    *_named(token_id, entry[token_id]),
-                    [TopLogprob(*_named(i, e)) for i, e in likeliest],
+                encoded(
+                    ChatLogprob(
+                        *_named(token_id, entry[token_id]),
+                        [TopLogprob(*_named(i, e)) for i, e in likeliest],
+                    )
                 )
             )
         return ChatLogprobs(content)

@@ -7,7 +7,8 @@ from msgspec import UNSET
 
 from nano_vllm.engine.messages import CompletionDelta, RequestDelta
 from nano_vllm.outputs import Logprob
-from nano_vllm.server.answer import Answer, prompt_entries, token_text
+from nano_vllm.server.answer import Answer, drained, prompt_entries, token_text
+from nano_vllm.server.event import encoded
 from nano_vllm.server.protocol import CompletionRequest
 from nano_vllm.server.responses import Completion, CompletionChoice, CompletionLogprobs
 from nano_vllm.server.validation import GatedPrompt
@@ -56,16 +57,11 @@ class CompletionAnswer(Answer):
     def whole(self, deltas: dict[int, RequestDelta]) -> msgspec.Struct:
         choices = [
             self._choice(place, completion, delta.prompt_logprobs)
-            for place, delta in deltas.items()
-            for completion in delta.completions
+            for place, delta in sorted(deltas.items())
+            for completion in drained(delta.completions)
         ]
         return Completion(
-            self.id,
-            self.created,
-            self.model,
-            sorted(choices, key=lambda choice: choice.index),
-            usage=self.usage,
-            timings=self.timings,
+            self.id, self.created, self.model, choices, usage=self.usage, timings=self.timings
         )
 
     def _response(self, choices: list[CompletionChoice], is_last: bool = False) -> Completion:
@@ -122,7 +118,9 @@ class CompletionAnswer(Answer):
             result.tokens.append(text)
             result.token_logprobs.append(None if entry is None else entry[token_id].logprob)
             result.top_logprobs.append(
-                None if entry is None else {token_text(i, e): e.logprob for i, e in entry.items()}
+                None
+                if entry is None
+                else encoded({token_text(i, e): e.logprob for i, e in entry.items()})
             )
             result.text_offset.append(offset)
             offset += len(text)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -21,13 +22,16 @@ from nano_vllm.server.service import Service
 MAX_PENDING_TOKENS = 2**16
 """Of a stream whose client does not read: more, and it is cut off."""
 LARGE_ANSWER = 2**10
-"""Output tokens; what has more is put together beside the event loop."""
+"""Tokens; what has more is put together beside the event loop."""
+PART_OF_BODY = 2**18
+"""Bytes; what is longer is sent in parts, each when the client has read most of those before."""
 ABORT_CONNECTION = "nano_vllm.abort_connection"
 """The extension of the ASGI scope that drops the connection at once."""
 WRITE_PART = "nano_vllm.write_part"
 """The extension that writes a part of the body at once; it says whether it could."""
 _ENCODER = msgspec.json.Encoder()
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+T = TypeVar("T")
 
 
 class TimedOut(Exception):
@@ -110,13 +114,17 @@ class Run:
             if not collecting.done():
                 raise Disconnected
             deltas = collecting.result()
-            if self._answer.num_output_tokens > LARGE_ANSWER:
-                return await self._service.in_thread(self._response, deltas)
-            return self._response(deltas)
+            return await self.make(lambda: self._response(deltas), deltas.values())
         finally:
             leaving.cancel()
             collecting.cancel()
             self.close()
+
+    async def make(self, work: Callable[[], T], deltas: Iterable[RequestDelta]) -> T:
+        """What is made of deltas, beside the event loop where they are large."""
+        if sum([delta.size for delta in deltas]) > LARGE_ANSWER:
+            return await self._service.in_thread(work)
+        return work()
 
     def close(self) -> None:
         """Abort what is unfinished."""
@@ -124,7 +132,10 @@ class Run:
         self._service.llm.abort(self._output)
 
     def _response(self, deltas: dict[int, RequestDelta]) -> Response:
-        return json_response(self._answer.whole(deltas))
+        body = _ENCODER.encode(self._answer.whole(deltas))
+        if len(body) > PART_OF_BODY:
+            return InParts(body, self.read_timeout)
+        return Response(body, media_type="application/json")
 
     async def _collect(self) -> dict[int, RequestDelta]:
         total: dict[int, RequestDelta] = {}
@@ -183,7 +194,9 @@ class EventStream(Response):
         write_part = scope.get("extensions", {}).get(WRITE_PART)
         try:
             while deltas is not None:
-                events = b"".join([answer.events(place, delta) for place, delta in deltas])
+                events = await run.make(
+                    partial(_events, answer, deltas), [delta for _, delta in deltas]
+                )
                 if events and not (write_part and write_part(events)):
                     await self._put(send, events)
                 if run.num_pending_tokens > MAX_PENDING_TOKENS:
@@ -214,10 +227,40 @@ class EventStream(Response):
             await asyncio.sleep(due - now)
 
 
+def _events(answer: Answer, deltas: list[tuple[int, RequestDelta]]) -> bytes:
+    return b"".join([answer.events(place, delta) for place, delta in deltas])
+
+
 def _cut_off(scope: MutableMapping[str, Any]) -> None:
     abort = scope.get("extensions", {}).get(ABORT_CONNECTION)
     if abort is not None:
         abort()
+
+
+class InParts(Response):
+    """JSON that would be too much to send at once; a client that does not read it is cut off.
+
+    Args:
+        body: the JSON.
+        timeout: seconds in which a part has to be taken.
+    """
+
+    def __init__(self, body: bytes, timeout: float) -> None:
+        super().__init__(body, media_type="application/json")
+        self._timeout = timeout
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for place in range(0, len(self.body), PART_OF_BODY):
+            part = self.body[place : place + PART_OF_BODY]
+            more = place + PART_OF_BODY < len(self.body)
+            message = {"type": "http.response.body", "body": part, "more_body": more}
+            try:
+                await asyncio.wait_for(send(message), self._timeout)
+            except asyncio.TimeoutError:
+                _cut_off(scope)
+                return
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

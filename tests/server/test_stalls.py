@@ -29,11 +29,26 @@ LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     "128 streams": (COMPLETIONS, {"prompt": "a", "n": 128, "max_tokens": 60, "stream": True}),
     "128 streams with log-probabilities": (
         COMPLETIONS,
-        {"prompt": "a", "n": 128, "max_tokens": 20, "stream": True, "logprobs": 20},
+        {"prompt": "a", "n": 128, "max_tokens": 60, "stream": True, "logprobs": 20},
     ),
     "128 completions with log-probabilities": (
         COMPLETIONS,
-        {"prompt": "a", "n": 128, "max_tokens": 20, "logprobs": 20},
+        {"prompt": "a", "n": 128, "max_tokens": 100, "logprobs": 20},
+    ),
+    "128 answers with log-probabilities": (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": "a"}],
+            "n": 128,
+            "max_tokens": 100,
+            "logprobs": True,
+            "top_logprobs": 20,
+            "ignore_eos": True,
+        },
+    ),
+    "a prompt with log-probabilities": (
+        COMPLETIONS,
+        {"prompt": "a" * 2000, "max_tokens": 1, "prompt_logprobs": 20},
     ),
 }
 
