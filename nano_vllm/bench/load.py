@@ -19,7 +19,7 @@ LINE_LIMIT = 2**24
 """Bytes of a header line or chunk size line, at the most."""
 
 _BRINGS_TEXT = re.compile(rb'"choices": ?\[ ?\{')
-_TELLS_MORE = re.compile(rb'"(?:usage|error)": ?[{"]')
+_TELLS_MORE = re.compile(rb'"(?:usage|error|timings)": ?[{"]')
 """Most events do not, and need not be decoded. In a text these would have backslashes."""
 
 
@@ -36,6 +36,8 @@ class Timeline:
     end: float = 0.0
     """When the answer was whole, or failed."""
     error: str | None = None
+    engine_ttft: float | None = None
+    """Seconds from the engine's taking the request in to its first token, where the server told."""
 
     @property
     def ttft(self) -> float:
@@ -125,6 +127,8 @@ class Client:
                     timeline.chunks.append(now)
                 if value.get("usage"):
                     timeline.num_tokens = value["usage"]["completion_tokens"]
+                if timings := value.get("timings"):
+                    timeline.engine_ttft = (timings["queue_ms"] + timings["prefill_ms"]) / 1e3
 
     async def _whole(self, method: str, path: str) -> tuple[int, bytes]:
         status, parts = await self._request(method, path)
@@ -187,6 +191,7 @@ async def send_load(
     request_rate: float,
     max_concurrency: int | None,
     seed: int,
+    timings: bool = False,
 ) -> tuple[list[Timeline], float]:
     """Send a workload's prompts, the waits between them drawn so that they are a Poisson process.
 
@@ -197,6 +202,7 @@ async def send_load(
         request_rate: requests a second; infinite for all at once.
         max_concurrency: requests at the same time; None for any number.
         seed: of the waits.
+        timings: ask the server for its own times, which nano_vllm's tells.
 
     Returns:
         a timeline for each prompt, and seconds from the first request to the last token.
@@ -215,6 +221,7 @@ async def send_load(
                     "ignore_eos": True,
                     "stream": True,
                     "stream_options": {"include_usage": True},
+                    **({"timings": True} if timings else {}),
                 }
             )
 

@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:MS",
         help="milliseconds that a request must keep to count as good: ttft:200 tpot:50 e2e:10000",
     )
+    parser.add_argument(
+        "--timings",
+        action="store_true",
+        help="also how much later the first token comes than by nano_vllm's engine's own clock",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the distributions; .png, .svg, .pdf")
 
 
@@ -74,7 +79,13 @@ def run(args: argparse.Namespace) -> None:
         model = args.model or (await client.models())[0]
         await client.complete({"model": model, "prompt": [1], "max_tokens": 1, "stream": True})
         timelines, seconds = await send_load(
-            client, workload, model, args.request_rate, args.max_concurrency, args.seed
+            client,
+            workload,
+            model,
+            args.request_rate,
+            args.max_concurrency,
+            args.seed,
+            args.timings,
         )
         return model, timelines, seconds
 
@@ -104,6 +115,9 @@ def run(args: argparse.Namespace) -> None:
     }
     samples = latencies(done)
     rows = [{"ms": name, **summary(values)} for name, values in samples.items() if values]
+    beside = [(t.ttft - t.engine_ttft) * 1e3 for t in done if t.engine_ttft is not None]
+    if beside:
+        rows.append({"ms": "TTFT - engine's", **summary(beside)})
     if refused:
         rows.append({"ms": "refused", **summary(refused)})
     for error in sorted(set(failed))[:3]:

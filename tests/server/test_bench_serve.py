@@ -33,6 +33,14 @@ def test_a_load(server: RunningServer, capsys: Any, tmp_path: Path) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rates"][0]["good"] == 0
 
 
+def test_first_tokens_beside_the_engine(server: RunningServer, capsys: Any) -> None:
+    flags = "--num-prompts 4 --max-concurrency 1 --input-len 9 --output-len 2 --vocab-size 200"
+    assert main(["serve", "--url", server.url, *flags.split(), "--timings"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    ttft, beside = (next(r for r in rows if r["ms"] == n) for n in ("TTFT", "TTFT - engine's"))
+    assert 0 < beside["p50"] < ttft["p50"]
+
+
 def test_failures_are_told(server: RunningServer, capsys: Any) -> None:
     flags = ["--num-prompts", "2", "--input-len", "4"]
     assert main(["serve", "--url", server.url, *flags, "--output-len", "9000"]) == 1
