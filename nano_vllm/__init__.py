@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nano_vllm.config import EngineConfig
     from nano_vllm.engine.llm import LLM
     from nano_vllm.engine.session import Session
+    from nano_vllm.logprob import Logprob
     from nano_vllm.outputs import CompletionOutput, RequestOutput, ScoreOutput
     from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -17,6 +18,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
+    "Logprob",
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
@@ -28,6 +30,7 @@ _HOME = {
     "BeamSearchParams": "nano_vllm.sampling_params",
     "CompletionOutput": "nano_vllm.outputs",
     "EngineConfig": "nano_vllm.config",
+    "Logprob": "nano_vllm.logprob",
     "RequestOutput": "nano_vllm.outputs",
     "SamplingParams": "nano_vllm.sampling_params",
     "ScoreOutput": "nano_vllm.outputs",

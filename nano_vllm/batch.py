@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from nano_vllm.outputs import Logprob
 from nano_vllm.sequence import Sequence
 
 if TYPE_CHECKING:
     from nano_vllm._core import DecodeStep
+    from nano_vllm.logprob import Logprob
 
 
 @dataclass(slots=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from nano_vllm.outputs import Logprob
 from nano_vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nano_vllm.logprob import Logprob
 
 
 class SequenceStatus(Enum):

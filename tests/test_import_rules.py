@@ -23,6 +23,7 @@ FLOORS = (
         "sampling_params",
         "sequence",
         "batch",
+        "logprob",
         "outputs",
         "metrics",
         "step_record",
@@ -41,7 +42,7 @@ FLOORS = (
 )
 PLAIN_DATA = FLOORS[0]
 LIGHT = (
-    *PLAIN_DATA,
+    *(room for room in PLAIN_DATA if room != "logprob"),
     "",
     "__main__",
     "cli",
@@ -97,6 +98,7 @@ HEAVY = {
     "jinja2",
     "tqdm",
     "matplotlib",
+    "msgspec",
     "fastapi",
     "starlette",
     "uvicorn",

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 import msgspec
 
 from nano_vllm.config import EngineConfig
+from nano_vllm.logprob import Logprob
 from nano_vllm.metrics import EngineMetrics
-from nano_vllm.outputs import Logprob, RequestMetrics
+from nano_vllm.outputs import RequestMetrics
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 
 LENGTH = struct.Struct(">I")

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from nano_vllm.engine.request import Completion, Request
-from nano_vllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nano_vllm.logprob import Logprob
+from nano_vllm.outputs import CompletionOutput, RequestOutput
 from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from nano_vllm.engine.beam_group import BeamGroup
 from nano_vllm.engine.stop_strings import StopStrings
-from nano_vllm.outputs import Logprob, RequestMetrics
+from nano_vllm.logprob import Logprob
+from nano_vllm.outputs import RequestMetrics
 from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
 from nano_vllm.tokenizer.detokenizer import Detokenizer

@@ -14,7 +14,7 @@ import torch
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult
 from nano_vllm.config import EngineConfig
 from nano_vllm.distributed.launch import ALONE, Launch
-from nano_vllm.outputs import Logprob
+from nano_vllm.logprob import Logprob
 from nano_vllm.runner.model_worker import ModelWorker, choose_dtype
 from nano_vllm.runner.step_message import Step, StepSender
 from nano_vllm.sampling.logprob_rows import PROMPT_ROWS

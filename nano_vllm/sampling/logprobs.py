@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nano_vllm.outputs import Logprob
+from nano_vllm.logprob import Logprob
 from nano_vllm.sampling.logprob_rows import ROWS_AT_ONCE
 
 

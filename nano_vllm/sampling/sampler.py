@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nano_vllm import ops
-from nano_vllm.outputs import Logprob
+from nano_vllm.logprob import Logprob
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampling_rows import SamplingRows, can_be_adjusted, rows_with_logprobs
 from nano_vllm.sampling.token_history import TokenHistory

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from nano_vllm.engine.messages import CompletionDelta, RequestDelta
-from nano_vllm.outputs import Logprob, RequestMetrics
+from nano_vllm.logprob import Logprob
+from nano_vllm.outputs import RequestMetrics
 from nano_vllm.server.event import EventTemplate, encoded, event
 from nano_vllm.server.protocol import SamplingRequest
 from nano_vllm.server.responses import (

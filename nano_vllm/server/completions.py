@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET
 
 from nano_vllm.engine.messages import CompletionDelta, RequestDelta
-from nano_vllm.outputs import Logprob
+from nano_vllm.logprob import Logprob
 from nano_vllm.server.answer import Answer, drained, prompt_entries, token_text
 from nano_vllm.server.event import encoded
 from nano_vllm.server.protocol import CompletionRequest

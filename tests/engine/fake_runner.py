@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from nano_vllm.batch import Batch, StepResult
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.engine import Engine
-from nano_vllm.outputs import Logprob
+from nano_vllm.logprob import Logprob
 from nano_vllm.sampling.beam_search import BeamSearch, Hypothesis
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence

@@ -23,7 +23,8 @@ from nano_vllm.engine.messages import (
     to_engine_decoder,
 )
 from nano_vllm.engine.output_stream import OutputStream
-from nano_vllm.outputs import Logprob, RequestMetrics
+from nano_vllm.logprob import Logprob
+from nano_vllm.outputs import RequestMetrics
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from tests.engine.fake_runner import (
     FakeRunner,

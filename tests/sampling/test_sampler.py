@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nano_vllm import ops
-from nano_vllm.outputs import Logprob
+from nano_vllm.logprob import Logprob
 from nano_vllm.sampling.logprobs import ROWS_AT_ONCE, logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
 from nano_vllm.sampling_params import SamplingParams
