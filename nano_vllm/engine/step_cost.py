@@ -17,10 +17,6 @@ MIN_PREFILL_RETURN = 0.25
 """And by so much of what any part of it, were it one token, costs the step: streams that have to
 wait for that are better off where the prompt is soon done.
 """
-MARGIN = 1.2, 0.045, 0.1
-"""By so many mean errors the steps aim below the limit, at least and at most so much of it: they
-vary, and the promise is about the slow ones.
-"""
 
 _ROWS, _CONTEXT, _TOKENS, _PAIRS = 1 / 64, 1 / 2**16, 1 / 2**8, 1 / 2**20
 """Units in which the features of usual steps are about 1."""
@@ -99,10 +95,9 @@ class StepCost:
         triangle = num_tokens * (num_tokens + 1) // 2
         return max(num_tokens, self.saturating_tokens) * context + triangle
 
-    @property
-    def error(self) -> float:
-        """Mean error of the predicted steps with prompts, as a share of the prediction."""
-        return self._prefill.error
+    def knows(self, num_tokens: int) -> bool:
+        """Whether steps with about as many tokens of prompts were measured lately."""
+        return num_tokens * _TOKENS <= 1.25 * self._prefill.reach
 
     @property
     def doubts_decodes(self) -> bool:
@@ -220,9 +215,12 @@ class PrefillPace:
         self.limit = limit
         self.spread = spread
         self._num_steps = 0
+        self._tail = _Tail()
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Take in a step, and the seconds from the result before to its own."""
+        if work.prefill_tokens and self.cost.knows(work.prefill_tokens):
+            self._tail.see(seconds / self.cost.predict(work))
         self.cost.observe(work, seconds)
         if work.prefill_tokens:
             self._num_steps += 1
@@ -240,14 +238,35 @@ class PrefillPace:
         limit = self.limit
         if limit is None:
             limit = 2.0 * self.cost.predict(StepWork(num_decodes, decode_context, 0, 0))
-        errors, least, most = MARGIN
-        limit *= 1.0 - min(max(errors * self.cost.error, least), most)
         num_tokens = self.cost.max_prefill_tokens(
-            limit, num_decodes, decode_context, prefill_context
+            limit / self._tail.ratio, num_decodes, decode_context, prefill_context
         )
         if self.spread is not None and prefill_context >= self.spread[0]:
             num_tokens = min(num_tokens, self.spread[1])
         return num_tokens
+
+
+class _Tail:
+    """How much longer than predicted all but one step in a hundred take at the most: the promise is
+    about the slow ones. A quantile, found step by step: it rises seldom by much, and else falls by
+    a little.
+    """
+
+    SLOW_SHARE = 0.01
+    RATE = 0.03
+    """What a step changes of it at the most."""
+    LEAST, MOST = 1.02, 1.25
+    HELD_UP = 2.0
+    """Times its prediction that a step takes which something else than its work held up."""
+
+    def __init__(self) -> None:
+        self.ratio = 1.07
+
+    def see(self, ratio: float) -> None:
+        """Take in by how much longer than predicted a step was."""
+        if ratio < self.HELD_UP:
+            change = self.RATE * ((ratio > self.ratio) - self.SLOW_SHARE)
+            self.ratio = min(max(self.ratio + change, self.LEAST), self.MOST)
 
 
 def _guess_prefill(base: float) -> tuple[float, float, float]:

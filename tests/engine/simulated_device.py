@@ -46,14 +46,21 @@ class Noise:
     Args:
         draw: randomness.
         outliers: share of the steps that take a hundred times as long.
+        slow: share of the steps that take a sixth longer.
     """
 
-    def __init__(self, draw: random.Random, outliers: float = 0.0) -> None:
+    SLOWEST = 1.07
+    """One step in a hundred takes longer than so many times what it should."""
+
+    def __init__(self, draw: random.Random, outliers: float = 0.0, slow: float = 0.0) -> None:
         self._draw = draw
         self._outliers = outliers
+        self._slow = slow
 
     def __call__(self, seconds: float) -> float:
         held_up = self._draw.random() < self._outliers
+        if self._slow and self._draw.random() < self._slow:
+            seconds *= 7 / 6
         return seconds * max(self._draw.gauss(1.0, 0.03), 0.5) * (100.0 if held_up else 1.0)
 
 

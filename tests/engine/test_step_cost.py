@@ -133,12 +133,18 @@ class Serving:
     """Streams that decode on a device, and prompts that join them."""
 
     def __init__(
-        self, device: Device, num_streams: int, context: int, limit: float | None, seed: int
+        self,
+        device: Device,
+        num_streams: int,
+        context: int,
+        limit: float | None,
+        seed: int,
+        slow: float = 0.0,
     ) -> None:
         self.device, self.limit = device, limit
         self.pace = PrefillPace(limit)
         self.num_streams, self.context = num_streams, num_streams * context
-        self.noise = Noise(random.Random(seed))
+        self.noise = Noise(random.Random(seed), slow=slow)
         self.outlier = Noise(random.Random(seed + 1), outliers=0.003)
 
     def step(self, computed: int = 0, num_tokens: int = 0) -> float:
@@ -151,7 +157,8 @@ class Serving:
 
     def prompt(self, length: int) -> tuple[list[float], float]:
         """The steps' times as shares of what is promised of each, and the time in which as many
-        tokens go by with the largest chunks that keep the promise, over that of these.
+        tokens go by with the largest chunks of which all but one in a hundred keep the promise,
+        over that of these.
         """
         shares, took = [], 0.0
         computed = 0
@@ -177,7 +184,7 @@ class Serving:
         while low < high:
             chunk = (low + high + 1) // 2
             work = prefill(self.num_streams, self.context, computed, chunk)
-            fits = self.device.seconds(work) <= self.promise()
+            fits = Noise.SLOWEST * self.device.seconds(work) <= self.promise()
             low, high = (chunk, high) if fits else (low, chunk - 1)
         return low
 
@@ -215,9 +222,21 @@ def test_the_promise_is_kept_and_prompts_get_what_it_leaves(
         found, share = serving.prompt(length)
         shares += found
         throughput += share / 3
-    # The noise alone makes 1.07 of it, of steps without prompts as well.
-    assert sorted(shares)[int(0.99 * len(shares))] <= 1.1
+    assert sorted(shares)[int(0.99 * len(shares))] <= 1.03
     assert throughput >= 0.8
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+@pytest.mark.parametrize("num_streams", [8, 32])
+def test_the_promise_is_kept_where_some_steps_are_slow(name: str, num_streams: int) -> None:
+    shares: list[float] = []
+    for seed in range(3):
+        serving = Serving(DEVICES[name], num_streams, 300, None, seed, slow=0.03)
+        for _ in range(200):
+            serving.step()
+        serving.prompt(32_768)
+        shares += serving.prompt(32_768)[0]
+    assert sorted(shares)[int(0.99 * len(shares))] <= 1.03
 
 
 @pytest.mark.parametrize("held_up", [1, 3])
