@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from nano_vllm.engine.messages import RequestDelta
+
+Taker = Callable[[int, RequestDelta], bool]
+"""Takes what the prompt of a place gained, or says that it did not."""
 
 
 class EngineError(Exception):
@@ -26,6 +30,8 @@ class OutputStream:
         """By prompt."""
         self._parts: dict[int, RequestDelta] = {}
         """By prompt; of deltas that came in part."""
+        self.taker: Taker | None = None
+        """Is offered what comes while the reader waits: to wake it costs more than most deltas."""
         self._num_open = len(request_ids)
         self._error: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -39,6 +45,13 @@ class OutputStream:
             self._parts[place] = delta
             return
         self._parts.pop(place, None)
+        if self.taker is not None and not delta.finished and self._is_awaited:
+            try:
+                if self.taker(place, delta):
+                    return
+            except Exception as error:
+                self.fail(error)
+                return
         if place in self._pending:
             self._pending[place].absorb(delta)
         else:
@@ -67,6 +80,11 @@ class OutputStream:
     def num_pending_tokens(self) -> int:
         """Tokens that came and were not read."""
         return sum(delta.num_tokens for delta in self._pending.values()) if self._pending else 0
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether the reader waits, with all that came before read."""
+        return self._wake is not None and not self._wake.done()
 
     def _ring(self) -> None:
         if self._wake is not None and not self._wake.done():

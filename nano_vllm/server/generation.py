@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.responses import Response
 
-from nano_vllm.engine.messages import RequestDelta
+from nano_vllm.engine.messages import CompletionDelta, RequestDelta
 from nano_vllm.engine.output_stream import EngineError, OutputStream
 from nano_vllm.server.answer import Answer
 from nano_vllm.server.errors import ApiError
@@ -29,6 +29,8 @@ ABORT_CONNECTION = "nano_vllm.abort_connection"
 """The extension of the ASGI scope that drops the connection at once."""
 WRITE_PART = "nano_vllm.write_part"
 """The extension that writes a part of the body at once; it says whether it could."""
+CAN_WRITE = "nano_vllm.can_write"
+"""The extension that says whether it can."""
 _ENCODER = msgspec.json.Encoder()
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 T = TypeVar("T")
@@ -96,14 +98,27 @@ class Run:
             deltas = [(self._places[i], delta) for i, delta in gained]
         for place, delta in deltas:
             self._answer.note(place, delta)
-            for completion in delta.completions:
-                if completion.finish_reason == "abort":
-                    raise ApiError(500, str(completion.stop_reason))
+            if (completion := _aborted(delta)) is not None:
+                raise ApiError(500, str(completion.stop_reason))
             if delta.finished:
                 self._service.metrics.observe(
                     self._answer, place, delta, self._engines.get(place, 0)
                 )
         return deltas
+
+    def send_by(self, write: Callable[[bytes], Any], can_write: Callable[[], bool]) -> None:
+        """Send what is small as it comes, where it can be sent; `next` gives what is left."""
+
+        def take(index: int, delta: RequestDelta) -> bool:
+            if delta.size > LARGE_ANSWER or _aborted(delta) or not can_write():
+                return False
+            place = self._places[index]
+            self._answer.note(place, delta)
+            if events := self._answer.events(place, delta):
+                write(events)
+            return True
+
+        self._output.taker = take
 
     async def whole(self, receive: Receive) -> Response:
         """All of it as one JSON response."""
@@ -191,7 +206,10 @@ class EventStream(Response):
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        write_part = scope.get("extensions", {}).get(WRITE_PART)
+        extensions = scope.get("extensions", {})
+        write_part = extensions.get(WRITE_PART)
+        if write_part is not None:
+            run.send_by(write_part, extensions[CAN_WRITE])
         try:
             while deltas is not None:
                 events = await run.make(
@@ -225,6 +243,14 @@ class EventStream(Response):
                 _cut_off(scope)
                 return
             await asyncio.sleep(due - now)
+
+
+def _aborted(delta: RequestDelta) -> CompletionDelta | None:
+    """A completion that the engine gave up."""
+    for completion in delta.completions:
+        if completion.finish_reason == "abort":
+            return completion
+    return None
 
 
 def _events(answer: Answer, deltas: list[tuple[int, RequestDelta]]) -> bytes:

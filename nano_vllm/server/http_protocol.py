@@ -9,7 +9,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nano_vllm.server.errors import invalid
-from nano_vllm.server.generation import ABORT_CONNECTION, WRITE_PART
+from nano_vllm.server.generation import ABORT_CONNECTION, CAN_WRITE, WRITE_PART
 
 HEADER_SECONDS = 30.0
 """From the first byte of a connection, or of a request, to the end of its headers."""
@@ -48,6 +48,7 @@ class HttpProtocol(HttpToolsProtocol):
         extensions: dict[str, Any] = {
             ABORT_CONNECTION: self.transport.abort,
             WRITE_PART: self._write_part,
+            CAN_WRITE: self._can_write,
         }
         self.scope["extensions"] = extensions
 
@@ -61,12 +62,15 @@ class HttpProtocol(HttpToolsProtocol):
         """Write what follows of a response whose head was sent and whose end was not; False where
         nothing can be written now.
         """
-        # Where another request has come already, the cycle is that one's, whose head was not sent.
-        cycle = self.cycle
-        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+        if not self._can_write():
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
+
+    def _can_write(self) -> bool:
+        # Where another request has come already, the cycle is that one's, whose head was not sent.
+        cycle = self.cycle
+        return not (self.flow.write_paused or cycle.disconnected) and bool(cycle.chunked_encoding)
 
     def send_400_response(self, msg: str) -> None:
         body = msgspec.json.encode(invalid(msg.lower().rstrip(".")).response)
