@@ -46,13 +46,18 @@ class RequestLimits:
     def _check_prompt(self, prompt_token_ids: list[int]) -> None:
         if not prompt_token_ids:
             raise ValueError("the prompt must hold at least one token, got none")
-        for place, token_id in enumerate(prompt_token_ids):
-            # type(), as True is an int
-            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"prompt token ids must be integers in [0, {self.vocab_size}), "
-                    f"got {token_id!r} at position {place}"
-                )
+        # Types first, as True is an int. All at once: a long prompt would hold up the next step.
+        are_ints = set(map(type, prompt_token_ids)) == {int}
+        if not are_ints or min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.vocab_size:
+            place, token_id = next(
+                (place, token_id)
+                for place, token_id in enumerate(prompt_token_ids)
+                if type(token_id) is not int or not 0 <= token_id < self.vocab_size
+            )
+            raise ValueError(
+                f"prompt token ids must be integers in [0, {self.vocab_size}), "
+                f"got {token_id!r} at position {place}"
+            )
         longest = self.max_model_len - 1
         if len(prompt_token_ids) > longest:
             raise ValueError(

@@ -263,9 +263,10 @@ def _as_list(prompt: str | list[Any]) -> list[str | list[int]]:
     """One prompt or several; a list of numbers is one."""
     if isinstance(prompt, str):
         return [prompt]
-    if all(isinstance(part, int) for part in prompt):
+    kinds = set(map(type, prompt))
+    if kinds <= {int}:
         return [prompt]
-    if any(isinstance(part, int) for part in prompt):
+    if int in kinds:
         raise invalid("prompt must not mix token ids with prompts", "prompt")
     if len(prompt) > MAX_PROMPTS:
         raise invalid(
