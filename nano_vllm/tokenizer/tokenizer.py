@@ -50,6 +50,8 @@ class Tokenizer:
         self._backend = backend
         self._plain: _PlainBackend | None = None
         """Made when first asked for."""
+        self._token_texts: dict[int, str] = {}
+        """By token id, as far as they were asked for: log-probabilities ask by the thousand."""
         self._chat_template = chat_template
         self._origin = origin
         self.bos_token_id = bos_token_id
@@ -98,10 +100,13 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """The text of a token among others, where `decode` of it alone takes away a first space."""
-        text = self.decode([token_id], skip_special_tokens=False)
-        piece = self.id_to_piece(token_id) or ""
-        if self._strips_first_space and piece.startswith(("▁", " ", "<0x20>")):
-            return f" {text}"
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self.decode([token_id], skip_special_tokens=False)
+            piece = self.id_to_piece(token_id) or ""
+            if self._strips_first_space and piece.startswith(("▁", " ", "<0x20>")):
+                text = f" {text}"
+            self._token_texts[token_id] = text
         return text
 
     def apply_chat_template(
