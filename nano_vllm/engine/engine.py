@@ -17,10 +17,10 @@ from nano_vllm.config import EngineConfig
 from nano_vllm.distributed.launch import Launch
 from nano_vllm.engine.event_log import RecordedScheduler, record_to_file
 from nano_vllm.engine.output_processor import OutputProcessor
+from nano_vllm.engine.prefill_pace import PrefillPace
 from nano_vllm.engine.request import Request
 from nano_vllm.engine.request_factory import RequestFactory
 from nano_vllm.engine.scheduler import Scheduler
-from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.engine.validation import RequestLimits
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput
