@@ -53,6 +53,7 @@ SCHEDULING = (
     "engine.step_cost",
     "engine.waiting_queue",
     "cache.block_manager",
+    "cache.ledger",
 )
 LIGHT = (
     *(room for room in PLAIN_DATA if room != "logprob"),

@@ -352,12 +352,7 @@ class Engine:
         leaks = self.scheduler.reclaim_leaks()
         self._metrics.num_leaked_blocks += len(leaks)
         for leak in leaks:
-            _log.warning(
-                "%d references of a %s to block %d were lost, and are taken back",
-                leak.num_references,
-                leak.owner,
-                leak.block,
-            )
+            _log.warning("%s were lost, and are taken back", leak)
 
     def _note_start(self, batch: Batch) -> None:
         now = self._launch_time = self._clock()

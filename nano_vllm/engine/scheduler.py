@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nano_vllm._core import DecodeStep
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult
-from nano_vllm.cache.block_manager import BlockManager, Leak
+from nano_vllm.cache.block_manager import BlockManager
+from nano_vllm.cache.ledger import Leak
 from nano_vllm.engine.admission import ADMISSION_HORIZON, Admission
 from nano_vllm.engine.beam_group import BeamGroup
 from nano_vllm.engine.beam_searches import BeamSearches

@@ -273,6 +273,10 @@ def check_invariants(engine: Engine) -> None:
         for block in pinned:
             held[block] = held.get(block, 0) + 1
     assert allocator.num_active == len(held)
+    host = scheduler.block_manager.host_allocator
+    if host is not None:
+        host.check_integrity()
+        assert host.num_active == 0
     assert all(allocator.ref_count(block) == count for block, count in held.items())
     for sequence in scheduler.waiting:
         assert not sequence.block_table
