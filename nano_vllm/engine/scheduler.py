@@ -393,15 +393,18 @@ class Scheduler:
             decodes = self._running.rows.schedule(limit, steps)
             missing = decodes.num_missing
             room = self.max_num_batched_tokens - len(decodes)
-            beams = self._beams.grown(room) if not missing else []
-            if not missing and manager.num_missing_blocks(beams) <= manager.num_free_blocks:
+            beams = self._beams.grown(room)
+            has_room = manager.num_missing_blocks(beams) <= manager.num_free_blocks
+            if has_room and not missing:
                 return decodes, beams, dry
             if self._under_way:
                 return decodes, [], True  # those under way hold blocks, and cannot be preempted
             last = self._last_to_come()
-            if missing == 1 and last.decode_row == max(s.decode_row for s in self._running):
+            newest = max(s.decode_row for s in self._running)
+            is_without = missing == 1 and limit >= len(self._running.rows)
+            if has_room and is_without and last.decode_row == newest:
                 # The one without a slot waits with its blocks for another to end, or to preempt it.
-                return decodes, [], True
+                return decodes, beams, True
             self._preempt(last, batch)
             dry = True
 

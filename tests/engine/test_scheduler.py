@@ -253,6 +253,53 @@ def test_a_sequence_without_room_waits_with_its_blocks() -> None:
     assert step(scheduler) == [("b", 1)]
 
 
+def test_who_makes_room_is_not_back_in_the_same_step() -> None:
+    """Steps of a pipeline hold a part of the rows: the one without a slot is not the newest."""
+    scheduler = make_scheduler(
+        num_blocks=5, max_model_len=40, num_stages=2, admission_horizon=0, max_num_seqs=2
+    )
+    first, other = (Sequence(i, str(i), 0, [7] * 15, SamplingParams(max_tokens=20)) for i in (0, 1))
+    scheduler.add([first])
+    scheduler.add([other])
+    step(scheduler)
+    while first.num_tokens < 25:
+        batches = [scheduler.schedule(), scheduler.schedule()]
+        for batch in batches:
+            assert batch is not None
+            scheduler.update(batch, StepResult([1]))
+    assert scheduler.block_manager.num_free_blocks == 0
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert (batch.preempted, rows(batch)) == ([other], [("0", 1)])
+    # All that it had is found, as the first has the same.
+    behind = scheduler.schedule()
+    assert behind is not None
+    assert rows(behind) == [("1", 1)]
+    assert other.num_preemptions == 1
+
+
+@pytest.mark.parametrize("has_company", [True, False])
+def test_a_beam_goes_on_beside_a_row_that_waits_for_a_slot(has_company: bool) -> None:
+    scheduler = make_scheduler(num_blocks=4 + has_company, max_model_len=32, admission_horizon=0)
+    search = BeamSearch(BeamSearchParams(beam_width=1, max_tokens=7), frozenset(), 7)
+    beam = Sequence(0, "beam", 0, [5] * 9, SamplingParams(max_tokens=7, logprobs=2))
+    scheduler.add([beam], BeamGroup(search, [beam]))
+    if has_company:
+        add(scheduler, "a", 1, max_tokens=7)
+    row = add(scheduler, "b", 15, max_tokens=9)
+    while not beam.is_finished:
+        batch = scheduler.schedule()
+        assert batch is not None
+        known = {s.sequence.request_id: place for place, s in enumerate(batch.scheduled)}
+        likely = {1: Logprob(-1.0), 2: Logprob(-2.0)}
+        scheduler.update(batch, StepResult([1] * len(known), logprobs={known["beam"]: likely}))
+    assert beam.num_output_tokens == 7
+    assert (row.num_output_tokens, row.num_preemptions) == (2, 0)
+    while scheduler.has_work:
+        step(scheduler)
+    assert row.num_output_tokens == 9
+
+
 def test_nobody_is_admitted_after_a_preemption() -> None:
     scheduler = make_scheduler(num_blocks=8)
     for name in "abc":
