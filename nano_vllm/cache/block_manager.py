@@ -192,18 +192,18 @@ class BlockManager:
                 self.allocator.forget(block)
         self.free(sequence)
 
-    def retract(self, sequence: Sequence) -> None:
-        """Free the blocks of a sequence whose step failed: what it was to write may be missing,
-        whoever shares it.
+    def forget_written(self, batch: Batch) -> None:
+        """Have nobody find what a step was to write that failed, whoever holds it by now: its
+        sequences may have ended meanwhile, or given blocks back that are behind their window.
         """
-        for block in sequence.held_blocks:
-            self.allocator.forget(block)
-        self.free(sequence)
-
-    def forget_swap_outs(self, batch: Batch) -> None:
-        """The batch's copies to host memory may not have been made."""
         for _, block in batch.swap_outs:
             self._host.forget(block)
+        written = [block for _, block in batch.swap_ins]
+        for scheduled in batch.scheduled[batch.num_decodes :]:
+            end = self.num_blocks_for(scheduled.start + scheduled.num_tokens)
+            written += scheduled.block_table[scheduled.start // self.block_size : end]
+        for block in written:
+            self.allocator.forget(block)
 
     def pin(self, token_ids: list[int], root: bytes, spare: int) -> int:
         """Keep the blocks that hold the first tokens, as far as there are any, from eviction.

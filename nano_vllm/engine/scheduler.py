@@ -236,11 +236,11 @@ class Scheduler:
         finds what they were to compute. A step that was scheduled behind it is to be undone first.
         """
         self._take_from_way(batch)
-        self.block_manager.forget_swap_outs(batch)
+        self.block_manager.forget_written(batch)
         for scheduled in batch.scheduled[batch.num_decodes :]:
             sequence = scheduled.sequence
             if sequence in self._running.prefilling or sequence in self._running.joining:
-                self.block_manager.retract(sequence)
+                self.block_manager.free(sequence)  # first: it is not to count as computed
                 self._requeue(sequence)
 
     def observe(self, batch: Batch, seconds: float) -> None:
@@ -421,7 +421,9 @@ class Scheduler:
         remaining = sequence.num_uncomputed_tokens
         num_tokens, start = min(remaining, budget), sequence.num_computed_tokens
         samples = num_tokens == remaining
-        batch.scheduled.append(ScheduledSequence(sequence, num_tokens, samples, start))
+        batch.scheduled.append(
+            ScheduledSequence(sequence, num_tokens, samples, start, sequence.block_table)
+        )
         sequence.num_computed_tokens = start + num_tokens
         self.block_manager.commit(sequence, start + num_tokens)
         if samples and sequence not in self._beams:

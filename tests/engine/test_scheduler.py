@@ -146,6 +146,42 @@ def test_steps_that_fail_take_their_prompts_back() -> None:
     assert scheduler.running[0].output_token_ids == [1, 1]
 
 
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("is_aborted", [True, False])
+def test_nobody_finds_what_steps_that_failed_were_to_compute(window: int, is_aborted: bool) -> None:
+    """Neither by a request that is gone, nor in blocks that were given back behind the window."""
+    scheduler = Scheduler(BlockManager(64, BLOCK_SIZE, sliding_window=window), 8, 16, 64)
+    add(scheduler, "a", 40)
+    step(scheduler)
+    batch, ahead = decode_and_ahead(scheduler)
+    assert ahead is not None
+    assert rows(batch) + rows(ahead) == [("a", 16), ("a", 8)]
+    if is_aborted:
+        scheduler.abort("a")
+    scheduler.retract(ahead)
+    scheduler.retract(batch)
+    scheduler.abort("a")
+    assert scheduler.block_manager.num_free_blocks == 64
+    again = add(scheduler, "a", 40)
+    assert step(scheduler) == [("a", 16)]
+    assert again.num_cached_tokens == 16  # of the step that was taken in
+
+
+def test_nobody_finds_what_a_step_that_failed_was_to_load() -> None:
+    scheduler = Scheduler(BlockManager(4, BLOCK_SIZE, num_host_blocks=8), 8, 64, 32)
+    for name in "ab":
+        add(scheduler, name, 24, max_tokens=1)
+        step(scheduler)
+    for _ in range(2):
+        again = add(scheduler, "a", 24, max_tokens=1)
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert again.num_cached_tokens == 16
+        assert len(batch.swap_ins) == 1, "what the step before was to copy was found"
+        scheduler.abort("a")
+        scheduler.retract(batch)
+
+
 def test_who_ends_with_the_first_token_is_in_no_step_ahead() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", 7, max_tokens=1)

@@ -125,7 +125,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
                 pins.append(engine.pin(draw.choice(heads), draw.choice([None, "salt"])))
             pinned += sum(map(len, engine.scheduler.block_manager.pins.values()))
         if draw.random() < 0.03:
-            runner.breaks = draw.choice(["before", "after", "late"])
+            runner.breaks = draw.choice(["before", "after", "late", "lost"])
         try:
             outputs = engine.step()
         except StepBroke:
