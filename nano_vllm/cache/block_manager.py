@@ -185,12 +185,11 @@ class BlockManager:
         sequence.block_hashes = []
         sequence.num_computed_tokens = 0
 
-    def discard(self, sequence: Sequence) -> None:
-        """Free blocks whose content is not to be trusted: nobody shall find them again."""
+    def distrust(self, sequence: Sequence) -> None:
+        """Have nobody find the blocks that a sequence alone has: what they hold is broken."""
         for block in sequence.held_blocks:
             if self.allocator.ref_count(block) == 1:
                 self.allocator.forget(block)
-        self.free(sequence)
 
     def forget_written(self, batch: Batch) -> None:
         """Have nobody find what a step was to write that failed, whoever holds it by now: its

@@ -451,7 +451,7 @@ class Scheduler:
             self.waiting.push(sequence)
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
-        self.block_manager.discard(sequence)
+        self.block_manager.distrust(sequence)
         self.finish(sequence, "abort", reason)
 
     def _finish_if_ended(self, sequence: Sequence) -> None:
@@ -479,7 +479,9 @@ class Scheduler:
     ) -> None:
         """Take in what may follow a beam, and the search's end where there is nothing to follow."""
         candidates = []
-        if row not in result.failures:
+        if row in result.failures:
+            self.block_manager.distrust(sequence)
+        else:
             candidates = [(token, entry.logprob) for token, entry in result.logprobs[row].items()]
         if self._beams.take(sequence, candidates):
             noticed += self._requests[sequence.request_id]

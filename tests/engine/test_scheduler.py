@@ -439,6 +439,23 @@ def test_blocks_of_a_failed_sequence_are_not_found_again() -> None:
     assert step(scheduler) == [("a", 16)]
 
 
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_blocks_of_a_failed_beam_are_not_found_again(num_steps: int) -> None:
+    scheduler = make_scheduler()
+    search = BeamSearch(BeamSearchParams(beam_width=1, max_tokens=9), frozenset(), 9)
+    beam = Sequence(0, "a", 0, [ord("a")] * 20, SamplingParams(max_tokens=9, logprobs=2))
+    scheduler.add([beam], BeamGroup(search, [beam]))
+    likely = {0: {1: Logprob(-1.0), 2: Logprob(-2.0)}}
+    for result in [StepResult([1], logprobs=likely)] * num_steps + [StepResult([-1], {0: "bad"})]:
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.update(batch, result)
+    assert (beam.finish_reason, beam.stop_reason) == ("abort", "no beam is left")
+    assert scheduler.block_manager.allocator.num_cached == 0
+    add(scheduler, "a", 20)
+    assert step(scheduler) == [("a", 20)]
+
+
 def test_prompt_logprobs_need_the_whole_prompt() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=12)
     add(scheduler, "a", 20, max_tokens=1)
