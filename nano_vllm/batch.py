@@ -23,6 +23,10 @@ class ScheduledSequence:
     """Whether the last of these tokens is the sequence's last, so that a new one follows it."""
     start: int = -1
     """Position of the first of them, known tokens all; -1 in decode: `Batch.start` has it."""
+    block_table: list[int] = field(default_factory=list)
+    """Of the sequence, which may have lost it by the time that the step is known to have failed;
+    empty in decode.
+    """
 
 
 @dataclass(slots=True)

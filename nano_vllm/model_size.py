@@ -18,6 +18,16 @@ def bytes_per_block(config: ModelConfig, block_size: int, itemsize: int) -> int:
     return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_dim * itemsize
 
 
+def activation_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of a token in a step, weights and cache aside: the residual stream, a layer's input and
+    output, and its widest intermediate (queries, keys, values and attention output, or gate, up and
+    their product).
+    """
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    widest = max(attention, 3 * config.intermediate_size)
+    return (4 * config.hidden_size + widest) * itemsize
+
+
 def layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Products of a layer -> in_features, out_features."""
     c = config

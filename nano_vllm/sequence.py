@@ -44,6 +44,7 @@ class Sequence:
         "is_streamed",
         "priority",
         "cache_root",
+        "max_num_tokens",
         "arrival",
         "is_protected",
         "_num_computed_tokens",
@@ -89,7 +90,9 @@ class Sequence:
         """What stands before the first block's content in its hash: equal tokens are shared among
         sequences of equal roots. b"" or 16 bytes.
         """
-        self.arrival = 0  # set by Scheduler, as are the next six
+        self.max_num_tokens = 0  # set by Scheduler, as are the next seven
+        """It ends for its length with so many."""
+        self.arrival = 0
         """Rises from request to request."""
         self.is_protected = False
         """Whether it has waited, or been preempted, so often that it goes before all others."""
@@ -137,6 +140,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose keys and values are not in the cache."""
+        return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:

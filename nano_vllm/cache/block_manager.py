@@ -5,21 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from nano_vllm._core import BlockAllocator, BlockOwner
 from nano_vllm.batch import Batch
+from nano_vllm.cache import ledger
+from nano_vllm.cache.ledger import Leak
 from nano_vllm.sequence import Sequence
-
-
-@dataclass(frozen=True)
-class Leak:
-    """References to a block that nobody has any more, now taken back."""
-
-    block: int
-    num_references: int
-    owner: str
-    """Of whose kind they were, or whose."""
 
 
 class BlockManager:
@@ -194,25 +185,24 @@ class BlockManager:
         sequence.block_hashes = []
         sequence.num_computed_tokens = 0
 
-    def discard(self, sequence: Sequence) -> None:
-        """Free blocks whose content is not to be trusted: nobody shall find them again."""
+    def distrust(self, sequence: Sequence) -> None:
+        """Have nobody find the blocks that a sequence alone has: what they hold is broken."""
         for block in sequence.held_blocks:
             if self.allocator.ref_count(block) == 1:
                 self.allocator.forget(block)
-        self.free(sequence)
 
-    def retract(self, sequence: Sequence) -> None:
-        """Free the blocks of a sequence whose step failed: what it was to write may be missing,
-        whoever shares it.
+    def forget_written(self, batch: Batch) -> None:
+        """Have nobody find what a step was to write that failed, whoever holds it by now: its
+        sequences may have ended meanwhile, or given blocks back that are behind their window.
         """
-        for block in sequence.held_blocks:
-            self.allocator.forget(block)
-        self.free(sequence)
-
-    def forget_swap_outs(self, batch: Batch) -> None:
-        """The batch's copies to host memory may not have been made."""
         for _, block in batch.swap_outs:
             self._host.forget(block)
+        written = [block for _, block in batch.swap_ins]
+        for scheduled in batch.scheduled[batch.num_decodes :]:
+            end = self.num_blocks_for(scheduled.start + scheduled.num_tokens)
+            written += scheduled.block_table[scheduled.start // self.block_size : end]
+        for block in written:
+            self.allocator.forget(block)
 
     def pin(self, token_ids: list[int], root: bytes, spare: int) -> int:
         """Keep the blocks that hold the first tokens, as far as there are any, from eviction.
@@ -250,49 +240,28 @@ class BlockManager:
         return {pin: list(blocks) for pin, blocks in self._pins.items()}
 
     def is_balanced(self, num_table_blocks: int) -> bool:
-        """Whether every reference has its owner, in constant time.
+        """Whether every reference has its owner, in constant time; while no step is scheduled.
 
         Args:
             num_table_blocks: that all sequences hold.
         """
-        allocator = self.allocator
-        return (
-            allocator.num_references(BlockOwner.SEQUENCE) == num_table_blocks
-            and allocator.num_references(BlockOwner.PIN) == self._num_pinned
-            and allocator.num_references(BlockOwner.TRANSFER) == 0
+        return ledger.is_balanced(self.allocator, num_table_blocks, self._num_pinned) and (
+            self.host_allocator is None or ledger.is_balanced(self.host_allocator)
         )
 
     def reclaim(self, sequences: Iterable[Sequence]) -> list[Leak]:
-        """Take references back that none of these sequences and no pin has.
+        """Take references back that none of these sequences and no pin has; in host memory all, as
+        between steps nothing is held there.
 
         Raises:
             RuntimeError: a block has fewer references than owners.
         """
-        allocator = self.allocator
-        expected: dict[BlockOwner, Counter[int]] = {
-            BlockOwner.SEQUENCE: Counter(b for s in sequences for b in s.held_blocks),
-            BlockOwner.PIN: Counter(b for pin in self._pins.values() for b in pin),
-            BlockOwner.TRANSFER: Counter(),
-        }
-        excess = {
-            owner: allocator.num_references(owner) - blocks.total()
-            for owner, blocks in expected.items()
-        }
-        owners = sum(expected.values(), Counter())
-        leaks = []
-        for block in range(allocator.num_blocks):
-            surplus = allocator.ref_count(block) - owners[block]
-            if surplus < 0:
-                raise RuntimeError(f"block {block} has {-surplus} owners more than references")
-            for owner, count in excess.items():
-                taken = min(surplus, max(count, 0))
-                if taken:
-                    # What it holds is not known to be what the index says.
-                    allocator.forget(block)
-                    allocator.free_many([block] * taken, owner)
-                    leaks.append(Leak(block, taken, owner.name.lower()))
-                    surplus -= taken
-                    excess[owner] -= taken
+        in_tables = Counter(b for s in sequences for b in s.held_blocks)
+        pinned = Counter(b for pin in self._pins.values() for b in pin)
+        leaks = ledger.take_back(self.allocator, in_tables, pinned)
+        if self.host_allocator is not None:
+            leaks += ledger.take_back(self.host_allocator, Counter(), Counter(), is_on_host=True)
+            self._found_on_host.clear()
         return leaks
 
     @property

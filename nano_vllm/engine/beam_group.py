@@ -18,7 +18,7 @@ class BeamMove(NamedTuple):
 
 
 class BeamGroup:
-    """Knows which sequence carries on which beam. Advanced by Scheduler.
+    """Knows which sequence carries on which beam. Advanced by BeamSearches.
 
     Args:
         search: chooses the beams.
@@ -27,7 +27,7 @@ class BeamGroup:
 
     def __init__(self, search: BeamSearch, sequences: list[Sequence]) -> None:
         self.search = search
-        self._sequences = sequences
+        self.sequences = sequences
         self._live = sequences[:1]
         self._candidates: dict[Sequence, list[tuple[int, float]]] = {}
 
@@ -49,7 +49,7 @@ class BeamGroup:
         steps = self.search.advance([self._candidates[sequence] for sequence in self._live])
         self._candidates = {}
         parents = [self._live[step.parent] for step in steps]
-        idle = [sequence for sequence in self._sequences if sequence not in parents]
+        idle = [sequence for sequence in self.sequences if sequence not in parents]
         moves: list[BeamMove] = []
         for parent, step in zip(parents, steps, strict=True):
             taken = any(move.child is parent for move in moves)

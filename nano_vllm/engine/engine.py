@@ -17,10 +17,10 @@ from nano_vllm.config import EngineConfig
 from nano_vllm.distributed.launch import Launch
 from nano_vllm.engine.event_log import RecordedScheduler, record_to_file
 from nano_vllm.engine.output_processor import OutputProcessor
+from nano_vllm.engine.prefill_pace import PrefillPace
 from nano_vllm.engine.request import Request
 from nano_vllm.engine.request_factory import RequestFactory
 from nano_vllm.engine.scheduler import Scheduler
-from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.engine.validation import RequestLimits
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput
@@ -352,12 +352,7 @@ class Engine:
         leaks = self.scheduler.reclaim_leaks()
         self._metrics.num_leaked_blocks += len(leaks)
         for leak in leaks:
-            _log.warning(
-                "%d references of a %s to block %d were lost, and are taken back",
-                leak.num_references,
-                leak.owner,
-                leak.block,
-            )
+            _log.warning("%s were lost, and are taken back", leak)
 
     def _note_start(self, batch: Batch) -> None:
         now = self._launch_time = self._clock()

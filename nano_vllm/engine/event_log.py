@@ -18,10 +18,11 @@ from typing import Any, TextIO
 
 from nano_vllm._core import DecodeStep
 from nano_vllm.batch import Batch, ScheduledSequence, StepResult
-from nano_vllm.cache.block_manager import BlockManager, Leak
+from nano_vllm.cache.block_manager import BlockManager
+from nano_vllm.cache.ledger import Leak
 from nano_vllm.engine.beam_group import BeamGroup
+from nano_vllm.engine.prefill_pace import PrefillPace
 from nano_vllm.engine.scheduler import Scheduler
-from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.logprob import Logprob
 from nano_vllm.sampling.beam_search import BeamSearch
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams

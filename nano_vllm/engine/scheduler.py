@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-from nano_vllm._core import DecodeRows, DecodeStep
-from nano_vllm.batch import Batch, ScheduledSequence, StepResult, StepWork
-from nano_vllm.cache.block_manager import BlockManager, Leak
+from nano_vllm._core import DecodeStep
+from nano_vllm.batch import Batch, ScheduledSequence, StepResult
+from nano_vllm.cache.block_manager import BlockManager
+from nano_vllm.cache.ledger import Leak
+from nano_vllm.engine.admission import ADMISSION_HORIZON, Admission
 from nano_vllm.engine.beam_group import BeamGroup
-from nano_vllm.engine.step_cost import PrefillPace
+from nano_vllm.engine.beam_searches import BeamSearches
+from nano_vllm.engine.prefill_pace import PrefillBudget, PrefillPace
+from nano_vllm.engine.running_sequences import RunningSequences
 from nano_vllm.engine.waiting_queue import WaitingQueue
 from nano_vllm.sequence import Sequence, SequenceStatus
-
-ADMISSION_HORIZON = 64
-"""Steps, by default. Simulated with prompts and outputs of all lengths, requests were done up to
-11 % quicker than with 0, and as quick as with 128.
-"""
-MAX_PREEMPTIONS = 4
-"""Of a sequence: then it is admitted where it and all that run can grow to their full length."""
 
 
 class Scheduler:
@@ -34,17 +29,14 @@ class Scheduler:
     Pure: no clock, no randomness, no device. Every step that has work computes at least one token
     of the running sequence that comes first, so every sequence ends.
 
-    Those that decode are rows in C++, which a step walks over, takes blocks for and appends tokens
-    to without Python; Python sees to the rows that end, and to all others: prompts, and beams,
-    whose next token depends on all beams of their request.
-
     A step may be scheduled behind one that is still computed. So prompts count as computed as far
-    as they are scheduled, and a sequence is a row from the step on that computes the end of its
-    prompt: the step behind it computes the token that comes of it.
+    as they are scheduled.
 
-    Invariants between steps: waiting sequences hold no blocks; the rows are the running sequences
-        that are not prefilling; those that do have blocks for all of their tokens, but for beams,
-        of which a new token may need one; no block of a row that is not full is shared.
+    Where to read on: WaitingQueue, who is next; Admission, whether there is room; RunningSequences,
+    who has blocks; PrefillBudget, how much of prompts a step holds; BeamSearches, what follows a
+    step of beams.
+
+    Invariant between steps: waiting sequences hold no blocks.
 
     Args:
         block_manager: where blocks come from.
@@ -81,34 +73,45 @@ class Scheduler:
                 f"{max_model_len}, got {max_num_batched_tokens}"
             )
         self.block_manager = block_manager
-        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
         self.by_priority = by_priority
+        self.prefill_pace = prefill_pace
+        self.num_stages = num_stages
         self.waiting = WaitingQueue(by_priority)
-        self._running: dict[Sequence, None] = {}
-        """In the order of admission."""
-        self._prefilling: dict[Sequence, None] = {}
-        """Those of them that are no rows."""
-        self._rows = DecodeRows(block_manager.allocator, max_num_seqs, block_manager.sliding_window)
-        self._joining: set[Sequence] = set()
-        """Rows whose prompts are computed in a step that is not taken in yet."""
+        self._running = RunningSequences(block_manager, max_num_seqs)
+        self.admission = Admission(
+            block_manager,
+            self._running,
+            enable_chunked_prefill,
+            admission_horizon,
+            None if prefill_pace is None else prefill_pace.cost,
+            host_block_seconds,
+        )
+        self._prefill_budget = PrefillBudget(
+            max_num_batched_tokens, prefill_pace, self._running, block_manager
+        )
+        self._beams = BeamSearches(self._running, self.waiting, block_manager)
         self._requests: dict[str, list[Sequence]] = {}
         """Sequences of each unfinished request, by index."""
         self._held: dict[str, list[Sequence]] = {}
         """Sequences that wait for the first of their request to compute the prompt."""
-        self._beams: dict[str, BeamGroup] = {}
-        """Of the unfinished requests that search with beams."""
         self._num_arrivals = 0
-        self.prefill_pace = prefill_pace
-        self.host_block_seconds = host_block_seconds
-        self.admission_horizon = admission_horizon
-        self.num_stages = num_stages
         self._under_way: list[Batch] = []
         """Of a pipeline: steps that are not taken in yet."""
-        self._num_streams = 0
-        """Rows that are streamed."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._running.max_num_seqs
+
+    @property
+    def admission_horizon(self) -> int:
+        return self.admission.horizon
+
+    @property
+    def host_block_seconds(self) -> float | None:
+        return self.admission.host_block_seconds
 
     @property
     def has_work(self) -> bool:
@@ -143,18 +146,19 @@ class Scheduler:
         self._num_arrivals += 1
         for sequence in sequences:
             sequence.arrival = self._num_arrivals
+            sequence.max_num_tokens = self._longest(
+                sequence.num_prompt_tokens, sequence.params.max_tokens
+            )
         self._requests[first.request_id] = sequences
         self.waiting.push(first)
         if beams is not None:
-            self._beams[first.request_id] = beams
+            self._beams.add(first.request_id, beams)
         elif len(sequences) > 1:
             self._held[first.request_id] = sequences[1:]
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
         """Raise ValueError for a sequence that the pool could not hold even if it were empty."""
-        longest = self.max_model_len
-        if max_tokens is not None:
-            longest = min(longest, num_prompt_tokens + max_tokens)
+        longest = self._longest(num_prompt_tokens, max_tokens)
         manager = self.block_manager
         if manager.num_blocks_for(longest) > manager.num_blocks:
             raise ValueError(
@@ -174,7 +178,10 @@ class Scheduler:
         self, sequence: Sequence, finish_reason: str, stop_reason: int | str | None = None
     ) -> None:
         """End a sequence and free its blocks; the next step gives its place away."""
-        self._withdraw(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = finish_reason
         sequence.stop_reason = stop_reason
@@ -182,7 +189,7 @@ class Scheduler:
         self._release_held(sequence)
         if all(s.is_finished for s in self._requests[sequence.request_id]):
             del self._requests[sequence.request_id]
-            self._beams.pop(sequence.request_id, None)
+            self._beams.forget(sequence.request_id)
 
     def schedule(self) -> Batch | None:
         """The next step; None if nothing is left to do, or a step under way must be taken in
@@ -215,7 +222,7 @@ class Scheduler:
         """
         if self._beams or batch.decodes is None:
             return None
-        ahead = self._rows.schedule_ahead(batch.decodes, self.max_num_batched_tokens)
+        ahead = self._running.rows.schedule_ahead(batch.decodes, self.max_num_batched_tokens)
         if ahead is None:
             return None
         behind = Batch([], ahead, ahead_rows=ahead.ahead_rows)
@@ -229,11 +236,11 @@ class Scheduler:
         finds what they were to compute. A step that was scheduled behind it is to be undone first.
         """
         self._take_from_way(batch)
-        self.block_manager.forget_swap_outs(batch)
+        self.block_manager.forget_written(batch)
         for scheduled in batch.scheduled[batch.num_decodes :]:
             sequence = scheduled.sequence
-            if sequence in self._prefilling or sequence in self._joining:
-                self.block_manager.retract(sequence)
+            if sequence in self._running.prefilling or sequence in self._running.joining:
+                self.block_manager.free(sequence)  # first: it is not to count as computed
                 self._requeue(sequence)
 
     def observe(self, batch: Batch, seconds: float) -> None:
@@ -243,19 +250,7 @@ class Scheduler:
             batch: the step.
             seconds: from the result of the step before to its own.
         """
-        if self.prefill_pace is None:
-            return
-        num_decodes, context = batch.num_decodes, self._decode_context(self._joining)
-        num_tokens = num_pairs = 0
-        for scheduled in batch.scheduled[num_decodes:]:
-            num, computed = scheduled.num_tokens, scheduled.start
-            if num == 1:  # a beam, or at the cost of one
-                num_decodes += 1
-                context += computed + 1
-            else:
-                num_tokens += num
-                num_pairs += self.prefill_pace.cost.pairs(num, computed)
-        self.prefill_pace.observe(StepWork(num_decodes, context, num_tokens, num_pairs), seconds)
+        self._prefill_budget.observe(batch, seconds)
 
     def update(self, batch: Batch, result: StepResult) -> list[Sequence]:
         """Take in a step's result.
@@ -266,12 +261,12 @@ class Scheduler:
         self._take_from_way(batch)
         for row, entry in result.logprobs.items():
             sequence = batch.scheduled[row].sequence
-            if not sequence.is_finished and sequence.request_id not in self._beams:
+            if not sequence.is_finished and sequence not in self._beams:
                 sequence.output_logprobs.append(entry)
                 sequence.cumulative_logprob += entry[result.token_ids[row]].logprob
         noticed: list[Sequence] = []
         if batch.decodes is not None:
-            for row in self._rows.advance(
+            for row in self._running.rows.advance(
                 batch.decodes, result.token_ids, self.block_manager.enable_prefix_caching
             ):
                 sequence = batch.scheduled[row].sequence
@@ -300,15 +295,14 @@ class Scheduler:
 
     def searches(self, sequence: Sequence) -> bool:
         """Whether it is a beam."""
-        return sequence.request_id in self._beams
+        return sequence in self._beams
 
     def reclaim_leaks(self) -> list[Leak]:
         """Take back references to blocks that no sequence and no pin has any more. There are none
         to be; that there are none takes constant time.
         """
         manager = self.block_manager
-        num_table_blocks = self._rows.num_blocks + sum(len(s.held_blocks) for s in self._prefilling)
-        if manager.is_balanced(num_table_blocks):
+        if manager.is_balanced(self._running.num_table_blocks):
             return []
         return manager.reclaim(self._running)
 
@@ -322,17 +316,15 @@ class Scheduler:
             first = scheduled.start + 1
             entries = result.prompt_logprobs[row]
             sequence.prompt_logprobs[first : first + len(entries)] = entries
-        beams = self._beams.get(sequence.request_id)
-        if beams is not None:
+        if sequence in self._beams:
             if scheduled.samples:
-                self._update_beam(beams, sequence, row, result, noticed)
+                self._update_beam(sequence, row, result, noticed)
         elif row in result.failures:
             noticed.append(sequence)
             self._fail(sequence, result.failures[row])
         elif scheduled.samples:
             noticed.append(sequence)
-            self._joining.remove(sequence)
-            self._rows.take(sequence.decode_row, result.token_ids[row])
+            self._running.take_first(sequence, result.token_ids[row])
             self._release_held(sequence)
             self._finish_if_ended(sequence)
 
@@ -353,13 +345,15 @@ class Scheduler:
             beams: of the batch.
             dry: whether the pool is too small for what runs.
         """
-        num_decodes = batch.num_decodes + len(beams)
-        order = self.waiting.order
+        order, is_grown = self.waiting.order, self._beams.is_grown
         prefilling = sorted(
-            (s for s in self._prefilling if _num_to_compute(s) and not self._is_grown_beam(s)),
+            (s for s in self._running.prefilling if s.num_uncomputed_tokens and not is_grown(s)),
             key=order,
         )
-        budget = self._prefill_budget(num_decodes, prefilling[0] if prefilling else None)
+        if not prefilling and not self.waiting:
+            return
+        num_decodes = batch.num_decodes + len(beams)
+        budget = self._prefill_budget.tokens(num_decodes, prefilling[0] if prefilling else None)
         while budget > 0:
             head = None if dry else self.waiting.head
             if prefilling and (head is None or order(prefilling[0]) < order(head)):
@@ -368,7 +362,7 @@ class Scheduler:
                 budget -= self._put(batch, prefilling.pop(0), budget)
             elif head is not None and self._admit(head, batch, budget):
                 if head.num_computed_tokens and len(batch.scheduled) == len(beams):
-                    budget = self._prefill_budget(num_decodes, head)
+                    budget = self._prefill_budget.tokens(num_decodes, head)
                 budget -= self._put(batch, head, budget)
             elif head is not None:
                 dry = True  # nobody overtakes it
@@ -391,133 +385,49 @@ class Scheduler:
             the rows and the beams that have one, and whether the pool was too small.
         """
         manager = self.block_manager
-        share = -(-len(self._rows) // self.num_stages)
+        share = -(-len(self._running.rows) // self.num_stages)
         limit = min(share, self.max_num_batched_tokens)
         steps = [batch.decodes for batch in self._under_way if batch.decodes is not None]
         dry = False
         while True:
-            decodes = self._rows.schedule(limit, steps)
+            decodes = self._running.rows.schedule(limit, steps)
             missing = decodes.num_missing
             room = self.max_num_batched_tokens - len(decodes)
-            beams = self._beams_to_advance(room) if not missing else []
-            if not missing and manager.num_missing_blocks(beams) <= manager.num_free_blocks:
+            beams = self._beams.grown(room)
+            has_room = manager.num_missing_blocks(beams) <= manager.num_free_blocks
+            if has_room and not missing:
                 return decodes, beams, dry
             if self._under_way:
                 return decodes, [], True  # those under way hold blocks, and cannot be preempted
             last = self._last_to_come()
-            if missing == 1 and last.decode_row == max(s.decode_row for s in self._running):
+            newest = max(s.decode_row for s in self._running)
+            is_without = missing == 1 and limit >= len(self._running.rows)
+            if has_room and is_without and last.decode_row == newest:
                 # The one without a slot waits with its blocks for another to end, or to preempt it.
-                return decodes, [], True
+                return decodes, beams, True
             self._preempt(last, batch)
             dry = True
 
-    def _prefill_budget(self, num_decodes: int, first: Sequence | None) -> int:
-        """Tokens of prompts that go into a step.
-
-        Args:
-            num_decodes: of the step.
-            first: the prompt that comes first; None for one of which nothing is computed.
-        """
-        budget = self.max_num_batched_tokens - num_decodes
-        has_prompts = first is not None or bool(self.waiting)
-        if self.prefill_pace is None or not (self._num_streams and num_decodes and has_prompts):
-            return budget
-        computed = 0 if first is None else first.num_computed_tokens
-        pace = self.prefill_pace.max_prefill_tokens(num_decodes, self._decode_context(), computed)
-        return min(budget, pace)
-
-    def _decode_context(self, joining: Collection[Sequence] = ()) -> int:
-        """Tokens that the rows attend over, to a block; one that they share counts once.
-
-        Args:
-            joining: rows to leave out.
-        """
-        manager = self.block_manager
-        num_blocks = manager.num_blocks - manager.num_free_blocks
-        num_blocks -= sum(len(sequence.held_blocks) for sequence in (*self._prefilling, *joining))
-        return max(num_blocks, 0) * manager.block_size
-
-    def _beams_to_advance(self, limit: int) -> list[Sequence]:
-        return [sequence for sequence in self._prefilling if self._is_grown_beam(sequence)][:limit]
-
-    def _is_grown_beam(self, sequence: Sequence) -> bool:
-        """Whether it is a beam whose last token alone is to be computed, maybe without a slot."""
-        return (
-            sequence.request_id in self._beams
-            and sequence.num_output_tokens > 0
-            and _num_to_compute(sequence) == 1
-        )
-
-    def _admit(self, sequence: Sequence, batch: Batch, budget: int) -> bool:
+    def _admit(self, head: Sequence, batch: Batch, budget: int) -> bool:
         """Start the head of the queue, if there is room."""
-        manager = self.block_manager
-        if self.num_running >= self.max_num_seqs:
+        siblings = self._requests[head.request_id]
+        if not self.admission.admit(head, siblings, batch, budget):
             return False
-        reserve = self._reserve(sequence)
-        if manager.num_free_blocks <= reserve:
-            return False
-        if not _wants_prompt_logprobs(sequence):
-            manager.share_prefix(sequence, self._computed_sibling(sequence), self._may_load)
-        whole = _num_to_compute(sequence) <= budget
-        missing = manager.num_missing_blocks([sequence])
-        if not (whole or self.enable_chunked_prefill) or (
-            missing + reserve > manager.num_free_blocks
-        ):
-            manager.free(sequence)
-            return False
-        if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
-        manager.allocate(sequence, batch)
         self.waiting.pop()
-        self._run(sequence)
+        self._running.start(head)
         return True
 
-    def _may_load(self, num_blocks: int, num_before: int) -> bool:
-        """Whether copying blocks back from host memory is quicker than to compute them, behind
-        `num_before` others.
-        """
-        if self.prefill_pace is None or self.host_block_seconds is None:
-            return True
-        size = self.block_manager.block_size
-        seconds = self.prefill_pace.cost.prompt_seconds(num_blocks * size, num_before * size)
-        return num_blocks * self.host_block_seconds < seconds
-
-    def _reserve(self, sequence: Sequence) -> int:
-        """Blocks to leave free when the sequence is admitted.
-
-        Those that running sequences will want within the next steps: else the new one would have to
-        leave again. One that has left too often waits for so many that it never has to.
-        """
-        size = self.block_manager.num_blocks_for
-        if sequence.num_preemptions < MAX_PREEMPTIONS:
-            horizon = self.admission_horizon
-            most = self.num_running * (size(horizon) + 1)
-            if most + size(sequence.num_tokens) <= self.block_manager.num_free_blocks:
-                return most
-            return self._rows.peak_growth(
-                horizon,
-                [
-                    (
-                        s.num_tokens,
-                        self._max_num_tokens(s),
-                        len(s.block_table),
-                        s.num_freed_blocks,
-                    )
-                    for s in self._prefilling
-                ],
-            )
-        grown = sum(size(self._max_num_tokens(s)) for s in (sequence, *self._running))
-        return grown - size(sequence.num_tokens) - sum(len(s.block_table) for s in self._running)
-
     def _put(self, batch: Batch, sequence: Sequence, budget: int) -> int:
-        remaining = _num_to_compute(sequence)
+        remaining = sequence.num_uncomputed_tokens
         num_tokens, start = min(remaining, budget), sequence.num_computed_tokens
         samples = num_tokens == remaining
-        batch.scheduled.append(ScheduledSequence(sequence, num_tokens, samples, start))
+        batch.scheduled.append(
+            ScheduledSequence(sequence, num_tokens, samples, start, sequence.block_table)
+        )
         sequence.num_computed_tokens = start + num_tokens
         self.block_manager.commit(sequence, start + num_tokens)
-        if samples and sequence.request_id not in self._beams:
-            self._join(sequence, batch)
+        if samples and sequence not in self._beams:
+            self._running.join(sequence, batch)
         return num_tokens
 
     def _take_from_way(self, batch: Batch) -> None:
@@ -528,63 +438,20 @@ class Scheduler:
         return max(self._running, key=self.waiting.order)
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
-        sequence.num_preemptions += 1
-        sequence.is_protected |= sequence.num_preemptions >= MAX_PREEMPTIONS
+        self.admission.note_preemption(sequence)
         batch.preempted.append(sequence)
         self._requeue(sequence)
 
     def _requeue(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue, without its blocks."""
-        is_waiting_for_others = _num_to_compute(sequence) == 0
-        self._withdraw(sequence)
+        is_waiting_for_others = sequence.num_uncomputed_tokens == 0
+        self._running.remove(sequence)
         self.block_manager.free(sequence)
         if not is_waiting_for_others:
             self.waiting.push(sequence)
 
-    def _run(self, sequence: Sequence) -> None:
-        self._running[sequence] = self._prefilling[sequence] = None
-        sequence.status = SequenceStatus.PREFILL
-
-    def _withdraw(self, sequence: Sequence) -> None:
-        """Take a sequence from where it runs or waits; it keeps its blocks."""
-        if sequence in self._running:
-            del self._running[sequence]
-            if sequence in self._prefilling:
-                del self._prefilling[sequence]
-            else:
-                self._joining.discard(sequence)
-                self._rows.remove(sequence.decode_row)
-                self._num_streams -= sequence.is_streamed
-                sequence.num_computed_tokens = sequence.num_tokens - 1
-                sequence.decode_row = -1
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        sequence.status = SequenceStatus.WAITING
-
-    def _join(self, sequence: Sequence, batch: Batch) -> None:
-        """Make a row of a sequence whose known tokens are all computed with the batch."""
-        params = sequence.params
-        del self._prefilling[sequence]
-        self._joining.add(sequence)
-        sequence.status = SequenceStatus.RUNNING
-        self._num_streams += sequence.is_streamed
-        sequence.decode_row = self._rows.add(
-            ScheduledSequence(sequence, 1, True),
-            sequence.token_ids,
-            sequence.block_table,
-            sequence.block_hashes,
-            self._max_num_tokens(sequence),
-            sequence.num_prompt_tokens + params.min_tokens,
-            sequence.end_token_ids,
-            sequence.is_followed,
-            sequence.cache_root,
-            sequence.num_freed_blocks,
-        )
-        assert batch.decodes is not None
-        batch.decodes.join(sequence.decode_row)
-
     def _fail(self, sequence: Sequence, reason: str) -> None:
-        self.block_manager.discard(sequence)
+        self.block_manager.distrust(sequence)
         self.finish(sequence, "abort", reason)
 
     def _finish_if_ended(self, sequence: Sequence) -> None:
@@ -592,15 +459,14 @@ class Scheduler:
         if token_id in sequence.end_token_ids and sequence.num_output_tokens > params.min_tokens:
             by_stop_token = token_id in (params.stop_token_ids or ())
             self.finish(sequence, "stop", token_id if by_stop_token else None)
-        elif sequence.num_tokens >= self._max_num_tokens(sequence):
+        elif sequence.num_tokens >= sequence.max_num_tokens:
             self.finish(sequence, "length")
 
-    def _max_num_tokens(self, sequence: Sequence) -> int:
-        """The sequence ends for its length with so many."""
-        max_tokens = sequence.params.max_tokens
+    def _longest(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Tokens with which a sequence ends for its length."""
         if max_tokens is None:
             return self.max_model_len
-        return min(sequence.num_prompt_tokens + max_tokens, self.max_model_len)
+        return min(num_prompt_tokens + max_tokens, self.max_model_len)
 
     def _release_held(self, sequence: Sequence) -> None:
         """Queue those who waited for this sequence to compute the prompt, next in line."""
@@ -609,72 +475,15 @@ class Scheduler:
                 self.waiting.push(sibling)
 
     def _update_beam(
-        self,
-        beams: BeamGroup,
-        sequence: Sequence,
-        row: int,
-        result: StepResult,
-        noticed: list[Sequence],
+        self, sequence: Sequence, row: int, result: StepResult, noticed: list[Sequence]
     ) -> None:
-        """Take in what may follow a beam; once that is known of all beams, choose the next ones."""
+        """Take in what may follow a beam, and the search's end where there is nothing to follow."""
         candidates = []
-        if row not in result.failures:
+        if row in result.failures:
+            self.block_manager.distrust(sequence)
+        else:
             candidates = [(token, entry.logprob) for token, entry in result.logprobs[row].items()]
-        if not beams.take(sequence, candidates):
-            return
-        moves = beams.advance()
-        if not moves:
+        if self._beams.take(sequence, candidates):
             noticed += self._requests[sequence.request_id]
-            self._finish_search(beams, self._requests[sequence.request_id])
-            return
-        going_on = {move.parent for move in moves}
-        for other in self._requests[sequence.request_id]:
-            if other not in going_on:
-                self._withdraw(other)
-                self.block_manager.free(other)
-        for parent, child, _ in moves:
-            if child is not parent:
-                child.token_ids = list(parent.token_ids)
-                if parent in self._running and self.num_running < self.max_num_seqs:
-                    self.block_manager.fork(parent, child, parent.num_computed_tokens)
-                    self._run(child)
-        for _, child, token_id in moves:
-            child.token_ids.append(token_id)
-            if child not in self._running:
-                self.waiting.push(child)
-
-    def _finish_search(self, beams: BeamGroup, sequences: list[Sequence]) -> None:
-        """The best hypotheses become the first sequences; the others are of no use."""
-        hypotheses = beams.hypotheses
-        for place, sequence in enumerate(list(sequences)):
-            if place < len(hypotheses):
-                found = hypotheses[place]
-                del sequence.token_ids[sequence.num_prompt_tokens :]
-                sequence.token_ids += found.token_ids
-                sequence.cumulative_logprob = found.cumulative_logprob
-                self.finish(sequence, found.finish_reason)
-            else:
-                self.finish(sequence, "abort", "no beam is left")
-
-    def _computed_sibling(self, sequence: Sequence) -> Sequence | None:
-        """A sequence of the same request to fork a fresh one from."""
-        if sequence.num_output_tokens:
-            return None
-        for sibling in self._requests[sequence.request_id]:
-            # One that has just come back may have blocks that this step computes: to copy them
-            # would come too early.
-            if sibling.status is SequenceStatus.RUNNING and sibling not in self._joining:
-                return sibling
-        return None
-
-
-def _num_to_compute(sequence: Sequence) -> int:
-    return sequence.num_tokens - sequence.num_computed_tokens
-
-
-def _wants_prompt_logprobs(sequence: Sequence) -> bool:
-    """Whether the whole prompt must be computed, for logits that the cache does not hold."""
-    return (
-        sequence.params.prompt_logprobs is not None
-        and len(sequence.prompt_logprobs) < sequence.num_prompt_tokens
-    )
+            for each, finish_reason, stop_reason in self._beams.ends(sequence.request_id):
+                self.finish(each, finish_reason, stop_reason)

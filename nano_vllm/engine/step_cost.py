@@ -1,10 +1,7 @@
-"""How long a step takes, learned from measured ones, and how much of a prompt it may hold so that
-running streams keep their pace.
-"""
+"""How long a step takes, learned from measured ones, and how much of a prompt fits into a time."""
 
 from __future__ import annotations
 
-import sys
 from math import inf, sqrt
 
 from nano_vllm.batch import StepWork
@@ -189,84 +186,6 @@ class StepCost:
 
     def _surplus(self, tokens: float, pairs: float) -> float:
         return max(self._prefill.at(tokens, pairs), 0.0)
-
-
-class PrefillPace:
-    """Says how much of a prompt a step may hold while somebody follows its decodes.
-
-    Args:
-        limit: seconds between two tokens of a running stream; None for twice what they are without
-            prompts, 0 for as many as there may be.
-        saturating_tokens: as in StepCost.
-        spread: behind so many tokens of a prompt, parts of up to so many are shared out among all
-            of the device; longer ones would take far longer. None where there is no difference.
-    """
-
-    MAX_STEPS = 32
-    """So many steps with prompts in a row; then one without shows what decodes take by now."""
-
-    def __init__(
-        self,
-        limit: float | None = None,
-        saturating_tokens: int = 1,
-        spread: tuple[int, int] | None = None,
-    ) -> None:
-        self.cost = StepCost(saturating_tokens)
-        self.limit = limit
-        self.spread = spread
-        self._num_steps = 0
-        self._tail = _Tail()
-
-    def observe(self, work: StepWork, seconds: float) -> None:
-        """Take in a step, and the seconds from the result before to its own."""
-        if work.prefill_tokens and self.cost.knows(work.prefill_tokens):
-            self._tail.see(seconds / self.cost.predict(work))
-        self.cost.observe(work, seconds)
-        if work.prefill_tokens:
-            self._num_steps += 1
-        elif not self.cost.doubts_decodes:
-            self._num_steps = 0
-
-    def max_prefill_tokens(
-        self, num_decodes: int, decode_context: int, prefill_context: int
-    ) -> int:
-        """As `StepCost.max_prefill_tokens`, but 0 once every MAX_STEPS."""
-        if self.limit == 0:
-            return sys.maxsize
-        if self._num_steps >= self.MAX_STEPS:
-            return 0
-        limit = self.limit
-        if limit is None:
-            limit = 2.0 * self.cost.predict(StepWork(num_decodes, decode_context, 0, 0))
-        num_tokens = self.cost.max_prefill_tokens(
-            limit / self._tail.ratio, num_decodes, decode_context, prefill_context
-        )
-        if self.spread is not None and prefill_context >= self.spread[0]:
-            num_tokens = min(num_tokens, self.spread[1])
-        return num_tokens
-
-
-class _Tail:
-    """How much longer than predicted all but one step in a hundred take at the most: the promise is
-    about the slow ones. A quantile, found step by step: it rises seldom by much, and else falls by
-    a little.
-    """
-
-    SLOW_SHARE = 0.01
-    RATE = 0.03
-    """What a step changes of it at the most."""
-    LEAST, MOST = 1.02, 1.25
-    HELD_UP = 2.0
-    """Times its prediction that a step takes which something else than its work held up."""
-
-    def __init__(self) -> None:
-        self.ratio = 1.07
-
-    def see(self, ratio: float) -> None:
-        """Take in by how much longer than predicted a step was."""
-        if ratio < self.HELD_UP:
-            change = self.RATE * ((ratio > self.ratio) - self.SLOW_SHARE)
-            self.ratio = min(max(self.ratio + change, self.LEAST), self.MOST)
 
 
 def _guess_prefill(base: float) -> tuple[float, float, float]:

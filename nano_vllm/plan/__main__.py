@@ -18,9 +18,9 @@ from nano_vllm.cli import (
     run_command,
 )
 from nano_vllm.config import EngineConfig
+from nano_vllm.gpus import GPUS, find_gpu
 from nano_vllm.plan import tables
 from nano_vllm.plan.fit import Fit, fit, layouts
-from nano_vllm.plan.gpus import GPUS, find_gpu
 from nano_vllm.plan.plot import write_plot
 from nano_vllm.plan.setup import Layout, Setup
 from nano_vllm.plan.simulate import Simulation

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nano_vllm.distributed.all_reduce_way import Way, way_of
 from nano_vllm.distributed.partition import vocabulary_part
-from nano_vllm.plan.gpus import Links
+from nano_vllm.gpus import Links
 from nano_vllm.plan.setup import Layout, Setup
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nano_vllm.config import EngineConfig, ModelConfig
+from nano_vllm.gpus import GPU
 from nano_vllm.model_size import ITEMSIZES
 from nano_vllm.models.registry import model_family
-from nano_vllm.plan.gpus import GPU
 from nano_vllm.runner.limits import (
     check_head_dim,
     choose_dtype_name,
@@ -66,14 +66,15 @@ class Setup:
         dtype = choose_dtype_name(config.dtype, model.dtype, "cuda")
         cache_dtype = dtype if config.kv_cache_dtype == "auto" else "fp8"
         max_model_len = choose_max_model_len(config, model)
+        itemsize = ITEMSIZES[dtype]
         return cls(
             model,
             config,
             gpu,
             gpus_per_host,
             dtype,
-            ITEMSIZES[dtype],
+            itemsize,
             ITEMSIZES[cache_dtype],
             max_model_len,
-            choose_max_num_batched_tokens(config, "cuda", max_model_len),
+            choose_max_num_batched_tokens(config, max_model_len, model, itemsize, gpu),
         )

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from nano_vllm.gpus import GIB, Links
 from nano_vllm.plan.communication import Communication
 from nano_vllm.plan.fit import Fit
-from nano_vllm.plan.gpus import GIB, Links
 from nano_vllm.plan.setup import Layout, Setup
 from nano_vllm.plan.simulate import Cluster, Simulation, batches
 from nano_vllm.plan.step_time import IN_A_STEP, SUSTAINED_ATTENTION, SUSTAINED_PRODUCT

@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 from nano_vllm.config import EngineConfig, ModelConfig
-from nano_vllm.model_size import bytes_per_block, rotary_table_bytes
+from nano_vllm.model_size import activation_bytes, bytes_per_block, rotary_table_bytes
 from nano_vllm.runner.input_layout import staging_bytes
 from nano_vllm.runner.limits import MAX_GRAPH_TOKENS
 from nano_vllm.sampling.logprob_rows import PROMPT_ROWS, ROWS_AT_ONCE
@@ -117,13 +117,11 @@ def step_memory(
 ) -> StepMemory:
     """What activations and graphs may take.
 
-    Per token: the residual stream, a layer's input and output, and its widest intermediate
-    (queries, keys, values and attention output, or gate, up and their product). Per sampled row:
-    logits, in the model's dtype and adjusted, in float32; and what the sequence has said. For
-    log-probabilities: logits of a part of a prompt, and some rows in float64.
+    Per token: `activation_bytes`. Per sampled row: logits, in the model's dtype and adjusted, in
+    float32; and what the sequence has said. For log-probabilities: logits of a part of a prompt,
+    and some rows in float64.
     """
-    attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    per_token = (4 * model.hidden_size + max(attention, 3 * model.intermediate_size)) * itemsize
+    per_token = activation_bytes(model, itemsize)
     per_row = model.vocab_size * (itemsize + 4) + max_model_len * 4
     bound = max_num_batched_tokens * per_token + config.max_num_seqs * per_row
     bound += model.vocab_size * (PROMPT_ROWS * itemsize + ROWS_AT_ONCE * 3 * 8)

@@ -15,6 +15,7 @@ from nano_vllm.config import EngineConfig, ModelConfig
 from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.distributed.process_groups import ParallelState, join
 from nano_vllm.distributed.stages import split_layers
+from nano_vllm.gpus import GPU, gpu_of
 from nano_vllm.metrics import LapTimer
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
@@ -80,9 +81,6 @@ class ModelWorker:
         self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
         self.block_size = config.block_size
         self.max_model_len = choose_max_model_len(config, self.model_config)
-        self.max_num_batched_tokens = choose_max_num_batched_tokens(
-            config, self.device.type, self.max_model_len
-        )
         _check_quantization(config, self.model_path, self.device)
         pipeline = self.parallel.pipeline
         self.stage = split_layers(self.model_config, pipeline.num_stages)[pipeline.stage]
@@ -92,6 +90,15 @@ class ModelWorker:
         check_head_dim(self.model_config, self.device.type)
         if self.parallel.size > 1:
             self.parallel.compare(facts_of(config, self.model_path, self.model_config, self.dtype))
+        (self.max_num_batched_tokens,) = self.parallel.agree(
+            choose_max_num_batched_tokens(
+                config,
+                self.max_model_len,
+                self.model_config,
+                self.dtype.itemsize,
+                _gpu(self.device),
+            )
+        )
         timer.lap("config")
 
         with torch.no_grad():
@@ -343,6 +350,12 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
 def choose_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
     """The dtype asked for by name; for auto the checkpoint's own, if it names one."""
     return getattr(torch, choose_dtype_name(name, stored, device.type))
+
+
+def _gpu(device: torch.device) -> GPU | None:
+    if device.type != "cuda":
+        return None
+    return gpu_of(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1])
 
 
 def _device_memory(device: torch.device) -> DeviceMemory | None:

@@ -114,7 +114,7 @@ def run(seed: int, path: Path | None) -> tuple[dict[str, Any], dict[str, int]]:
                 cache_salt=salt,
             )
         if draw.random() < 0.03:
-            runner.breaks = draw.choice(["before", "after", "late"])
+            runner.breaks = draw.choice(["before", "after", "late", "lost"])
         try:
             outputs.update((o.request_id, o) for o in engine.step() if o.finished)
         except StepBroke:

@@ -146,6 +146,7 @@ def test_discarded_blocks_are_not_found_but_shared_ones_stay() -> None:
     compute(manager, first)
     second = start(manager, [*range(16), 99, *range(16)])
     compute(manager, second)
-    manager.discard(second)
+    manager.distrust(second)
+    manager.free(second)
     assert start(manager, [*range(16), 99, *range(16)]).num_computed_tokens == 16
     manager.allocator.check_integrity()

@@ -47,8 +47,10 @@ def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
     shared = [draw.randrange(3, VOCAB_SIZE) for _ in range(20)]
     with LLM(**options) as llm:
         engine = llm.engine
-        engine.scheduler.admission_horizon = 0  # who is admitted may have to leave again
-        engine.scheduler.host_block_seconds = None  # what is in host memory comes back from there
+        engine.scheduler.admission.horizon = 0  # who is admitted may have to leave again
+        engine.scheduler.admission.host_block_seconds = (
+            None  # what is in host memory comes back from there
+        )
         results: dict[str, Any] = {}
         for number in range(14):
             prompt = shared[: draw.choice((0, 9, 20))]

@@ -129,7 +129,8 @@ class FakeRunner:
         self._sampled: list[int] = []
         self.breaks: str | None = None
         """The next step raises: "before" it computes, "after" that, or "late", when its result is
-        waited for, and another may have been launched behind it.
+        waited for, and another may have been launched behind it; so does one that is "lost", and
+        computes nothing.
         """
         self.is_closed = False
         self.num_host_blocks = num_host_blocks
@@ -144,6 +145,9 @@ class FakeRunner:
         breaks, self.breaks = self.breaks, None
         if breaks == "before":
             raise StepBroke
+        if breaks == "lost":
+            self._sampled = [0 for scheduled in batch.scheduled if scheduled.samples]
+            return SimpleNamespace(result=_break)
         result = self._execute(batch)
         if breaks == "after":
             raise StepBroke
@@ -273,6 +277,10 @@ def check_invariants(engine: Engine) -> None:
         for block in pinned:
             held[block] = held.get(block, 0) + 1
     assert allocator.num_active == len(held)
+    host = scheduler.block_manager.host_allocator
+    if host is not None:
+        host.check_integrity()
+        assert host.num_active == 0
     assert all(allocator.ref_count(block) == count for block, count in held.items())
     for sequence in scheduler.waiting:
         assert not sequence.block_table

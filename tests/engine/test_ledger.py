@@ -14,6 +14,7 @@ from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.engine.engine import Engine
 from nano_vllm.engine.llm import LLM
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
+from nano_vllm.sequence import Sequence
 from tests.engine.fake_runner import (
     FakeRunner,
     check_invariants,
@@ -98,6 +99,20 @@ def allocate_for_a_transfer(engine: Engine) -> str:
     return "1 references of a transfer"
 
 
+def hold_on_host(engine: Engine) -> str:
+    host = manager_of(engine).host_allocator
+    assert host is not None
+    host.allocate(BlockOwner.TRANSFER)
+    return "1 references of a transfer to host block"
+
+
+def share_on_host(engine: Engine) -> str:
+    host = manager_of(engine).host_allocator
+    assert host is not None
+    host.share(host.allocate())
+    return "2 references of a sequence to host block"
+
+
 LOSSES = (
     share_a_running_one,
     share_the_last_one,
@@ -106,6 +121,8 @@ LOSSES = (
     share_for_a_pin,
     forget_a_pin,
     allocate_for_a_transfer,
+    hold_on_host,
+    share_on_host,
 )
 
 
@@ -117,7 +134,7 @@ def test_a_lost_reference_is_taken_back_within_a_step(
     num_tokens: int,
     num_steps: int,
 ) -> None:
-    engine = start(num_tokens, num_steps)
+    engine = start(num_tokens, num_steps, num_host_blocks=3)
     check_invariants(engine)
     assert engine.get_metrics().num_leaked_blocks == 0
     told = lose(engine)
@@ -135,12 +152,12 @@ def test_a_lost_reference_is_taken_back_within_a_step(
 
 
 def test_several_at_once_of_all_kinds() -> None:
-    engine = start()
+    engine = start(num_host_blocks=3)
     for lose in LOSSES:
         lose(engine)
     engine.step()
     check_invariants(engine)
-    assert engine.get_metrics().num_leaked_blocks >= 4
+    assert engine.get_metrics().num_leaked_blocks >= 6
     finish(engine)
 
 
@@ -179,6 +196,60 @@ def test_a_pool_that_leaked_dry_goes_on(num_steps: int) -> None:
     for name, output in outputs.items():
         assert output.outputs[0].token_ids == reference_tokens(PROMPTS[name], PARAMS, 0, 128)
     assert set(outputs) == set(PROMPTS)
+
+
+def test_what_was_found_on_the_host_for_nobody_is_taken_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By a sequence that is neither admitted nor sent back: it holds blocks of both pools."""
+    prompts = [[1] * 32, [2] * 40, [3] * 40, [4] * 40]
+    engine = make_engine(FakeRunner(16, num_host_blocks=16))
+    llm = LLM.from_engine(engine)
+    llm.generate(prompts, PARAMS, use_tqdm=False)
+    manager = manager_of(engine)
+    host = manager.host_allocator
+    assert host is not None
+    lost = Sequence(99, "lost", 0, prompts[0], PARAMS)
+    manager.share_prefix(lost)
+    held = host.num_active
+    assert held
+    engine.add_request("a", prompts[1], PARAMS)
+    with caplog.at_level(logging.WARNING):
+        outputs = engine.step()
+    assert len(caplog.records) == held + len(lost.block_table)
+    assert engine.get_metrics().num_leaked_blocks == len(caplog.records)
+    check_invariants(engine)
+    caplog.clear()
+    while engine.has_work:
+        outputs = engine.step()
+        check_invariants(engine)
+    outputs += llm.generate(prompts, PARAMS, use_tqdm=False)
+    for prompt, output in zip([prompts[1], *prompts], outputs, strict=True):
+        assert output.outputs[0].token_ids == reference_tokens(prompt, PARAMS, 0, 128)
+    assert not caplog.records
+    # What has lost its claim cannot give it up once more.
+    lost.block_table = []
+    manager.free(lost)
+    assert host.num_active == 0
+
+
+def test_a_host_pool_that_leaked_dry_goes_on() -> None:
+    """Before each step all of it is taken away: what is evicted finds room all the same."""
+    engine = make_engine(FakeRunner(16, num_host_blocks=8))
+    outputs: dict[str, list[int]] = {}
+    prompts = {str(place): [place % 5] * 30 for place in range(25)}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, PARAMS)
+    host = manager_of(engine).host_allocator
+    assert host is not None
+    while engine.has_work:
+        host.allocate_many(host.num_free, BlockOwner.TRANSFER)
+        for output in engine.step():
+            outputs[output.request_id] = output.outputs[0].token_ids
+        assert host.num_active == 0
+    for name, prompt in prompts.items():
+        assert outputs[name] == reference_tokens(prompt, PARAMS, 0, 128)
+    assert engine.get_metrics().num_leaked_blocks
 
 
 def test_a_missing_reference_is_an_error() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from nano_vllm.engine import scheduler
+from nano_vllm.engine import admission
+from nano_vllm.engine.admission import MAX_PREEMPTIONS
 from nano_vllm.engine.llm import LLM
-from nano_vllm.engine.scheduler import MAX_PREEMPTIONS
 from nano_vllm.engine.waiting_queue import PATIENCE
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.sampling_params import SamplingParams
@@ -104,7 +104,7 @@ def test_a_priority_that_would_not_count_is_refused() -> None:
 def test_the_lowest_priority_loses_its_blocks_first(policy: str) -> None:
     """Though it came first: first come, first served, the last to come loses them."""
     llm = make_llm(policy, num_blocks=16)
-    llm.engine.scheduler.admission_horizon = 0
+    llm.engine.scheduler.admission.horizon = 0
     params = SamplingParams(seed=1, max_tokens=60, ignore_eos=True)
     prompts = [[place] * 15 for place in range(3)]
     outputs = []
@@ -133,13 +133,13 @@ def test_nobody_is_preempted_more_often_than_the_bound(
     monkeypatch: pytest.MonkeyPatch, policy: str, bound: int
 ) -> None:
     """Ever more urgent requests keep coming, into a pool that holds one and a half contexts."""
-    monkeypatch.setattr(scheduler, "MAX_PREEMPTIONS", bound)
+    monkeypatch.setattr(admission, "MAX_PREEMPTIONS", bound)
     most = 0
     for seed in range(6):
         draw = random.Random(seed)
         llm = make_llm(policy, num_blocks=24)
         engine = llm.engine
-        engine.scheduler.admission_horizon = 0
+        engine.scheduler.admission.horizon = 0
         prompts: dict[str, list[int]] = {}
         params: dict[str, SamplingParams] = {}
         num_finished = 0

@@ -180,7 +180,7 @@ def test_nobody_forks_from_what_the_same_step_computes(length: int) -> None:
     llm = make_fake(max_num_seqs=3, runs_ahead=False)
     engine = llm.engine
     scheduler = engine.scheduler
-    scheduler.max_num_seqs = 2
+    scheduler._running.max_num_seqs = 2
     engine.add_request("r", PROMPT[:length], params)
     for _ in range(7):
         engine.step()
@@ -189,7 +189,7 @@ def test_nobody_forks_from_what_the_same_step_computes(length: int) -> None:
         scheduler._preempt(sequence, Batch([]))
     for block in range(200):
         scheduler.block_manager.allocator.forget(block)
-    scheduler.max_num_seqs = 3
+    scheduler._running.max_num_seqs = 3
     outputs = []
     while engine.has_work:
         outputs += engine.step()

@@ -7,8 +7,8 @@ import pytest
 from nano_vllm.batch import Batch, StepResult, StepWork
 from nano_vllm.cache.block_manager import BlockManager
 from nano_vllm.engine.beam_group import BeamGroup
+from nano_vllm.engine.prefill_pace import PrefillPace
 from nano_vllm.engine.scheduler import Scheduler
-from nano_vllm.engine.step_cost import PrefillPace
 from nano_vllm.logprob import Logprob
 from nano_vllm.sampling.beam_search import BeamSearch
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
@@ -146,6 +146,42 @@ def test_steps_that_fail_take_their_prompts_back() -> None:
     assert scheduler.running[0].output_token_ids == [1, 1]
 
 
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("is_aborted", [True, False])
+def test_nobody_finds_what_steps_that_failed_were_to_compute(window: int, is_aborted: bool) -> None:
+    """Neither by a request that is gone, nor in blocks that were given back behind the window."""
+    scheduler = Scheduler(BlockManager(64, BLOCK_SIZE, sliding_window=window), 8, 16, 64)
+    add(scheduler, "a", 40)
+    step(scheduler)
+    batch, ahead = decode_and_ahead(scheduler)
+    assert ahead is not None
+    assert rows(batch) + rows(ahead) == [("a", 16), ("a", 8)]
+    if is_aborted:
+        scheduler.abort("a")
+    scheduler.retract(ahead)
+    scheduler.retract(batch)
+    scheduler.abort("a")
+    assert scheduler.block_manager.num_free_blocks == 64
+    again = add(scheduler, "a", 40)
+    assert step(scheduler) == [("a", 16)]
+    assert again.num_cached_tokens == 16  # of the step that was taken in
+
+
+def test_nobody_finds_what_a_step_that_failed_was_to_load() -> None:
+    scheduler = Scheduler(BlockManager(4, BLOCK_SIZE, num_host_blocks=8), 8, 64, 32)
+    for name in "ab":
+        add(scheduler, name, 24, max_tokens=1)
+        step(scheduler)
+    for _ in range(2):
+        again = add(scheduler, "a", 24, max_tokens=1)
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert again.num_cached_tokens == 16
+        assert len(batch.swap_ins) == 1, "what the step before was to copy was found"
+        scheduler.abort("a")
+        scheduler.retract(batch)
+
+
 def test_who_ends_with_the_first_token_is_in_no_step_ahead() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", 7, max_tokens=1)
@@ -253,6 +289,53 @@ def test_a_sequence_without_room_waits_with_its_blocks() -> None:
     assert step(scheduler) == [("b", 1)]
 
 
+def test_who_makes_room_is_not_back_in_the_same_step() -> None:
+    """Steps of a pipeline hold a part of the rows: the one without a slot is not the newest."""
+    scheduler = make_scheduler(
+        num_blocks=5, max_model_len=40, num_stages=2, admission_horizon=0, max_num_seqs=2
+    )
+    first, other = (Sequence(i, str(i), 0, [7] * 15, SamplingParams(max_tokens=20)) for i in (0, 1))
+    scheduler.add([first])
+    scheduler.add([other])
+    step(scheduler)
+    while first.num_tokens < 25:
+        batches = [scheduler.schedule(), scheduler.schedule()]
+        for batch in batches:
+            assert batch is not None
+            scheduler.update(batch, StepResult([1]))
+    assert scheduler.block_manager.num_free_blocks == 0
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert (batch.preempted, rows(batch)) == ([other], [("0", 1)])
+    # All that it had is found, as the first has the same.
+    behind = scheduler.schedule()
+    assert behind is not None
+    assert rows(behind) == [("1", 1)]
+    assert other.num_preemptions == 1
+
+
+@pytest.mark.parametrize("has_company", [True, False])
+def test_a_beam_goes_on_beside_a_row_that_waits_for_a_slot(has_company: bool) -> None:
+    scheduler = make_scheduler(num_blocks=4 + has_company, max_model_len=32, admission_horizon=0)
+    search = BeamSearch(BeamSearchParams(beam_width=1, max_tokens=7), frozenset(), 7)
+    beam = Sequence(0, "beam", 0, [5] * 9, SamplingParams(max_tokens=7, logprobs=2))
+    scheduler.add([beam], BeamGroup(search, [beam]))
+    if has_company:
+        add(scheduler, "a", 1, max_tokens=7)
+    row = add(scheduler, "b", 15, max_tokens=9)
+    while not beam.is_finished:
+        batch = scheduler.schedule()
+        assert batch is not None
+        known = {s.sequence.request_id: place for place, s in enumerate(batch.scheduled)}
+        likely = {1: Logprob(-1.0), 2: Logprob(-2.0)}
+        scheduler.update(batch, StepResult([1] * len(known), logprobs={known["beam"]: likely}))
+    assert beam.num_output_tokens == 7
+    assert (row.num_output_tokens, row.num_preemptions) == (2, 0)
+    while scheduler.has_work:
+        step(scheduler)
+    assert row.num_output_tokens == 9
+
+
 def test_nobody_is_admitted_after_a_preemption() -> None:
     scheduler = make_scheduler(num_blocks=8)
     for name in "abc":
@@ -354,6 +437,23 @@ def test_blocks_of_a_failed_sequence_are_not_found_again() -> None:
     assert scheduler.block_manager.allocator.num_cached == 0
     add(scheduler, "a", 20)
     assert step(scheduler) == [("a", 16)]
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_blocks_of_a_failed_beam_are_not_found_again(num_steps: int) -> None:
+    scheduler = make_scheduler()
+    search = BeamSearch(BeamSearchParams(beam_width=1, max_tokens=9), frozenset(), 9)
+    beam = Sequence(0, "a", 0, [ord("a")] * 20, SamplingParams(max_tokens=9, logprobs=2))
+    scheduler.add([beam], BeamGroup(search, [beam]))
+    likely = {0: {1: Logprob(-1.0), 2: Logprob(-2.0)}}
+    for result in [StepResult([1], logprobs=likely)] * num_steps + [StepResult([-1], {0: "bad"})]:
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.update(batch, result)
+    assert (beam.finish_reason, beam.stop_reason) == ("abort", "no beam is left")
+    assert scheduler.block_manager.allocator.num_cached == 0
+    add(scheduler, "a", 20)
+    assert step(scheduler) == [("a", 20)]
 
 
 def test_prompt_logprobs_need_the_whole_prompt() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nano_vllm.engine.scheduler import MAX_PREEMPTIONS
+from nano_vllm.engine.admission import MAX_PREEMPTIONS
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from tests.engine.fake_runner import (
     VOCAB_SIZE,
@@ -67,7 +67,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
         enable_prefix_caching=draw.random() < 0.7,
         scheduling_policy=draw.choice(["fcfs", "priority"]),
     )
-    engine.scheduler.admission_horizon = draw.choice([0, 8, 64])
+    engine.scheduler.admission.horizon = draw.choice([0, 8, 64])
     heads = [[draw.randrange(VOCAB_SIZE) for _ in range(max_model_len)] for _ in range(2)]
     # Blocks of equal tokens, which differ in what comes before them alone
     heads.append(heads[0][: 2 * block_size] + heads[0][:block_size] * 10)
@@ -125,7 +125,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
                 pins.append(engine.pin(draw.choice(heads), draw.choice([None, "salt"])))
             pinned += sum(map(len, engine.scheduler.block_manager.pins.values()))
         if draw.random() < 0.03:
-            runner.breaks = draw.choice(["before", "after", "late"])
+            runner.breaks = draw.choice(["before", "after", "late", "lost"])
         try:
             outputs = engine.step()
         except StepBroke:

@@ -301,7 +301,7 @@ def test_a_pin_that_leaves_too_little_room_is_refused() -> None:
 
 def test_one_that_fills_the_context_still_fits_beside_the_pins() -> None:
     llm = make_llm(num_blocks=20)
-    llm.engine.scheduler.admission_horizon = 0  # who is admitted may have to leave again
+    llm.engine.scheduler.admission.horizon = 0  # who is admitted may have to leave again
     llm.session([1] * 32).pin()
     draw = random.Random(2)
     prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(5)]

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from nano_vllm.batch import StepWork
-from nano_vllm.engine.step_cost import MIN_PREFILL_TOKENS, PrefillPace, StepCost
+from nano_vllm.engine.prefill_pace import PrefillPace
+from nano_vllm.engine.step_cost import MIN_PREFILL_TOKENS, StepCost
 from tests.engine.simulated_device import CPU, LARGE, SMALL, Device, Noise, prefill
 
 BUDGET = 8192

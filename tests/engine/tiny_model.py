@@ -24,8 +24,8 @@ def make_llm(path: Path, **options: Any) -> LLM:
         "max_model_len": 64,
     }
     llm = LLM(str(path), **(settings | options))
-    llm.engine.scheduler.admission_horizon = 0
-    llm.engine.scheduler.host_block_seconds = None
+    llm.engine.scheduler.admission.horizon = 0
+    llm.engine.scheduler.admission.host_block_seconds = None
     return llm
 
 

@@ -16,9 +16,9 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from nano_vllm.distributed.all_reduce_way import Way, way_of
+from nano_vllm.gpus import NVLINK_4
 from nano_vllm.plan.__main__ import main
 from nano_vllm.plan.communication import all_reduce_seconds
-from nano_vllm.plan.gpus import NVLINK_4
 from nano_vllm.plan.setup import Layout
 from tests.plan.test_step_time import ONE, PREFILL, TPOT, simulation
 

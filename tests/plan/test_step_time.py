@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from nano_vllm.config import EngineConfig
+from nano_vllm.gpus import NVLINK_4, PCIE_4, find_gpu
 from nano_vllm.plan.__main__ import main
 from nano_vllm.plan.communication import all_reduce_seconds, send_seconds
-from nano_vllm.plan.gpus import NVLINK_4, PCIE_4, find_gpu
 from nano_vllm.plan.setup import Layout, Setup
 from nano_vllm.plan.simulate import Simulation, batches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from nano_vllm.distributed.all_reduce_way import HOP_SECONDS, RATE
@@ -83,6 +84,15 @@ GPUS = {
     )
 }
 """By name; bandwidths and operations of the data sheets without sparsity, summed in 32 bits."""
+
+
+def gpu_of(device_name: str, memory: int) -> GPU:
+    """The GPU that a driver calls so ("NVIDIA H100 80GB HBM3"), with the memory that it has. One
+    that is not known is thought to compute as much for each byte that it reads as an H100.
+    """
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    known = (gpu for gpu in GPUS.values() if words.issuperset(gpu.name.split("-")))
+    return replace(next(known, GPUS["h100"]), memory=memory)
 
 
 def find_gpu(name: str, memory: float | None = None) -> GPU:
