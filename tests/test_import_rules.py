@@ -59,6 +59,7 @@ LIGHT = (
     "runner.input_layout",
     "runner.limits",
     "runner.memory",
+    "sampling.gathering",
     "sampling.logprob_rows",
     "distributed.launch",
     "engine.scheduler",

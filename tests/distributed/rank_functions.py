@@ -17,6 +17,7 @@ import torch
 import nano_vllm.runner.model_runner  # noqa: F401  (torch and all else, once for all ranks)
 from nano_vllm import LLM, SamplingParams, serve
 from nano_vllm.distributed import process_groups, watchdog
+from nano_vllm.outputs import RequestOutput
 from nano_vllm.runner.follower import Follower
 from nano_vllm.runner.step_message import Step
 
@@ -68,12 +69,39 @@ def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
         prompts = [[draw.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in (3, 30, 11)]
         for output in llm.generate(prompts, greedy, use_tqdm=False):
             results[f"greedy {output.request_id}"] = output.outputs[0].token_ids
+        results["candidates"] = [
+            output.outputs[0].token_ids for output in _generate_with_top_k(llm, prompts, folder)
+        ]
         metrics = llm.get_metrics()
         results["preemptions"] = metrics.num_preemptions > 0
         results["cached"] = metrics.num_cached_tokens > 0
         results["loaded"] = metrics.num_loaded_tokens > 0
         results["free"] = metrics.num_free_blocks
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+TOP_K = 20
+
+
+def _generate_with_top_k(llm: LLM, prompts: list[list[int]], folder: Path) -> list[RequestOutput]:
+    """Chosen from candidates. The bytes of a row that the first rank sent go into a file."""
+    ranks, sent = llm.engine.runner.parallel.tp, set()
+    gather_columns = ranks.gather_columns
+
+    def watched(x: torch.Tensor, num_columns: int) -> torch.Tensor | None:
+        sent.add(x[0].nbytes)
+        return gather_columns(x, num_columns)
+
+    ranks.gather_columns = watched  # type: ignore[method-assign]
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=1.2, top_k=3, seed=1, max_tokens=12, ignore_eos=True),
+        SamplingParams(top_k=TOP_K, top_p=0.9, min_p=0.01, max_tokens=12, ignore_eos=True),
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    ranks.gather_columns = gather_columns  # type: ignore[method-assign]
+    (folder / "sent.json").write_text(json.dumps(sorted(sent)), encoding="utf-8")
+    return outputs
 
 
 def _params(draw: random.Random, number: int) -> SamplingParams:

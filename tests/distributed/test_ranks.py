@@ -14,10 +14,14 @@ import httpx
 import pytest
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.distributed.stages import split_layers
+from nano_vllm.sampling.gathering import bytes_of_row
 from tests.conftest import SEED
 from tests.distributed.launch_ranks import free_port, start_ranks
 from tests.distributed.rank_functions import (
+    TOP_K,
+    VOCAB_SIZE,
     generate_all,
     generate_all_on_hosts_of_their_own,
     options_of,
@@ -68,7 +72,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[
     return folder / "model", seed, results
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
 def test_ranks_generate_the_same(
     tmp_path: Path, expected: tuple[Path, int, dict[str, Any]], tp: int, pp: int
 ) -> None:
@@ -76,6 +80,12 @@ def test_ranks_generate_the_same(
     print(f"to repeat: NANO_VLLM_TEST_SEED={SEED}")
     options = options_of(str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp)
     check_same(results_of(tmp_path, tp * pp, options, seed), results)
+    if tp > 1:
+        part = vocabulary_part(VOCAB_SIZE, tp)
+        sent = set(json.loads((tmp_path / "sent.json").read_text(encoding="utf-8")))
+        # A prompt of 30 tokens takes two steps: the first ones may sample without it.
+        assert sent <= {bytes_of_row(count, part, 4) for count in (3, TOP_K)}
+        assert bytes_of_row(TOP_K, part, 4) in sent
 
 
 def test_ranks_of_two_hosts_generate_the_same(

@@ -158,7 +158,10 @@ def test_communication_is_counted() -> None:
     assert moved.all_reduces == 2 * 32 + 1
     assert moved.all_reduce_bytes == 65 * 4096 * 2
     assert (moved.sends, moved.send_bytes) == (3, 3 * 4096 * 2)
+    assert moved.greedy_bytes == 16
+    assert moved.top_k_bytes == 64128 // 8 + 128 * (2 + 4)
     assert moved.logits_bytes * 2 == 128256 * 2
+    assert (none.greedy_bytes, none.top_k_bytes, none.logits_bytes) == (0, 0, 0)
 
 
 def test_layouts_are_those_that_divide() -> None:
