@@ -56,6 +56,7 @@ LIGHT = (
     "distributed.partition",
     "distributed.stages",
     "models.registry",
+    "runner.graph_shapes",
     "runner.input_layout",
     "runner.limits",
     "runner.memory",
