@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nano_vllm import LLM, SamplingParams, serve
 from nano_vllm.distributed import process_groups, watchdog
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.runner.follower import Follower
+from nano_vllm.runner.model_worker import ModelWorker
 from nano_vllm.runner.step_message import Step
 
 VOCAB_SIZE = 199
@@ -44,6 +46,7 @@ def options_of(path: str, **options: Any) -> dict[str, Any]:
 def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
     """A mix of requests, some of which are aborted; results go into a file."""
     torch.set_num_threads(1)
+    _note_steps(folder)
     draw = random.Random(seed)
     shared = [draw.randrange(3, VOCAB_SIZE) for _ in range(20)]
     with LLM(**options) as llm:
@@ -78,6 +81,28 @@ def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
         results["loaded"] = metrics.num_loaded_tokens > 0
         results["free"] = metrics.num_free_blocks
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def _note_steps(folder: Path) -> None:
+    """What a rank makes of each step goes into a file: what it reads and moves, block tables
+    included; and which tokens it takes from the step before.
+    """
+    prepare = ModelWorker.prepare
+    lines = (folder / f"steps.{os.environ['RANK']}").open("w", encoding="utf-8", buffering=1)
+
+    def noted(worker: ModelWorker, step: Step, begin: Callable[[], None] | None = None) -> Any:
+        inputs = prepare(worker, step, begin)
+        attention = inputs.attention
+        read = (
+            *(inputs.input_ids, inputs.positions, attention.slot_mapping, attention.block_tables),
+            *(attention.query_start_loc, attention.seq_lens),
+        )
+        moved = step.block_copies, step.swap_outs, step.swap_ins
+        text = repr((*map(int, step.staged), moved, [tensor.tolist() for tensor in read]))
+        lines.write(f"{zlib.crc32(text.encode())} {worker._token_ids.tolist()}\n")
+        return inputs
+
+    ModelWorker.prepare = noted  # type: ignore[method-assign]
 
 
 TOP_K = 20
@@ -164,6 +189,11 @@ def hang_in_a_step(folder: Path, options: dict[str, Any]) -> None:
 
 def generate_with_own_seeds(folder: Path, options: dict[str, Any]) -> None:
     generate_slowly(folder, options | {"seed": int(os.environ["RANK"])})
+
+
+def generate_with_own_weights(folder: Path, options: dict[str, Any]) -> None:
+    """Each rank has a folder of its own."""
+    generate_slowly(folder, options | {"model": options["model"].format(**os.environ)})
 
 
 def generate_all_on_hosts_of_their_own(folder: Path, options: dict[str, Any], seed: int) -> None:

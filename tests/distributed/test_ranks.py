@@ -42,7 +42,19 @@ def results_of(
     ranks = start_ranks(function, size, folder, options, seed)
     codes = ranks.join(SECONDS)
     assert codes == [0] * size, [ranks.errors(rank) for rank in range(size)]
+    check_steps(folder, size, options.get("tensor_parallel_size", 1))
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def check_steps(folder: Path, size: int, tp: int) -> None:
+    """In each step all ranks had the same blocks and tokens, those that sample also the same new
+    ones.
+    """
+    notes = [(folder / f"steps.{rank}").read_text(encoding="utf-8") for rank in range(size)]
+    assert all(note == notes[0] for note in notes[:tp])
+    steps = [[line.split()[0] for line in note.splitlines()] for note in notes]
+    assert len(steps[0]) > 50
+    assert all(found == steps[0] for found in steps)
 
 
 def check_same(found: Any, expected: Any) -> None:
