@@ -205,3 +205,7 @@ def generate_all_on_hosts_of_their_own(folder: Path, options: dict[str, Any], se
 def serve_ids(folder: Path, options: list[str]) -> None:
     """The server, of token ids."""
     sys.exit(serve.main(options))
+
+
+if __name__ == "__main__":  # under torchrun
+    generate_all_on_hosts_of_their_own(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.distributed.stages import split_layers
 from nano_vllm.sampling.gathering import bytes_of_row
 from tests.conftest import SEED
+from tests.distributed import rank_functions
 from tests.distributed.launch_ranks import free_port, start_ranks
 from tests.distributed.rank_functions import (
     TOP_K,
     VOCAB_SIZE,
     generate_all,
-    generate_all_on_hosts_of_their_own,
     options_of,
     serve_ids,
 )
@@ -32,14 +34,8 @@ from tests.models.checkpoints import make_checkpoint
 SECONDS = 120
 
 
-def results_of(
-    folder: Path,
-    size: int,
-    options: dict[str, Any],
-    seed: int,
-    function: Callable[..., None] = generate_all,
-) -> dict[str, Any]:
-    ranks = start_ranks(function, size, folder, options, seed)
+def results_of(folder: Path, size: int, options: dict[str, Any], seed: int) -> dict[str, Any]:
+    ranks = start_ranks(generate_all, size, folder, options, seed)
     codes = ranks.join(SECONDS)
     assert codes == [0] * size, [ranks.errors(rank) for rank in range(size)]
     check_steps(folder, size, options.get("tensor_parallel_size", 1))
@@ -103,11 +99,29 @@ def test_ranks_generate_the_same(
 def test_ranks_of_two_hosts_generate_the_same(
     tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]
 ) -> None:
-    """Steps go over the network."""
+    """Each has a torchrun of its own; steps go over the network."""
     model, seed, results = expected
     options = options_of(str(model), tensor_parallel_size=2)
-    found = results_of(tmp_path, 2, options, seed, generate_all_on_hosts_of_their_own)
-    check_same(found, results)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    run += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    ranks = ["-m", rank_functions.__name__, str(tmp_path), json.dumps(options), str(seed)]
+    agents = [
+        subprocess.Popen(
+            [*run, f"--node_rank={host}", *ranks],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for host in range(2)
+    ]
+    try:
+        errors = [agent.communicate(timeout=SECONDS)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()  # whose ranks then miss the store
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    check_steps(tmp_path, 2, 2)
+    check_same(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), results)
 
 
 def test_two_ranks_serve(tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]) -> None:
