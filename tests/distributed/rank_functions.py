@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 
 import nano_vllm.runner.model_runner  # noqa: F401  (torch and all else, once for all ranks)
 from nano_vllm import LLM, SamplingParams, serve
+from nano_vllm.bench import __main__ as bench
 from nano_vllm.distributed import process_groups, watchdog
 from nano_vllm.outputs import RequestOutput
 from nano_vllm.runner.follower import Follower
@@ -147,6 +149,16 @@ def _numbers(entries: Any) -> Any:
     if entries is None:
         return None
     return [entry and {token: found.logprob for token, found in entry.items()} for entry in entries]
+
+
+def bench_throughput(folder: Path, options: dict[str, Any]) -> None:
+    """What it prints goes into a file."""
+    torch.set_num_threads(1)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    lengths = ["--num-prompts=8", "--input-len=5", "--output-len=9", "--repeats=1"]
+    path = folder / f"out.{os.environ['RANK']}"
+    with path.open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out):
+        assert bench.main(["throughput", *lengths, *flags]) == 0
 
 
 def generate_slowly(folder: Path, options: dict[str, Any]) -> None:

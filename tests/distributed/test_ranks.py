@@ -25,6 +25,7 @@ from tests.distributed.launch_ranks import free_port, start_ranks
 from tests.distributed.rank_functions import (
     TOP_K,
     VOCAB_SIZE,
+    bench_throughput,
     generate_all,
     options_of,
     serve_ids,
@@ -122,6 +123,18 @@ def test_ranks_of_two_hosts_generate_the_same(
     assert [agent.returncode for agent in agents] == [0, 0], errors
     check_steps(tmp_path, 2, 2)
     check_same(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), results)
+
+
+def test_the_bubble_is_printed(tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]) -> None:
+    model, _, _ = expected
+    options = {"model": str(model), "device": "cpu", "dtype": "float32", "pp": 2}
+    ranks = start_ranks(bench_throughput, 2, tmp_path, options)
+    assert ranks.join(SECONDS) == [0, 0], [ranks.errors(rank) for rank in range(2)]
+    *_, line = (tmp_path / "out.0").read_text(encoding="utf-8").splitlines()
+    result = json.loads(line)
+    (row,) = result["rows"]
+    assert 0 < row["bubble"] < 1
+    assert row["bubble"] == result["steps"][-1]["idle"]
 
 
 def test_two_ranks_serve(tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]) -> None:
