@@ -86,18 +86,19 @@ class Weigher {
   float largest_, inverse_;
 };
 
-// The likeliest tokens of a row, in falling order: at least kNumParts, where there are so many.
+// The likeliest tokens of a row, in falling order: at least kNumParts, where there are so many with
+// a weight. Of -inf, which all but some tokens may have, there are none.
 std::vector<float> likeliest(const float* logits, int64_t vocab_size) {
   std::vector<float> largest;  // of each part of the row
   for (int64_t first = 0; first < vocab_size; first += kPartTokens) {
     const int64_t last = std::min(first + kPartTokens, vocab_size);
     largest.push_back(*std::max_element(logits + first, logits + last));
   }
-  float lowest = -kInfinity;
+  float lowest = std::numeric_limits<float>::lowest();
   if (static_cast<int64_t>(largest.size()) > kNumParts) {
     std::nth_element(largest.begin(), largest.begin() + kNumParts - 1, largest.end(),
                      std::greater<>());
-    lowest = largest[kNumParts - 1];
+    lowest = std::max(lowest, largest[kNumParts - 1]);
   }
   std::vector<float> found;
   std::copy_if(logits, logits + vocab_size, std::back_inserter(found),

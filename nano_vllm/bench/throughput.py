@@ -40,7 +40,13 @@ def run(args: argparse.Namespace) -> None:
     from nano_vllm.bench.engine_run import EngineRun, check_files, write_files
     from nano_vllm.bench.report import report
     from nano_vllm.bench.roofline import share
-    from nano_vllm.bench.step_report import RecordedRun, rows_by_kind, tables, timed_steps
+    from nano_vllm.bench.step_report import (
+        RecordedRun,
+        idle_share,
+        rows_by_kind,
+        tables,
+        timed_steps,
+    )
     from nano_vllm.bench.workload import Workload
     from nano_vllm.cli import engine_options
     from nano_vllm.engine.llm import LLM
@@ -61,13 +67,15 @@ def run(args: argparse.Namespace) -> None:
     roofline = engine.roofline()
     prefill, decode = roofline.prefill_seconds(workload), roofline.decode_seconds(workload)
     floor = None if prefill is None or decode is None else prefill + decode
-    of_floor = {"floor s": floor, "floor / wall": share(floor, wall)}
+    ours = {"floor s": floor, "floor / wall": share(floor, wall)}
+    if engine.num_stages > 1:
+        ours["bubble"] = idle_share(steps)
     rows: list[dict[str, Any]] = [
-        {"engine": "nano_vllm", "dtype": engine.dtype_name} | workload.figures(wall) | of_floor
+        {"engine": "nano_vllm", "dtype": engine.dtype_name} | workload.figures(wall) | ours
     ]
     for peer in args.peer:
         found = peers.measure(peer, engine.path, engine.device.type, workload, args.repeats)
-        rows += [row | dict.fromkeys(of_floor) for row in found]
+        rows += [row | dict.fromkeys(ours) for row in found]
     machine = engine.describe(roofline) | {
         "prompts": args.num_prompts,
         "input": workload.input_tokens,

@@ -8,6 +8,7 @@ from nano_vllm.distributed.all_reduce_way import Way, way_of
 from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.gpus import Links
 from nano_vllm.plan.setup import Layout, Setup
+from nano_vllm.sampling.gathering import LIKELIEST, MAX_CANDIDATES, WHOLE, bytes_of_row
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,23 @@ class Communication:
     """Of a token, in all of them."""
     greedy_bytes: int
     """Of a row that takes the likeliest token, to all ranks: each one's best and its logit."""
+    top_k_bytes: int
+    """Of a row with the largest top-k that is drawn from candidates, to the first rank."""
     logits_bytes: int
     """Of a row that is sampled otherwise, to the first rank: a GPU's part of the logits."""
 
     @classmethod
     def of(cls, setup: Setup, layout: Layout) -> Communication:
         row = setup.model.hidden_size * setup.itemsize
-        reduces = 2 * setup.model.num_layers + 1 if layout.tp > 1 else 0
         sends = layout.pp - 1
-        greedy = logits = 0
-        if layout.tp > 1:
-            greedy = 2 * 8
-            logits = vocabulary_part(setup.model.vocab_size, layout.tp) * setup.itemsize
-        return cls(reduces, reduces * row, sends, sends * row, greedy, logits)
+        if layout.tp == 1:
+            return cls(0, 0, sends, sends * row, 0, 0, 0)
+        reduces = 2 * setup.model.num_layers + 1
+        part = vocabulary_part(setup.model.vocab_size, layout.tp)
+        greedy, top_k, whole = (
+            bytes_of_row(way, part, setup.itemsize) for way in (LIKELIEST, MAX_CANDIDATES, WHOLE)
+        )
+        return cls(reduces, reduces * row, sends, sends * row, greedy, top_k, whole)
 
 
 def all_reduce_seconds(links: Links, num_bytes: float, ranks: int, gpus_per_host: int) -> float:

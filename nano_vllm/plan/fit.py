@@ -119,7 +119,7 @@ def _stage(setup: Setup, layout: Layout, place: stages.Stage) -> Stage:
     fixed = fixed_bytes(config, shape, setup.max_model_len, setup.max_num_batched_tokens)
     if not place.is_first:  # what the stage before sends
         fixed += setup.max_num_batched_tokens * shape.hidden_size * setup.itemsize
-    # The first rank gathers the logits of rows that are not greedy.
+    # The first rank gathers whole rows.
     rows = replace(shape, vocab_size=setup.model.vocab_size)
     step = step_memory(
         config, rows, setup.max_model_len, setup.max_num_batched_tokens, setup.itemsize

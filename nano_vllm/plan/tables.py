@@ -69,6 +69,7 @@ def communication_rows(setup: Setup, layouts: list[Layout]) -> list[Row]:
                 "sends": moved.sends,
                 "KiB/token sent": moved.send_bytes / 1024,
                 "B/greedy row": moved.greedy_bytes,
+                "KiB/top-k row": moved.top_k_bytes / 1024,
                 "KiB/sampled row": moved.logits_bytes / 1024,
             }
         )

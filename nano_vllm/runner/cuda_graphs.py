@@ -9,15 +9,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from nano_vllm.batch import Batch
-from nano_vllm.runner.input_batch import DECODE_QUERIES, ModelInput, StepShape
-from nano_vllm.runner.limits import MAX_GRAPH_TOKENS
+from nano_vllm.runner.graph_shapes import (
+    StepShape,
+    decode_sizes,
+    sequence_sizes,
+    token_sizes,
+    usual_shapes,
+)
+from nano_vllm.runner.input_batch import ModelInput
 
 Forward = Callable[[ModelInput], torch.Tensor]
 """Inputs of a step -> what the model makes of each of its tokens."""
-
-
-PREPARED_SEQS = 256
-"""Steps of up to so many sequences have their graphs captured ahead of need."""
 
 
 class Padding(NamedTuple):
@@ -25,26 +27,6 @@ class Padding(NamedTuple):
 
     num_tokens: int
     num_seqs: int
-
-
-def decode_sizes(largest: int) -> list[int]:
-    """Sequences of a step of decodes: 1, 2, 4, then multiples of 8 up to 256 and of 16 beyond."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, largest + 1, 16)]
-    return [size for size in sizes if size < largest] + [largest]
-
-
-def token_sizes(largest: int) -> list[int]:
-    """Tokens of a step with prompts: multiples of 32 up to 256, of 64 up to 512, of 128 beyond."""
-    sizes = [*range(32, 256, 32), *range(256, 512, 64), *range(512, MAX_GRAPH_TOKENS + 1, 128)]
-    return [size for size in sizes if size <= largest]
-
-
-def sequence_sizes(largest: int) -> list[int]:
-    """Sequences of a step with prompts: 16 and beyond that four times as many each. One that has
-    nothing to do costs next to nothing there.
-    """
-    sizes = [4**i for i in range(2, 16)]
-    return [size for size in sizes if size < largest] + [largest]
 
 
 class StepGraphs:
@@ -75,7 +57,7 @@ class StepGraphs:
         self._sequence_sizes = sequence_sizes(max_num_seqs)
         self._seen: set[StepShape] = set()
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._usual = self._usual_shapes(shares_prefixes, spreads_chunks)
+        self._usual = usual_shapes(max_num_tokens, max_num_seqs, shares_prefixes, spreads_chunks)
         self._pool: Any = None
         """Memory of all graphs: they run one after the other."""
         self._stream: torch.cuda.Stream | None = None
@@ -126,28 +108,6 @@ class StepGraphs:
     def missing(self) -> StepShape | None:
         """The next usual shape that has no graph yet; None once all have."""
         return next((shape for shape in self._usual if shape not in self._graphs), None)
-
-    def _usual_shapes(self, shares_prefixes: bool, spreads_chunks: bool) -> list[StepShape]:
-        """Those to be had first come first."""
-        decodes = [size for size in self._decode_sizes if size <= PREPARED_SEQS]
-        tokens = self._token_sizes
-        mixes = [
-            (size, num_seqs)
-            for size in tokens
-            for num_seqs in self._sequence_sizes
-            if num_seqs <= min(size, PREPARED_SEQS)
-        ]
-        shapes = [StepShape(True, 1, size, size, False) for size in decodes]
-        if spreads_chunks:
-            rows = [size for size in tokens if size <= self._sequence_sizes[-1]]
-            shapes += (StepShape(False, 1, size, size, True) for size in rows)
-            few = [mix for mix in mixes if mix[0] <= DECODE_QUERIES * mix[1]]
-            shapes += (StepShape(False, DECODE_QUERIES, *mix, False) for mix in few)
-        shapes += (StepShape(False, mix[0], *mix, False) for mix in mixes)
-        if shares_prefixes:
-            shapes += (StepShape(True, 1, size, size, True) for size in decodes)
-            shapes += (StepShape(False, mix[0], *mix, True) for mix in mixes)
-        return shapes
 
     def _capture(
         self, forward: Forward, inputs: ModelInput

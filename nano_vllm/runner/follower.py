@@ -10,6 +10,7 @@ from nano_vllm.config import EngineConfig
 from nano_vllm.distributed.launch import Launch
 from nano_vllm.runner.model_worker import ModelWorker
 from nano_vllm.runner.step_message import Step, StepReceiver
+from nano_vllm.sampling.gathering import LIKELIEST
 
 
 class Follower(ModelWorker):
@@ -45,9 +46,9 @@ class Follower(ModelWorker):
         logits = self.sampled_logits(step, inputs, out)
         for first, last in step.logit_ranges:
             self.gather(self.model.compute_logits(out[first:last]))
-        if step.gathers_logits:
-            self.gather(logits)
+        if step.num_candidates == LIKELIEST:
+            self._token_ids = self.likeliest(logits)
+        else:
+            self.gather(logits, step.num_candidates)
             self._token_ids = torch.empty(len(logits), dtype=torch.int64, device=self.device)
             self.parallel.tp.broadcast(self._token_ids)
-        else:
-            self._token_ids = self.likeliest(logits)

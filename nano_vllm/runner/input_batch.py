@@ -14,6 +14,7 @@ from nano_vllm._core import DecodeStep, find_shared_prefixes, prepare_batch
 from nano_vllm.batch import Batch, ScheduledSequence
 from nano_vllm.config import ModelConfig
 from nano_vllm.layers.attention import AttentionMetadata
+from nano_vllm.runner.graph_shapes import StepShape
 from nano_vllm.runner.input_layout import (
     Layout,
     array_bytes,
@@ -22,13 +23,12 @@ from nano_vllm.runner.input_layout import (
     mixed_layout,
     staging_bytes,
 )
+from nano_vllm.runner.limits import DECODE_QUERIES
 
 SHARED_PREFIX_BYTES = 32 << 20
 """Of keys and values of a layer that reading a prefix once must spare: 11 us of memory time on an
 H100, about what the kernel that reads it costs besides."""
 
-DECODE_QUERIES = 8
-"""Tokens of a sequence that the decode kernel takes on sm_90, in one row."""
 MAX_SPREAD_TOKENS = 256
 """Of a chunk: what its tokens read of each other, each by itself, grows with their square."""
 MIN_SPREAD_CONTEXT = 2048
@@ -64,20 +64,6 @@ class AttentionRow(NamedTuple):
     scheduled: ScheduledSequence
     start: int
     num_tokens: int
-
-
-class StepShape(NamedTuple):
-    """What the kernels of a padded step go by."""
-
-    is_decode: bool
-    """Of decodes alone: their logits are part of it."""
-    max_query_len: int
-    """1, DECODE_QUERIES, or num_tokens where there is to be a kernel for prompts."""
-    num_tokens: int
-    num_seqs: int
-    """With padding, both."""
-    is_shared: bool
-    """Whether a prefix is read once for all who share it: a kernel more."""
 
 
 class StagedInput(NamedTuple):

@@ -22,6 +22,8 @@ MAX_GRAPH_TOKENS = 2048
 """Of a step with prompts that is a CUDA graph. The kernels of longer ones take longer than their
 launches.
 """
+DECODE_QUERIES = 8
+"""Tokens of a sequence that the decode kernel takes on sm_90, in one row."""
 
 
 def choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:

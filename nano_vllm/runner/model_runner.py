@@ -17,6 +17,7 @@ from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.logprob import Logprob
 from nano_vllm.runner.model_worker import ModelWorker, choose_dtype
 from nano_vllm.runner.step_message import Step, StepSender
+from nano_vllm.sampling.gathering import LIKELIEST, WHOLE
 from nano_vllm.sampling.logprob_rows import PROMPT_ROWS
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
@@ -86,21 +87,21 @@ class ModelRunner(ModelWorker):
             prompt_logprobs = [self._prompt_logprobs(prompt, out) for prompt in wanted]
         with step_range("sample", recorder):
             logprobs = None
-            if step.gathers_logits:
-                whole = self.gather(logits)
-                assert whole is not None
+            if step.num_candidates == LIKELIEST:
+                self._token_ids = self.likeliest(logits)
+            else:
+                gathered = self.gather(logits, step.num_candidates)
+                assert gathered is not None
                 self._token_ids = self.parallel.tp.broadcast(
                     self.sampler.choose(
-                        whole,
+                        gathered,
                         self._sequences,
                         seq_lens,
                         token_ids,
                         batch.num_decodes * batch.lead,
                     )
                 )
-                logprobs = self.sampler.logprobs(whole, self._token_ids, self._sequences)
-            else:
-                self._token_ids = self.likeliest(logits)
+                logprobs = self.sampler.logprobs(gathered, self._token_ids, self._sequences)
             launched = LaunchedStep(
                 batch,
                 rows,
@@ -125,7 +126,7 @@ class ModelRunner(ModelWorker):
         if shape is None or self._free_bytes() < SPARE_BYTES:
             return False
         try:
-            step = Step(self.input_batch.write_nothing(shape), gathers_logits=False)
+            step = Step(self.input_batch.write_nothing(shape), LIKELIEST)
             if self._others is not None:
                 self.parallel.progress.step += 1
                 self._others.send(step, self.input_batch.slots[step.staged.slot].staging)
@@ -161,7 +162,7 @@ class ModelRunner(ModelWorker):
         wanted = [] if batch.is_decode else _wanted_logprobs(batch)
         step = Step(
             staged,
-            True,
+            WHOLE,
             batch.block_copies,
             batch.swap_outs,
             batch.swap_ins,
@@ -169,9 +170,10 @@ class ModelRunner(ModelWorker):
             batch.ahead_rows,
         )
         if self._others is not None:
-            step.gathers_logits = self.parallel.tp.size == 1 or not self.sampler.is_greedy(
-                self._sequences, batch.num_decodes * batch.lead, self.device
-            )
+            if self.parallel.tp.size > 1:
+                step.num_candidates = self.sampler.num_candidates(
+                    self._sequences, batch.num_decodes * batch.lead, self.device
+                )
             self.parallel.progress.step += 1
             self._others.send(step, self.input_batch.slots[staged.slot].staging)
         return step, rows, wanted

@@ -35,6 +35,8 @@ from nano_vllm.runner.limits import (
 from nano_vllm.runner.memory import DeviceMemory, num_host_blocks, num_kv_blocks
 from nano_vllm.runner.same_everywhere import facts_of
 from nano_vllm.runner.step_message import Step, most_bytes
+from nano_vllm.sampling.candidates import gather_candidates
+from nano_vllm.sampling.gathering import WHOLE
 from nano_vllm.sampling.greedy import likeliest_tokens
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.resolve import resolve_model
@@ -243,13 +245,18 @@ class ModelWorker:
             return out[: step.staged.num_sampled]
         return self.model.compute_logits(out.index_select(0, inputs.sampled[1]))
 
-    def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
+    def gather(self, logits: torch.Tensor, num_candidates: int = WHOLE) -> torch.Tensor | None:
         """Whole rows, on the deciding rank alone.
 
         Args:
             logits: of this rank's part of the vocabulary.
+            num_candidates: tokens of each rank that are to be there; WHOLE for all.
         """
-        return self.parallel.tp.gather_columns(logits, self.model_config.vocab_size)
+        vocab_size, ranks = self.model_config.vocab_size, self.parallel.tp
+        if num_candidates == WHOLE:
+            return ranks.gather_columns(logits, vocab_size)
+        assert self.model.lm_head is not None
+        return gather_candidates(logits, self.model.lm_head.held, num_candidates, ranks, vocab_size)
 
     def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
         """The token of each row that is sampled greedily; the same on all ranks."""

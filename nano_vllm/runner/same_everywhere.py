@@ -19,17 +19,22 @@ _OF_THE_HOST = ("model", "tokenizer", "record")
 def facts_of(
     config: EngineConfig, path: Path, model: ModelConfig, dtype: torch.dtype
 ) -> dict[str, str]:
-    """Versions, the model's configuration, its tensors' names and shapes, and the options."""
+    """Versions, the model's configuration, its tensors' names, shapes and, as far as is quick to
+    tell, numbers; and the options.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
+    samples: dict[str, str] = {}
     if config.load_format != "dummy":
         checkpoint = open_checkpoint(path, model, config.load_format)
         shapes = checkpoint.shapes
+        samples = {name: hashlib.sha256(checkpoint.sample(name)).hexdigest() for name in shapes}
         checkpoint.close()
     return {
         "nano_vllm": _version(),
         "torch": torch.__version__,
         "the model's configuration": _digest(model),
         "the tensors' names and shapes": _digest(sorted(shapes.items())),
+        "the hash of a row of each tensor": _digest(sorted(samples.items())),
         "dtype": str(dtype),
         **{
             f.name: repr(getattr(config, f.name))

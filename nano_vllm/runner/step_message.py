@@ -16,6 +16,7 @@ import torch
 
 from nano_vllm.distributed.step_channel import StepChannel
 from nano_vllm.runner.input_batch import StagedInput
+from nano_vllm.sampling.gathering import WHOLE
 
 Pairs = list[tuple[int, int]]
 
@@ -23,8 +24,8 @@ MAGIC = 0x6E616E6F_0001
 STEP, STOP = range(2)
 _NUM_LISTS = 5
 HEADER = struct.Struct(f"<{5 + len(StagedInput._fields) + 1 + _NUM_LISTS}q")
-"""Magic, kind, number, checksum, numbers in the lists; a StagedInput; whether logits are gathered;
-the length of each list, where -1 is for none.
+"""Magic, kind, number, checksum, numbers in the lists; a StagedInput; how many candidates
+are gathered; the length of each list, where -1 is for none.
 """
 _CHECKSUM = 3
 
@@ -34,9 +35,8 @@ class Step:
     """What all ranks do in a step. Set by ModelRunner."""
 
     staged: StagedInput
-    gathers_logits: bool = True
-    """Whether the whole rows go to the rank that samples; else the likeliest token is chosen where
-    the logits are.
+    num_candidates: int = WHOLE
+    """Of each row, from each rank to the one that samples; LIKELIEST chooses where the logits are.
     """
     block_copies: Pairs = field(default_factory=list)
     """As in Batch, as are the next two."""
@@ -79,7 +79,7 @@ class StepSender:
         num_fed = -1 if step.fed_rows is None else len(step.fed_rows)
         payload = staging[: step.staged.num_bytes]
         self._send(
-            STEP, [*step.staged, step.gathers_logits, *map(len, lists), num_fed], payload, numbers
+            STEP, [*step.staged, step.num_candidates, *map(len, lists), num_fed], payload, numbers
         )
 
     def stop(self) -> None:
@@ -143,7 +143,7 @@ class StepReceiver:
 
 
 def _step(staged: StagedInput, fields: list[int], numbers: list[int]) -> Step:
-    gathers_logits, *lengths, num_fed = fields
+    num_candidates, *lengths, num_fed = fields
     lists: list[Pairs] = []
     at = 0
     for length in lengths:
@@ -152,7 +152,7 @@ def _step(staged: StagedInput, fields: list[int], numbers: list[int]) -> Step:
         at = end
     fed_rows = None if num_fed < 0 else numbers[at:]
     copies, swap_outs, swap_ins, logit_ranges = lists
-    return Step(staged, bool(gathers_logits), copies, swap_outs, swap_ins, logit_ranges, fed_rows)
+    return Step(staged, num_candidates, copies, swap_outs, swap_ins, logit_ranges, fed_rows)
 
 
 def checksum(header: list[int], payload: torch.Tensor, numbers: npt.NDArray[np.int64]) -> int:

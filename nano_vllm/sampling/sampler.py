@@ -101,15 +101,16 @@ class Sampler:
         most = max(sequences[row].params.logprobs or 0 for row in rows)
         return logprob_table(logits, token_ids.clamp(min=0), most)
 
-    def is_greedy(self, sequences: list[Sequence], num_ahead: int, device: torch.device) -> bool:
-        """Whether the step's rows all take the likeliest token of the raw logits, and nothing else
-        is asked of these.
+    def num_candidates(
+        self, sequences: list[Sequence], num_ahead: int, device: torch.device
+    ) -> int:
+        """What has to be gathered of rows that ranks share, as `gathering` says.
 
         Args:
             sequences: of the rows, as for `choose`, which may come next, as is num_ahead.
             device: of the logits.
         """
-        return self._rows_of(sequences, num_ahead, device).is_greedy
+        return self._rows_of(sequences, num_ahead, device).num_candidates
 
     def _rows_of(
         self, sequences: list[Sequence], num_ahead: int, device: torch.device

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nano_vllm.sampling.gathering import LIKELIEST, MAX_CANDIDATES, WHOLE
 from nano_vllm.sampling.token_history import TokenHistory
+from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
 
 Array = npt.NDArray[Any]
@@ -84,7 +86,18 @@ class SamplingRows:
         self.adjustments = dict(zip(adjustments, tensors[len(draws) :], strict=True))
         """Arguments of `ops.adjust_logits`; none if all rows are drawn from as they are."""
         self.num_adjusted = len(adjusted)
-        self.is_greedy = not (adjusted or self.logprob_rows or any(p.temperature for p in params))
+        self.num_candidates = WHOLE
+        """Of each row, from each rank that has a part of the logits; see `gathering`."""
+        if not (adjusted or self.logprob_rows):
+            self.num_candidates = _num_candidates(params)
+
+
+def _num_candidates(params: list[SamplingParams]) -> int:
+    """Enough for rows that are drawn from as they are, and of which no more is asked."""
+    top_ks = [p.top_k for p in params if p.temperature]
+    if not top_ks:
+        return LIKELIEST
+    return max(top_ks) if all(0 < k <= MAX_CANDIDATES for k in top_ks) else WHOLE
 
 
 def rows_with_logprobs(sequences: list[Sequence]) -> list[int]:

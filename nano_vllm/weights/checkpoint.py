@@ -46,6 +46,12 @@ class Checkpoint(Protocol):
         """The part as it is stored, where that is in groups of few bits, which it does not cut."""
         ...
 
+    def sample(self, name: str) -> bytes:
+        """A vector, or the middle row of a matrix, as it is stored: it tells models apart, and is
+        read quickly.
+        """
+        ...
+
     def close(self) -> None: ...
 
 

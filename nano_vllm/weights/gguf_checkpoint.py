@@ -139,6 +139,12 @@ class GGUFCheckpoint:
                 setattr(weight, numbers, unpermute(getattr(weight, numbers), self._head_dim))
         return weight
 
+    def sample(self, name: str) -> bytes:
+        tensor = self._tensors[name]
+        if len(tensor.shape) < 2:
+            return bytes(self._read_bytes(tensor, 0, tensor.shape[0]))
+        return bytes(self._read_bytes(tensor, tensor.shape[0] // 2, 1))
+
     def _read_rows(self, tensor: GGUFTensor, start: int, num_rows: int) -> torch.Tensor:
         data = self._read_bytes(tensor, start, num_rows)
         if tensor.type_name in _PLAIN_DTYPES:

@@ -79,6 +79,14 @@ class SafetensorsCheckpoint:
     def read_quantized(self, name: str, part: Region = WHOLE) -> None:
         return None
 
+    def sample(self, name: str) -> bytes:
+        shape, handle = self.shapes[name], self._open(self._files[name])
+        if len(shape) < 2:
+            tensor = handle.get_tensor(name)
+        else:
+            tensor = handle.get_slice(name)[shape[0] // 2 : shape[0] // 2 + 1]
+        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
     def close(self) -> None:
         self._handle = None
         self._open_path = None

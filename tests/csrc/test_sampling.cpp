@@ -146,6 +146,43 @@ void test_sample_tokens(const std::vector<DType>& dtypes, const std::vector<int>
   }
 }
 
+// Rows without what top-k drops, as ranks that share the vocabulary send them, give the same
+// tokens.
+template <class Sample>
+void test_rows_of_candidates(const std::vector<int>& vocab_sizes, const Sample& sample) {
+  constexpr int kRows = 6;
+  for (DType dtype : kDTypes) {
+    for (int vocab_size : vocab_sizes) {
+      Buffer logits(dtype, kRows * vocab_size);
+      logits.fill(-4, 4);
+      for (int64_t i = 0; i < logits.numel() / 2; ++i) logits.set(i, std::round(2 * logits[i]) / 2);
+      const std::vector<double> temperatures = {1, 0.5, 1, 0, 5, 1}, top_p = {1, 1, 0.7, 1, 0.9, 1};
+      const std::vector<double> min_p = {-kInf, -1, -kInf, -kInf, -kInf, -2};
+      const std::vector<int32_t> top_k = {20, 3, 50, 1, 128, 128}, lens(kRows, 5);
+      const std::vector<int64_t> streams(kRows, 0);
+      std::vector<int64_t> seeds(kRows), whole(kRows, -98), out(kRows, -99);
+      for (int64_t& seed : seeds) seed = static_cast<int64_t>(generator());
+      const auto draw = [&](std::vector<int64_t>& tokens) {
+        sample({dtype, tokens.data(), logits.data(), nullptr, nullptr, temperatures.data(),
+                top_k.data(), top_p.data(), min_p.data(), seeds.data(), streams.data(), lens.data(),
+                lens.data(), vocab_size, 0, kRows, vocab_size});
+      };
+      draw(whole);
+      for (int64_t row = 0; row < kRows; ++row) {
+        std::vector<double> sorted;
+        for (int64_t i = 0; i < vocab_size; ++i) sorted.push_back(logits[row * vocab_size + i]);
+        std::sort(sorted.begin(), sorted.end(), std::greater<>());
+        const double kth = sorted[static_cast<size_t>(top_k[static_cast<size_t>(row)] - 1)];
+        for (int64_t i = row * vocab_size; i < (row + 1) * vocab_size; ++i) {
+          if (logits[i] < kth) logits.set(i, -kInf);
+        }
+      }
+      draw(out);
+      CHECK(out == whole);
+    }
+  }
+}
+
 template <class Adjust>
 void test_adjust_logits(const Adjust& adjust) {
   constexpr int kRows = 3, kMaxLen = 40;
@@ -244,6 +281,8 @@ int main() {
   test_sample_tokens({std::begin(kDTypes), std::end(kDTypes)},
                      {1, 7, 8, 1023, 1024, 1025, 3000, 20'000}, {0, 1}, kFilters,
                      [](const SampleTokensParams& p) { cpu::sample_tokens(p); });
+  test_rows_of_candidates({200, 1025, 20'000},
+                          [](const SampleTokensParams& p) { cpu::sample_tokens(p); });
   test_adjust_logits([](const AdjustLogitsParams& p) { cpu::adjust_logits(p); });
   // Fibers are slow: what is quick to find, and what the whole row is searched for.
   const auto sample = [](const SampleTokensParams& p) { cuda::sample_tokens(p, nullptr); };
@@ -251,6 +290,7 @@ int main() {
                      {{0, 0, 1, -kInf}, {1, 0, 1, -1}, {1, 5, 0.8, -kInf}}, sample);
   test_sample_tokens({DType::kFloat16}, {5001}, {0},
                      {{1, 900, 1, -kInf}, {0.1, 0, 0.5, -kInf}, {5, 0, 0.999, -kInf}}, sample);
+  test_rows_of_candidates({200, 4100}, sample);
   test_adjust_logits([](const AdjustLogitsParams& p) { cuda::adjust_logits(p, nullptr); });
   return report_checks();
 }

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+LOAD_SECONDS = 60
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed.rank_functions"])
 
@@ -46,6 +47,12 @@ class Ranks:
         """The last step that the first rank has reported; -1 while there is none."""
         path = self.folder / "step"
         return int(path.read_text() or -1) if path.exists() else -1
+
+    def wait_for_step(self, step: int) -> None:
+        end = time.monotonic() + LOAD_SECONDS
+        while self.step() < step:
+            assert time.monotonic() < end, [self.errors(r) for r in range(len(self.processes))]
+            time.sleep(0.01)
 
 
 def start_ranks(

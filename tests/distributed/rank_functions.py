@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ import torch
 
 import nano_vllm.runner.model_runner  # noqa: F401  (torch and all else, once for all ranks)
 from nano_vllm import LLM, SamplingParams, serve
+from nano_vllm.bench import __main__ as bench
 from nano_vllm.distributed import process_groups, watchdog
+from nano_vllm.outputs import RequestOutput
 from nano_vllm.runner.follower import Follower
+from nano_vllm.runner.model_worker import ModelWorker
 from nano_vllm.runner.step_message import Step
 
 VOCAB_SIZE = 199
@@ -43,6 +48,7 @@ def options_of(path: str, **options: Any) -> dict[str, Any]:
 def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
     """A mix of requests, some of which are aborted; results go into a file."""
     torch.set_num_threads(1)
+    _note_steps(folder)
     draw = random.Random(seed)
     shared = [draw.randrange(3, VOCAB_SIZE) for _ in range(20)]
     with LLM(**options) as llm:
@@ -70,12 +76,61 @@ def generate_all(folder: Path, options: dict[str, Any], seed: int) -> None:
         prompts = [[draw.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in (3, 30, 11)]
         for output in llm.generate(prompts, greedy, use_tqdm=False):
             results[f"greedy {output.request_id}"] = output.outputs[0].token_ids
+        results["candidates"] = [
+            output.outputs[0].token_ids for output in _generate_with_top_k(llm, prompts, folder)
+        ]
         metrics = llm.get_metrics()
         results["preemptions"] = metrics.num_preemptions > 0
         results["cached"] = metrics.num_cached_tokens > 0
         results["loaded"] = metrics.num_loaded_tokens > 0
         results["free"] = metrics.num_free_blocks
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def _note_steps(folder: Path) -> None:
+    """What a rank makes of each step goes into a file: what it reads and moves, block tables
+    included; and which tokens it takes from the step before.
+    """
+    prepare = ModelWorker.prepare
+    lines = (folder / f"steps.{os.environ['RANK']}").open("w", encoding="utf-8", buffering=1)
+
+    def noted(worker: ModelWorker, step: Step, begin: Callable[[], None] | None = None) -> Any:
+        inputs = prepare(worker, step, begin)
+        attention = inputs.attention
+        read = (
+            *(inputs.input_ids, inputs.positions, attention.slot_mapping, attention.block_tables),
+            *(attention.query_start_loc, attention.seq_lens),
+        )
+        moved = step.block_copies, step.swap_outs, step.swap_ins
+        text = repr((*map(int, step.staged), moved, [tensor.tolist() for tensor in read]))
+        lines.write(f"{zlib.crc32(text.encode())} {worker._token_ids.tolist()}\n")
+        return inputs
+
+    ModelWorker.prepare = noted  # type: ignore[method-assign]
+
+
+TOP_K = 20
+
+
+def _generate_with_top_k(llm: LLM, prompts: list[list[int]], folder: Path) -> list[RequestOutput]:
+    """Chosen from candidates. The bytes of a row that the first rank sent go into a file."""
+    ranks, sent = llm.engine.runner.parallel.tp, set()
+    gather_columns = ranks.gather_columns
+
+    def watched(x: torch.Tensor, num_columns: int) -> torch.Tensor | None:
+        sent.add(x[0].nbytes)
+        return gather_columns(x, num_columns)
+
+    ranks.gather_columns = watched  # type: ignore[method-assign]
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=1.2, top_k=3, seed=1, max_tokens=12, ignore_eos=True),
+        SamplingParams(top_k=TOP_K, top_p=0.9, min_p=0.01, max_tokens=12, ignore_eos=True),
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    ranks.gather_columns = gather_columns  # type: ignore[method-assign]
+    (folder / "sent.json").write_text(json.dumps(sorted(sent)), encoding="utf-8")
+    return outputs
 
 
 def _params(draw: random.Random, number: int) -> SamplingParams:
@@ -96,6 +151,16 @@ def _numbers(entries: Any) -> Any:
     if entries is None:
         return None
     return [entry and {token: found.logprob for token, found in entry.items()} for entry in entries]
+
+
+def bench_throughput(folder: Path, options: dict[str, Any]) -> None:
+    """What it prints goes into a file."""
+    torch.set_num_threads(1)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    lengths = ["--num-prompts=8", "--input-len=5", "--output-len=9", "--repeats=1"]
+    path = folder / f"out.{os.environ['RANK']}"
+    with path.open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out):
+        assert bench.main(["throughput", *lengths, *flags]) == 0
 
 
 def generate_slowly(folder: Path, options: dict[str, Any]) -> None:
@@ -140,6 +205,11 @@ def generate_with_own_seeds(folder: Path, options: dict[str, Any]) -> None:
     generate_slowly(folder, options | {"seed": int(os.environ["RANK"])})
 
 
+def generate_with_own_weights(folder: Path, options: dict[str, Any]) -> None:
+    """Each rank has a folder of its own."""
+    generate_slowly(folder, options | {"model": options["model"].format(**os.environ)})
+
+
 def generate_all_on_hosts_of_their_own(folder: Path, options: dict[str, Any], seed: int) -> None:
     """The ranks cannot see each other's processes, nor share memory."""
     process_groups.process_space = watchdog.process_space = lambda: os.environ["RANK"]
@@ -149,3 +219,7 @@ def generate_all_on_hosts_of_their_own(folder: Path, options: dict[str, Any], se
 def serve_ids(folder: Path, options: list[str]) -> None:
     """The server, of token ids."""
     sys.exit(serve.main(options))
+
+
+if __name__ == "__main__":  # under torchrun
+    generate_all_on_hosts_of_their_own(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))

@@ -25,7 +25,6 @@ from tests.distributed.rank_functions import (
 )
 from tests.models.checkpoints import make_checkpoint
 
-LOAD_SECONDS = 60
 DEAD_SECONDS, FROZEN_SECONDS = 10, 30
 ROUNDS, AT_ONCE = 20, 5
 
@@ -35,14 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     make_checkpoint(folder)
     return str(folder)
-
-
-def wait_for_step(ranks: Ranks, step: int) -> int:
-    end = time.monotonic() + LOAD_SECONDS
-    while ranks.step() < step:
-        assert time.monotonic() < end, [ranks.errors(r) for r in range(len(ranks.processes))]
-        time.sleep(0.01)
-    return ranks.step()
 
 
 def check_end(ranks: Ranks, victim: int, seconds: float, line: str) -> None:
@@ -73,7 +64,7 @@ def strike(model: str, folder: Path, number: int, draw: random.Random, device: s
     options = options_of(model, tensor_parallel_size=tp, pipeline_parallel_size=pp, device=device)
     ranks = start_ranks(generate_slowly, size, folder / str(number), options)
     try:
-        wait_for_step(ranks, step)
+        ranks.wait_for_step(step)
         pid = ranks.processes[victim].pid
         assert pid is not None
         os.kill(pid, name)
@@ -111,7 +102,7 @@ def test_a_rank_fails_in_a_step(
 ) -> None:
     ranks = start_ranks(function, 2, tmp_path, options_of(model, tensor_parallel_size=2))
     try:
-        wait_for_step(ranks, 7)
+        ranks.wait_for_step(7)
         check_end(ranks, 1, seconds, line)
     finally:
         ranks.kill()

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nano_vllm import LLM
 from nano_vllm.config import EngineConfig
+from nano_vllm.distributed.collectives import ALONE
 from nano_vllm.distributed.launch import Launch
+from nano_vllm.distributed.process_groups import ParallelState
 from tests.distributed.launch_ranks import start_ranks
-from tests.distributed.rank_functions import generate_with_own_seeds, options_of
-from tests.models.checkpoints import make_checkpoint
+from tests.distributed.rank_functions import (
+    generate_slowly,
+    generate_with_own_seeds,
+    generate_with_own_weights,
+    options_of,
+)
+from tests.models.checkpoints import make_checkpoint, write_gguf
+from tests.sockets import listening
 
 TORCHRUN = {
     "RANK": "1",
@@ -73,12 +83,48 @@ def test_an_llm_of_two_ranks_alone(monkeypatch: pytest.MonkeyPatch, tiny_checkpo
         LLM(str(tiny_checkpoint), tensor_parallel_size=2)
 
 
-def test_ranks_that_differ_say_in_what(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "model")
-    options = options_of(str(tmp_path / "model"), tensor_parallel_size=2)
-    ranks = start_ranks(generate_with_own_seeds, 2, tmp_path / "run", options)
+def test_one_process_has_no_group(tiny_checkpoint: Path) -> None:
+    with LLM(**options_of(str(tiny_checkpoint))) as llm:
+        parallel = llm.engine.runner.parallel
+        assert type(parallel) is ParallelState
+        assert parallel.tp is ALONE
+        assert llm.engine.runner.channel is None
+        assert not torch.distributed.is_initialized()
+
+
+def test_ranks_listen_at_the_address_of_the_rendezvous_alone(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    ranks = start_ranks(
+        generate_slowly, 2, tmp_path, options_of(str(tiny_checkpoint), tensor_parallel_size=2)
+    )
+    try:
+        ranks.wait_for_step(1)
+        found = listening(process.pid or 0 for process in ranks.processes)
+        assert ("127.0.0.1", ranks.port) in found
+        assert {address for address, _ in found} == {"127.0.0.1"}
+    finally:
+        ranks.kill()
+
+
+@pytest.mark.parametrize(
+    ("function", "model", "what"),
+    [
+        (generate_with_own_seeds, "0", "seed is 1 in place of 0"),
+        (generate_with_own_weights, "{RANK}", "the hash of a row of each tensor is "),
+        (generate_with_own_weights, "{RANK}.gguf", "the hash of a row of each tensor is "),
+    ],
+)
+def test_ranks_that_differ_say_in_what(
+    tmp_path: Path, function: Callable[..., None], model: str, what: str
+) -> None:
+    """Also where one has other weights of the same shapes."""
+    for seed in range(2):
+        write_gguf(make_checkpoint(tmp_path / str(seed), seed), tmp_path / f"{seed}.gguf")
+    options = options_of(str(tmp_path / model), tensor_parallel_size=2)
+    ranks = start_ranks(function, 2, tmp_path / "run", options)
     assert ranks.join(60) == [1, 1]
     for rank in range(2):
         assert "rank 1 on " in ranks.errors(rank)
         assert "differs from rank 0 on " in ranks.errors(rank)
-        assert "seed is 1 in place of 0" in ranks.errors(rank)
+        assert what in ranks.errors(rank)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,17 @@ import httpx
 import pytest
 
 from nano_vllm.config import ModelConfig
+from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.distributed.stages import split_layers
+from nano_vllm.sampling.gathering import bytes_of_row
 from tests.conftest import SEED
+from tests.distributed import rank_functions
 from tests.distributed.launch_ranks import free_port, start_ranks
 from tests.distributed.rank_functions import (
+    TOP_K,
+    VOCAB_SIZE,
+    bench_throughput,
     generate_all,
-    generate_all_on_hosts_of_their_own,
     options_of,
     serve_ids,
 )
@@ -28,17 +35,23 @@ from tests.models.checkpoints import make_checkpoint
 SECONDS = 120
 
 
-def results_of(
-    folder: Path,
-    size: int,
-    options: dict[str, Any],
-    seed: int,
-    function: Callable[..., None] = generate_all,
-) -> dict[str, Any]:
-    ranks = start_ranks(function, size, folder, options, seed)
+def results_of(folder: Path, size: int, options: dict[str, Any], seed: int) -> dict[str, Any]:
+    ranks = start_ranks(generate_all, size, folder, options, seed)
     codes = ranks.join(SECONDS)
     assert codes == [0] * size, [ranks.errors(rank) for rank in range(size)]
+    check_steps(folder, size, options.get("tensor_parallel_size", 1))
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def check_steps(folder: Path, size: int, tp: int) -> None:
+    """In each step all ranks had the same blocks and tokens, those that sample also the same new
+    ones.
+    """
+    notes = [(folder / f"steps.{rank}").read_text(encoding="utf-8") for rank in range(size)]
+    assert all(note == notes[0] for note in notes[:tp])
+    steps = [[line.split()[0] for line in note.splitlines()] for note in notes]
+    assert len(steps[0]) > 50
+    assert all(found == steps[0] for found in steps)
 
 
 def check_same(found: Any, expected: Any) -> None:
@@ -68,7 +81,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[
     return folder / "model", seed, results
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
 def test_ranks_generate_the_same(
     tmp_path: Path, expected: tuple[Path, int, dict[str, Any]], tp: int, pp: int
 ) -> None:
@@ -76,16 +89,52 @@ def test_ranks_generate_the_same(
     print(f"to repeat: NANO_VLLM_TEST_SEED={SEED}")
     options = options_of(str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp)
     check_same(results_of(tmp_path, tp * pp, options, seed), results)
+    if tp > 1:
+        part = vocabulary_part(VOCAB_SIZE, tp)
+        sent = set(json.loads((tmp_path / "sent.json").read_text(encoding="utf-8")))
+        # A prompt of 30 tokens takes two steps: the first ones may sample without it.
+        assert sent <= {bytes_of_row(count, part, 4) for count in (3, TOP_K)}
+        assert bytes_of_row(TOP_K, part, 4) in sent
 
 
 def test_ranks_of_two_hosts_generate_the_same(
     tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]
 ) -> None:
-    """Steps go over the network."""
+    """Each has a torchrun of its own; steps go over the network."""
     model, seed, results = expected
     options = options_of(str(model), tensor_parallel_size=2)
-    found = results_of(tmp_path, 2, options, seed, generate_all_on_hosts_of_their_own)
-    check_same(found, results)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    run += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    ranks = ["-m", rank_functions.__name__, str(tmp_path), json.dumps(options), str(seed)]
+    agents = [
+        subprocess.Popen(
+            [*run, f"--node_rank={host}", *ranks],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for host in range(2)
+    ]
+    try:
+        errors = [agent.communicate(timeout=SECONDS)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()  # whose ranks then miss the store
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    check_steps(tmp_path, 2, 2)
+    check_same(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), results)
+
+
+def test_the_bubble_is_printed(tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]) -> None:
+    model, _, _ = expected
+    options = {"model": str(model), "device": "cpu", "dtype": "float32", "pp": 2}
+    ranks = start_ranks(bench_throughput, 2, tmp_path, options)
+    assert ranks.join(SECONDS) == [0, 0], [ranks.errors(rank) for rank in range(2)]
+    *_, line = (tmp_path / "out.0").read_text(encoding="utf-8").splitlines()
+    result = json.loads(line)
+    (row,) = result["rows"]
+    assert 0 < row["bubble"] < 1
+    assert row["bubble"] == result["steps"][-1]["idle"]
 
 
 def test_two_ranks_serve(tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]) -> None:

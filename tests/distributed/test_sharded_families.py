@@ -23,6 +23,7 @@ from nano_vllm.distributed.stages import Stage
 from nano_vllm.models.registry import model_class
 from nano_vllm.runner.input_batch import InputBatch
 from nano_vllm.weights.loader import load_model_config, load_weights
+from nano_vllm.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from tests.models.checkpoints import SETTINGS, make_checkpoint, write_gguf
 
 BLOCK_SIZE, MAX_LEN, CHUNK = 8, 64, 13
@@ -129,6 +130,25 @@ def shared_and_alone(
 def test_two_ranks(tmp_path: Path, name: str) -> None:
     make_checkpoint(tmp_path, **SETTINGS[name])
     compare(tmp_path, 2)
+
+
+def test_a_rank_reads_no_more_than_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, vocab_size=208)
+    config = load_model_config(tmp_path, model_class)
+    close, read = SafetensorsCheckpoint.close, []
+
+    def counted(checkpoint: SafetensorsCheckpoint) -> None:
+        read.append(checkpoint._bytes_read)
+        close(checkpoint)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "close", counted)
+    for ranks in thread_ranks(2):
+        read.clear()
+        model = model_class(config.architecture)(config, MAX_LEN, torch.device("cpu"), ranks)
+        load_weights(model, tmp_path, config)
+        assert sum(read) == sum(parameter.nbytes for parameter in model.parameters())
 
 
 class Chain:

@@ -13,6 +13,7 @@ from nano_vllm.distributed.progress import Progress
 from nano_vllm.distributed.step_channel import SharedMemoryChannel
 from nano_vllm.runner.input_batch import StagedInput
 from nano_vllm.runner.step_message import Pairs, Step, StepReceiver, StepSender
+from nano_vllm.sampling.gathering import LIKELIEST, WHOLE
 
 CAPACITY = 1 << 16
 
@@ -41,7 +42,10 @@ def draw_step(draw: random.Random) -> Step:
     numbers = [draw.randrange(1000) for _ in StagedInput._fields]
     fed = draw.choice((None, [], [draw.randrange(99) for _ in range(7)]))
     return Step(
-        StagedInput(*numbers), draw.random() < 0.5, *(draw_pairs(draw) for _ in range(4)), fed
+        StagedInput(*numbers),
+        draw.choice((LIKELIEST, WHOLE, 50)),
+        *(draw_pairs(draw) for _ in range(4)),
+        fed,
     )  # type: ignore[misc]
 
 

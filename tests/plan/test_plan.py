@@ -19,6 +19,7 @@ from nano_vllm.plan.__main__ import main
 from nano_vllm.plan.communication import Communication
 from nano_vllm.plan.fit import fit, layouts
 from nano_vllm.plan.setup import Layout, Setup
+from nano_vllm.runner.cuda_graphs import StepGraphs
 from nano_vllm.runner.memory import DeviceMemory, num_kv_blocks
 from nano_vllm.runner.model_runner import ModelRunner
 
@@ -98,6 +99,23 @@ def test_missing_is_what_would_make_it_fit() -> None:
     assert not fit(replace(setup, gpu=grown), ONE, 131072).fits
 
 
+def test_graphs_captured_ahead_are_counted() -> None:
+    setup = setup_of("llama-3.1-8b")
+    graphs = StepGraphs(
+        setup.max_num_batched_tokens,
+        setup.config.max_num_seqs,
+        shares_prefixes=True,
+        spreads_chunks=True,
+    )
+    half = replace(setup, model=replace(setup.model, num_layers=16))
+    (all_layers,), (half_of_them,) = (fit(s, ONE, 100).stages for s in (setup, half))
+    layers = all_layers.graphs - half_of_them.graphs
+    assert layers == 16 * (40 << 10) * len(graphs._usual)
+    assert len(graphs._usual) == 238  # as docs/distributed.md says
+    eager = setup_of("llama-3.1-8b", enforce_eager=True)
+    assert fit(eager, ONE, 100).stages[0].graphs == 0
+
+
 def test_more_ranks_leave_more_room() -> None:
     setup = setup_of(LLAMA_70B)
     for pp in (1, 2, 4):
@@ -158,7 +176,10 @@ def test_communication_is_counted() -> None:
     assert moved.all_reduces == 2 * 32 + 1
     assert moved.all_reduce_bytes == 65 * 4096 * 2
     assert (moved.sends, moved.send_bytes) == (3, 3 * 4096 * 2)
+    assert moved.greedy_bytes == 16
+    assert moved.top_k_bytes == 64128 // 8 + 128 * (2 + 4)
     assert moved.logits_bytes * 2 == 128256 * 2
+    assert (none.greedy_bytes, none.top_k_bytes, none.logits_bytes) == (0, 0, 0)
 
 
 def test_layouts_are_those_that_divide() -> None:

@@ -15,14 +15,8 @@ from nano_vllm._core import BlockAllocator, DecodeRows
 from nano_vllm.batch import Batch, ScheduledSequence
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.llm import LLM
-from nano_vllm.runner.cuda_graphs import (
-    Forward,
-    Padding,
-    StepGraphs,
-    decode_sizes,
-    sequence_sizes,
-    token_sizes,
-)
+from nano_vllm.runner.cuda_graphs import Forward, Padding, StepGraphs
+from nano_vllm.runner.graph_shapes import decode_sizes, sequence_sizes, token_sizes
 from nano_vllm.runner.input_batch import ModelInput
 from nano_vllm.runner.model_runner import LaunchedStep, ModelRunner
 from nano_vllm.sampling_params import SamplingParams

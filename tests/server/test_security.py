@@ -15,6 +15,7 @@ import pytest
 
 from nano_vllm import serve
 from tests.server.running_server import RunningServer, read_all, running_server
+from tests.sockets import listening
 
 KEY = "sk-secret-1"
 
@@ -107,18 +108,7 @@ def test_only_this_machine_is_answered_by_default(locked: RunningServer) -> None
 
 
 def test_nothing_but_the_api_listens(locked: RunningServer) -> None:
-    def listening() -> int:
-        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-        lines += Path("/proc/net/tcp6").read_text().splitlines()[1:]
-        inodes = {line.split()[9] for line in lines if line.split()[3] == "0A"}
-        count = 0
-        for pid in (locked.process.pid, locked.engine_pid):
-            for fd in Path(f"/proc/{pid}/fd").iterdir():
-                name = str(fd.readlink()) if fd.is_symlink() else ""
-                count += name.removeprefix("socket:[").removesuffix("]") in inodes
-        return count
-
-    assert listening() == 1
+    assert len(listening((locked.process.pid, locked.engine_pid))) == 1
 
 
 def test_https(tiny_model: Path, log_path: Path, tmp_path: Path) -> None:

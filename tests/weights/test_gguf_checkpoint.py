@@ -64,6 +64,7 @@ def test_dequantized_in_chunks(
     checkpoint = open_checkpoint(write_gguf(tensors={"t.weight": raw}, types={"t.weight": kind}))
     expected = torch.from_numpy(gguf.dequantize(raw, kind).copy())
     assert checkpoint.shapes["t.weight"] == (9, 512)
+    assert checkpoint.sample("t.weight") == raw[4].tobytes()
     exactly = {"rtol": 0, "atol": 0, "equal_nan": True}  # random blocks have NaN for a scale
     torch.testing.assert_close(checkpoint.read("t.weight", torch.float32), expected, **exactly)
     half = torch.empty(9, 512, dtype=torch.bfloat16)

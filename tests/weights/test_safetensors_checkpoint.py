@@ -27,7 +27,9 @@ def write_shards(folder: Path, **changes: str) -> None:
 
 def check(checkpoint: SafetensorsCheckpoint) -> None:
     assert checkpoint.shapes == {name: tuple(t.shape) for name, t in TENSORS.items()}
+    samples = {"a": TENSORS["a"][1], "b": TENSORS["b"], "c": TENSORS["c"][2]}
     for name, expected in TENSORS.items():
+        assert checkpoint.sample(name) == samples[name].view(torch.uint8).numpy().tobytes()
         assert torch.equal(checkpoint.read(name, torch.float32), expected)
         destination = torch.empty(expected.shape)
         checkpoint.read_into(name, destination)
