@@ -17,7 +17,7 @@ from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.logprob import Logprob
 from nano_vllm.runner.model_worker import ModelWorker, choose_dtype
 from nano_vllm.runner.step_message import Step, StepSender
-from nano_vllm.sampling.gathering import LIKELIEST, WHOLE
+from nano_vllm.sampling.gathering import LIKELIEST, WHOLE, quickest
 from nano_vllm.sampling.logprob_rows import PROMPT_ROWS
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
 from nano_vllm.sampling.sampler import Sampler, describe
@@ -171,8 +171,15 @@ class ModelRunner(ModelWorker):
         )
         if self._others is not None:
             if self.parallel.tp.size > 1:
-                step.num_candidates = self.sampler.num_candidates(
+                enough = self.sampler.num_candidates(
                     self._sequences, batch.num_decodes * batch.lead, self.device
+                )
+                step.num_candidates = quickest(
+                    enough,
+                    len(rows),
+                    self.model_config.vocab_size,
+                    self.dtype.itemsize,
+                    self.parallel.tp.size,
                 )
             self.parallel.progress.step += 1
             self._others.send(step, self.input_batch.slots[staged.slot].staging)

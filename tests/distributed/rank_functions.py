@@ -24,6 +24,7 @@ from nano_vllm.outputs import RequestOutput
 from nano_vllm.runner.follower import Follower
 from nano_vllm.runner.model_worker import ModelWorker
 from nano_vllm.runner.step_message import Step
+from nano_vllm.sampling import gathering
 
 VOCAB_SIZE = 199
 
@@ -114,6 +115,7 @@ TOP_K = 20
 
 def _generate_with_top_k(llm: LLM, prompts: list[list[int]], folder: Path) -> list[RequestOutput]:
     """Chosen from candidates. The bytes of a row that the first rank sent go into a file."""
+    gathering.FEW_BYTES = 0
     ranks, sent = llm.engine.runner.parallel.tp, set()
     gather_columns = ranks.gather_columns
 

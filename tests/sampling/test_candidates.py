@@ -14,7 +14,14 @@ import torch
 from nano_vllm.distributed.collectives import Collectives
 from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.sampling.candidates import gather_candidates
-from nano_vllm.sampling.gathering import LIKELIEST, MAX_CANDIDATES, WHOLE, bytes_of_row
+from nano_vllm.sampling.gathering import (
+    FEW_BYTES,
+    LIKELIEST,
+    MAX_CANDIDATES,
+    WHOLE,
+    bytes_of_row,
+    quickest,
+)
 from nano_vllm.sampling.greedy import likeliest_tokens
 from nano_vllm.sampling.sampler import Sampler
 from nano_vllm.sequence import Sequence
@@ -208,3 +215,12 @@ def test_nothing_waits_for_the_device() -> None:
     graph.replay()
     kept = logits >= logits.topk(50).values[:, -1:]
     assert torch.equal(rows, logits.masked_fill(~kept, -INF))
+
+
+def test_few_rows_go_whole() -> None:
+    most = FEW_BYTES // (128_256 * 2 // 2)
+    assert quickest(20, most, 128_256, 2, 2) == WHOLE
+    assert quickest(20, most + 1, 128_256, 2, 2) == 20
+    assert quickest(20, most * 2 // 3, 128_256, 2, 4) == WHOLE
+    assert quickest(20, most * 2 // 3 + 1, 128_256, 2, 4) == 20
+    assert [quickest(kind, most + 1, 128_256, 2, 2) for kind in (LIKELIEST, WHOLE)] == [0, -1]
