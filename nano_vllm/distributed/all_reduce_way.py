@@ -7,8 +7,8 @@ bytes a second leave a GPU besides the flags:
     two-shot    the same + HOP_SECONDS + 2 (n - 1) / n size / RATE
 
 One-shot is the quicker up to HOP_SECONDS RATE n / ((n - 1) (n - 2)) bytes, and with two ranks
-always, as they send as much in either way. That is 405 KB with three ranks, 180 KB with four and
-51 KB with eight: computed, as two GPUs alone were measured.
+always, as they send as much in either way. That is 216 KB with three ranks, 96 KB with four and
+27 KB with eight: computed, as two GPUs alone were measured.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from enum import Enum
 MAX_RANKS = 8
 MAX_BYTES = 4 << 20
 """Of a message that is not left to NCCL. With two ranks a sum of so many bytes takes 25.8 us, by
-NCCL 40.3; with four it would take 40, by NCCL 44, and with eight 46 and 49: computed.
+NCCL 40.3; with four it would take 39, by NCCL 44, and with eight 46 and 49: computed.
 """
 RATE = 180e9
 """Bytes of messages a second that leave a GPU, with as many bytes of flags beside them: measured
 between two H200 over NVLink, by messages of up to 8 MiB.
 """
-HOP_SECONDS = 1.5e-6
-"""A way over the links: what a sum of 8 KiB takes (2.7 us) less a launch in a graph (1.2 us)."""
+HOP_SECONDS = 0.8e-6
+"""What the second way over the links takes longer: measured between two H200, where both ways send as
+much, 0.8 us at 8 KiB, 0.6 at 256 KiB and 1.2 at 1 MiB.
+"""
 
 
 class Way(Enum):

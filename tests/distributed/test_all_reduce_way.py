@@ -33,7 +33,7 @@ def test_the_limit_is_where_both_ways_take_as_long(ranks: int) -> None:
 def test_more_ranks_take_two_shots_earlier() -> None:
     limits = [one_shot_limit(ranks) for ranks in range(2, MAX_RANKS + 1)]
     assert limits == sorted(limits, reverse=True)
-    assert [round(one_shot_limit(ranks) / 1000) for ranks in (3, 4, 8)] == [405, 180, 51]
+    assert [round(one_shot_limit(ranks) / 1000) for ranks in (3, 4, 8)] == [216, 96, 27]
 
 
 def test_one_shot_fits_the_buffers() -> None:
