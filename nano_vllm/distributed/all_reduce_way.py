@@ -26,8 +26,8 @@ RATE = 180e9
 between two H200 over NVLink, by messages of up to 8 MiB.
 """
 HOP_SECONDS = 0.8e-6
-"""What the second way over the links takes longer: measured between two H200, where both ways send as
-much, 0.8 us at 8 KiB, 0.6 at 256 KiB and 1.2 at 1 MiB.
+"""What the second way over the links takes longer: measured between two H200, where both ways send
+as much, 0.8 us at 8 KiB, 0.6 at 256 KiB and 1.2 at 1 MiB.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,28 @@ from nano_vllm.distributed.progress import Progress
 
 class PeerError(RuntimeError):
     """A collective failed: some other rank is gone."""
+
+
+def through_host(collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Call a collective of a group of CPUs for tensors of a GPU."""
+    moved = [_on_host(arg) for arg in args]
+    collective(*moved, **options)
+    for arg, there in zip(args, moved, strict=True):
+        _take_back(arg, there)
+
+
+def _on_host(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_on_host(each) for each in arg]
+    return arg.to("cpu", copy=True) if isinstance(arg, torch.Tensor) else arg
+
+
+def _take_back(arg: Any, there: Any) -> None:
+    if isinstance(arg, list):
+        for each, moved in zip(arg, there, strict=True):
+            _take_back(each, moved)
+    elif isinstance(arg, torch.Tensor):
+        arg.copy_(there)
 
 
 class Collectives:
@@ -61,10 +84,12 @@ class GroupCollectives(Collectives):
     Args:
         group: NCCL's, or Gloo's for a CPU.
         progress: told of the calls that wait for others.
+        is_through_host: whether it is Gloo's for tensors of a GPU.
     """
 
-    def __init__(self, group: Any, progress: Progress) -> None:
+    def __init__(self, group: Any, progress: Progress, is_through_host: bool = False) -> None:
         self._group = group
+        self._is_through_host = is_through_host
         self._progress = progress
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -114,7 +139,10 @@ class GroupCollectives(Collectives):
     def _call(self, collective: Any, *args: Any) -> None:
         try:
             with self._progress.waiting():
-                collective(*args, group=self._group)
+                if self._is_through_host:
+                    through_host(collective, *args, group=self._group)
+                else:
+                    collective(*args, group=self._group)
         except RuntimeError as error:
             raise PeerError(str(error)) from None
 

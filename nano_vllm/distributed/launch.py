@@ -24,6 +24,10 @@ class Launch:
     """Whether torchrun serves the rendezvous; else the first rank does."""
     attempt: str = "0"
     """Of torchrun's starts of the same group: each has its own keys in the store."""
+    shares_gpus: bool = False
+    """Whether several ranks may have one GPU, to try them out. NCCL refuses that: what they say to
+    each other goes through the host, and steps are no CUDA graphs.
+    """
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
@@ -45,6 +49,7 @@ class Launch:
             _number(environment, "MASTER_PORT"),
             is_under_agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            shares_gpus=environment.get("NANO_VLLM_SHARE_GPUS") == "1",
         )
 
     def check(self, config: EngineConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nano_vllm.distributed.collectives import PeerError
+from nano_vllm.distributed.collectives import PeerError, through_host
 from nano_vllm.distributed.progress import Progress
 
 STAGE_PATIENCE = 600.0
@@ -39,15 +39,22 @@ class PipelineRank(Pipeline):
         tensor_parallel_size: ranks of a stage.
         num_stages: of the pipeline.
         progress: told of the calls that wait for others.
+        is_through_host: as in GroupCollectives.
     """
 
     def __init__(
-        self, rank: int, tensor_parallel_size: int, num_stages: int, progress: Progress
+        self,
+        rank: int,
+        tensor_parallel_size: int,
+        num_stages: int,
+        progress: Progress,
+        is_through_host: bool = False,
     ) -> None:
         self.num_stages = num_stages
         self.stage = num_stages - 1 - rank // tensor_parallel_size
         self._before, self._behind = rank + tensor_parallel_size, rank - tensor_parallel_size
         self._progress = progress
+        self._is_through_host = is_through_host
 
     def receive(self, x: torch.Tensor) -> None:
         self._call(dist.recv, x, self._before)
@@ -58,7 +65,10 @@ class PipelineRank(Pipeline):
     def _call(self, transfer: Any, x: torch.Tensor, peer: int) -> None:
         try:
             with self._progress.waiting(STAGE_PATIENCE):
-                transfer(x, peer)
+                if self._is_through_host:
+                    through_host(transfer, x, peer)
+                else:
+                    transfer(x, peer)
         except RuntimeError as error:
             raise PeerError(str(error)) from None
 

@@ -37,6 +37,8 @@ class ParallelState:
     tp: Collectives = ALONE
     """Those who share this rank's layers."""
     pipeline: Pipeline = ONE_STAGE
+    are_capturable = True
+    """Whether collectives may be part of a CUDA graph."""
     has_failed = False
     """Whether this rank or another is out of step: nothing can be computed any more."""
 
@@ -82,6 +84,8 @@ class Member(ParallelState):
     ) -> None:
         super().__init__()
         self.rank, self.size = launch.rank, launch.world_size
+        through_host = launch.shares_gpus
+        self.are_capturable = not through_host
         bind_libraries(launch.address, launch.port)
         # Not every host's drivers let several processes use NVLink multicast.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -94,18 +98,20 @@ class Member(ParallelState):
             self.progress,
             not launch.is_under_agent,
         )
+        by_nccl = device.type == "cuda" and not through_host
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if by_nccl else "gloo",
             store=dist.PrefixStore("groups", self._store),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if by_nccl else None,
         )
         self._control = Control(self.progress)
         if tensor_parallel_size > 1:
-            self.tp = GroupCollectives(self._tensor_group(tensor_parallel_size), self.progress)
-            if device.type == "cuda":
+            group = self._tensor_group(tensor_parallel_size)
+            self.tp = GroupCollectives(group, self.progress, through_host)
+            if by_nccl:
                 self.tp.peers = PeerMemory.connect(
                     self.tp.all_gather,
                     self.tp.rank,
@@ -114,7 +120,9 @@ class Member(ParallelState):
                     process_space() or str(self.rank),
                 )
         if num_stages > 1:
-            self.pipeline = PipelineRank(self.rank, tensor_parallel_size, num_stages, self.progress)
+            self.pipeline = PipelineRank(
+                self.rank, tensor_parallel_size, num_stages, self.progress, through_host
+            )
         check_device(self.tp, device)
 
     def _tensor_group(self, size: int) -> Any:

@@ -64,7 +64,7 @@ class ModelWorker:
         launch: Launch = ALONE,
     ) -> None:
         launch.check(config)
-        self.device = _choose_device(config.device, launch.local_rank)
+        self.device = _choose_device(config.device, launch)
         self.parallel: ParallelState = join(
             launch, self.device, config.tensor_parallel_size, config.pipeline_parallel_size
         )
@@ -165,7 +165,8 @@ class ModelWorker:
             )
             """Of a prompt; see PrefillPace."""
             self.graphs: StepGraphs | None = None
-            if self.device.type == "cuda" and not config.enforce_eager:
+            has_graphs = self.parallel.are_capturable and not config.enforce_eager
+            if self.device.type == "cuda" and has_graphs:
                 self.graphs = StepGraphs(
                     self.max_num_batched_tokens,
                     config.max_num_seqs,
@@ -331,7 +332,7 @@ def _saturating_tokens(model: ModelConfig, device: torch.device) -> int:
     return num_tiles * TILE_ROWS // model.num_heads
 
 
-def _choose_device(name: str, local_rank: int) -> torch.device:
+def _choose_device(name: str, launch: Launch) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     usable = torch.cuda.is_available() and ops.has_cuda()
@@ -344,13 +345,16 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         raise ValueError(f"device 'cuda' cannot be used: {why}")
     if not usable:
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    place = launch.local_rank
+    if launch.shares_gpus:
+        place %= torch.cuda.device_count()
+    elif place >= torch.cuda.device_count():
         raise ValueError(
-            f"each rank of a host needs a GPU: LOCAL_RANK is {local_rank}, torch sees "
-            f"{torch.cuda.device_count()}"
+            f"each rank of a host needs a GPU: LOCAL_RANK is {place}, torch sees "
+            f"{torch.cuda.device_count()} (NANO_VLLM_SHARE_GPUS=1 has them share, to try it out)"
         )
-    if local_rank:
-        torch.cuda.set_device(local_rank)
+    if place:
+        torch.cuda.set_device(place)
     return torch.device("cuda", torch.cuda.current_device())
 
 

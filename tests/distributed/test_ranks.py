@@ -35,8 +35,10 @@ from tests.models.checkpoints import make_checkpoint
 SECONDS = 120
 
 
-def results_of(folder: Path, size: int, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    ranks = start_ranks(generate_all, size, folder, options, seed)
+def results_of(
+    folder: Path, size: int, options: dict[str, Any], seed: int, **environment: str
+) -> dict[str, Any]:
+    ranks = start_ranks(generate_all, size, folder, options, seed, **environment)
     codes = ranks.join(SECONDS)
     assert codes == [0] * size, [ranks.errors(rank) for rank in range(size)]
     check_steps(folder, size, options.get("tensor_parallel_size", 1))
@@ -95,6 +97,17 @@ def test_ranks_generate_the_same(
         # A prompt of 30 tokens takes two steps: the first ones may sample without it.
         assert sent <= {bytes_of_row(count, part, 4) for count in (3, TOP_K)}
         assert bytes_of_row(TOP_K, part, 4) in sent
+
+
+def test_ranks_share_a_gpu(
+    tmp_path: Path, expected: tuple[Path, int, dict[str, Any]], device: str
+) -> None:
+    """What they say to each other goes through the host: copies, where that is the device too."""
+    model, seed, results = expected
+    options = options_of(
+        str(model), tensor_parallel_size=2, pipeline_parallel_size=2, device=device
+    )
+    check_same(results_of(tmp_path, 4, options, seed, NANO_VLLM_SHARE_GPUS="1"), results)
 
 
 def test_ranks_of_two_hosts_generate_the_same(
