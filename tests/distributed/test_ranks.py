@@ -31,6 +31,7 @@ from tests.distributed.rank_functions import (
     serve_ids,
 )
 from tests.models.checkpoints import make_checkpoint
+from tests.server.running_server import make_tiny_model
 
 SECONDS = 120
 
@@ -148,6 +149,24 @@ def test_the_bubble_is_printed(tmp_path: Path, expected: tuple[Path, int, dict[s
     (row,) = result["rows"]
     assert 0 < row["bubble"] < 1
     assert row["bubble"] == result["steps"][-1]["idle"]
+
+
+def test_the_command_of_the_readme(tmp_path: Path) -> None:
+    """torchrun ... -m nano_vllm.generate --tp 2: what one process prints is printed once."""
+    model = make_tiny_model(tmp_path / "model")
+    flags = ["--prompt", "ab", "--prompt", "c", "--temperature", "0", "--max-tokens", "9"]
+    flags += ["--model", str(model), "--device", "cpu", "--dtype", "float32", "--num-blocks", "128"]
+    alone = [sys.executable, "-m", "nano_vllm.generate", *flags]
+    many = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *alone[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    printed = [
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=SECONDS, env=environment
+        ).stdout
+        for command in (alone, [*many, "--tp", "2"])
+    ]
+    assert printed[0].strip()
+    assert printed[1] == printed[0]
 
 
 def test_two_ranks_serve(tmp_path: Path, expected: tuple[Path, int, dict[str, Any]]) -> None:
