@@ -13,9 +13,15 @@ constexpr int kConsumerWarps = 4;  // that multiply; each has a result of its ow
 // Four neighbouring columns of a row, moved by one instruction.
 using Columns4 = float[4];
 
-__device__ inline void load_columns(Columns4& to, const float* from) {
-  const float4 x = *reinterpret_cast<const float4*>(from);
+__device__ inline void set_columns(Columns4& to, const float4& x) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+__device__ inline void load_columns(Columns4& to, const float* from) {
+  set_columns(to, *reinterpret_cast<const float4*>(from));
+}
+// Of what other blocks have written: from the L2 cache, as the first-level one may be behind.
+__device__ inline void load_columns_of_others(Columns4& to, const float* from) {
+  set_columns(to, __ldcg(reinterpret_cast<const float4*>(from)));
 }
 __device__ inline float4 vector_of(const Columns4& x) { return {x[0], x[1], x[2], x[3]}; }
 
@@ -179,9 +185,7 @@ __device__ RowResult<kHeadDim> fold_splits(int count, int row, const SplitSlots<
 #pragma unroll
       for (int i = 0; i < Result::kCount; ++i) {
         if (first + s >= count || !Result::has(i)) continue;
-        const float4 x =
-            __ldcg(reinterpret_cast<const float4*>(slots.out(first + s, row) + Result::column(i)));
-        values[s][i][0] = x.x, values[s][i][1] = x.y, values[s][i][2] = x.z, values[s][i][3] = x.w;
+        load_columns_of_others(values[s][i], slots.out(first + s, row) + Result::column(i));
       }
     }
   };
@@ -227,7 +231,7 @@ __device__ RowResult<kHeadDim> fold_prefix(const PrefixSlots& slots, int num_spl
     next.max = max_sum.x, next.sum = max_sum.y;
 #pragma unroll
     for (int i = 0; i < Result::kCount; ++i) {
-      if (Result::has(i)) load_columns(next.out[i], slots.out(row) + Result::column(i));
+      if (Result::has(i)) load_columns_of_others(next.out[i], slots.out(row) + Result::column(i));
     }
     result.fold(next);
   }
