@@ -136,7 +136,6 @@ template <int kHeadDim>
 struct SplitSlots {
   float* outs;      // [kMaxPlannedSplits, slot_rows, head_dim]
   float* max_sums;  // [kMaxPlannedSplits, slot_rows, 2]
-  int max_splits;   // of a unit: as many as make a block for each SM out of one sequence
   int slot_rows;
 
   __device__ SplitSlots(float* memory, const DecodeGeometry& geometry, int owner)

@@ -62,11 +62,6 @@ __device__ inline void arrive_at_cluster() {
 __device__ inline void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ inline int rank_in_cluster() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
 
 // Four floats at this address of another block's shared memory.
 __device__ inline float4 load_of_block(const float* address, int rank) {
