@@ -64,6 +64,10 @@ void wait_until(const std::function<bool()>& condition);
 // once, by the last to come, with the data of all, by rank. Groups are told apart by their key.
 void meet(int key, int rank, int count, void* data, const std::function<void(void**)>& run);
 
+// One register of each ldmatrix since this thread last handed back what it had loaded, all in one.
+// On a GPU these loads may still be under way.
+uint32_t& loads_under_way();
+
 // Several GPUs of a host, see devices.cpp: runs body once for each, all at the same time. They take
 // turns at random, some more often than others; their sequence is given by the seed. Returns
 // whether all have ended, none of them with a failed check.

@@ -30,6 +30,7 @@ struct Fiber {
   dim3 index;
   bool is_done = false;
   const std::function<bool()>* waits_for = nullptr;
+  uint32_t loads_under_way = 0;
 };
 
 // Threads that meet; a generation ends when all have come.
@@ -89,7 +90,7 @@ void run_block() {
   for (size_t i = 0; i < num_threads; ++i) {
     Fiber& fiber = grid.fibers[i];
     fiber.index = dim3(static_cast<unsigned>(i), 0, 0);
-    fiber.is_done = false, fiber.waits_for = nullptr;
+    fiber.is_done = false, fiber.waits_for = nullptr, fiber.loads_under_way = 0;
   }
   size_t num_done = 0;
   std::vector<int> lag(num_threads / kWarpSize + 1);  // of each warp: rounds that it stays behind
@@ -142,6 +143,8 @@ void run_grid(dim3 size, dim3 block_size, size_t shared, const std::function<voi
   }
   land_writes();
 }
+
+uint32_t& loads_under_way() { return grid.current->loads_under_way; }
 
 void wait_until(const std::function<bool()>& condition) {
   if (condition()) return;

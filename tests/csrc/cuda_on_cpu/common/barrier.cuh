@@ -1,6 +1,9 @@
 // What common/barrier.cuh says, on a CPU.
 #pragma once
 
+#include <cstdio>
+#include <cstdlib>
+
 #include "common/ptx.cuh"
 
 namespace nano_vllm::cuda {
@@ -12,11 +15,17 @@ struct Barrier {
     phase = 0, bytes = 0;
     expected = pending = static_cast<uint64_t>(arrivals);
   }
-  void arrive() {
+  void arrive() { arrive_behind(0); }
+  // Bits of a load that are not in `loaded` say that it is not waited for.
+  void arrive_behind(uint32_t loaded) {
+    if ((cuda_on_cpu::loads_under_way() & ~loaded) != 0) {
+      std::fprintf(stderr, "a thread arrives while its loads are under way\n");
+      std::abort();
+    }
+    cuda_on_cpu::loads_under_way() = 0;
     pending = pending - 1;
     complete();
   }
-  void arrive_behind(uint32_t) { arrive(); }
   void arrive_and_expect(uint32_t more) {
     bytes = bytes + more;
     arrive();

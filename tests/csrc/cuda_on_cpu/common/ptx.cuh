@@ -30,6 +30,7 @@ inline void load_matrices(uint32_t (&matrices)[4], const void* row) {
     const void* from = rows.value[8 * i + lane / 4];
     matrices[i] = pair_of(element_at(from, 2 * (lane % 4)), element_at(from, 2 * (lane % 4) + 1));
   }
+  cuda_on_cpu::loads_under_way() |= matrices[0];
 }
 inline void load_matrices_transposed(uint32_t (&matrices)[4], const void* row) {
   const auto rows = cuda_on_cpu::gather(row);
@@ -38,6 +39,7 @@ inline void load_matrices_transposed(uint32_t (&matrices)[4], const void* row) {
     matrices[i] = pair_of(element_at(rows.value[8 * i + 2 * (lane % 4)], lane / 4),
                           element_at(rows.value[8 * i + 2 * (lane % 4) + 1], lane / 4));
   }
+  cuda_on_cpu::loads_under_way() |= matrices[0];
 }
 
 inline uint32_t transpose_matrix(uint32_t matrix) {
