@@ -25,9 +25,12 @@ class Layers:
 
     Args:
         query_lens: of each sequence.
+        has_prefix: whether all decodes begin with the same blocks.
     """
 
-    def __init__(self, draw: Draw, query_lens: list[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, draw: Draw, query_lens: list[int], dtype: torch.dtype, has_prefix: bool
+    ) -> None:
         self.draw, self.query_lens = draw, query_lens
         num_tokens, device = sum(query_lens), draw.device
         size = NUM_HEADS * HEAD_DIM
@@ -46,6 +49,9 @@ class Layers:
         self.block_tables = torch.zeros(num_seqs, 250, dtype=torch.int32, device=device)
         self.positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.slots = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        self.shared_prefix = (
+            torch.zeros(2, num_seqs, dtype=torch.int32, device=device) if has_prefix else None
+        )
         self.outs = [torch.zeros_like(self.input) for _ in range(NUM_LAYERS)]
         self.workspace = torch.full(
             (ops.paged_attention_workspace_numel(num_seqs, NUM_HEADS, HEAD_DIM),),
@@ -60,13 +66,17 @@ class Layers:
         self.input.copy_(draw.normal(*self.input.shape, dtype=self.input.dtype))
         free = draw.sample(NUM_BLOCKS, NUM_BLOCKS)
         seq_lens, tables, positions, slots = [], [], [], []
+        num_shared = 0 if self.shared_prefix is None else draw.between(5, 60)
+        shared = draw.sample(NUM_BLOCKS, num_shared)
         for query_len in self.query_lens:
-            least = max(query_len, 1)
+            prefix = shared if query_len == 1 else []
+            least = query_len + len(prefix) * BLOCK_SIZE
             seq_lens.append(draw.between(least, draw.choice((least + 40, least + 1500))))
             num_read = (seq_lens[-1] - query_len) // BLOCK_SIZE
             num_written = -(-seq_lens[-1] // BLOCK_SIZE) - num_read
             # What is only read may be anybody's.
-            blocks = draw.sample(NUM_BLOCKS, num_read) + [free.pop() for _ in range(num_written)]
+            blocks = prefix + draw.sample(NUM_BLOCKS, num_read - len(prefix))
+            blocks += [free.pop() for _ in range(num_written)]
             tables.append([*blocks, *[0] * (250 - len(blocks))])
             for position in range(seq_lens[-1] - query_len, seq_lens[-1]):
                 positions.append(position)
@@ -78,6 +88,12 @@ class Layers:
             (self.slots, slots),
         ):
             tensor.copy_(torch.tensor(values))
+        if self.shared_prefix is not None:
+            leader = self.query_lens.index(1)
+            self.shared_prefix[0] = leader
+            self.shared_prefix[1] = torch.tensor(
+                [num_shared * BLOCK_SIZE * (query_len == 1) for query_len in self.query_lens]
+            )
 
     def run(self, behind_each: Callable[[], None] = lambda: None) -> None:
         max_query_len = max(self.query_lens)
@@ -89,6 +105,7 @@ class Layers:
             num_kv_heads=NUM_KV_HEADS,
             head_dim=HEAD_DIM,
             max_query_len=max_query_len,
+            shared_prefix=self.shared_prefix,
         )
         behind_each()
         hidden, residual = self.input, self.input.clone()
@@ -113,6 +130,7 @@ class Layers:
                 scale=HEAD_DIM**-0.5,
                 workspace=self.workspace,
                 is_planned=True,
+                shared_prefix=self.shared_prefix,
             )
             behind_each()
             hidden = self.outs[layer]
@@ -123,8 +141,21 @@ class Layers:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", ["decodes", "prefills", "few prefills", "many of both"])
-def test_layers_give_the_bits_of_kernels_that_run_alone(kind: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "has_prefix"),
+    [
+        ("decodes", False),
+        ("decodes", True),
+        ("prefills", False),
+        ("few prefills", False),
+        ("few prefills", True),
+        ("many of both", False),
+        ("many of both", True),
+    ],
+)
+def test_layers_give_the_bits_of_kernels_that_run_alone(
+    kind: str, has_prefix: bool, seed: int
+) -> None:
     draw = Draw(seed, "cuda")
     query_lens = {
         "decodes": [1] * 90,
@@ -132,7 +163,7 @@ def test_layers_give_the_bits_of_kernels_that_run_alone(kind: str, seed: int) ->
         "few prefills": [1] * 70 + [64],
         "many of both": [1] * 120 + [300, 500, 20, 9],
     }[kind]
-    layers = Layers(draw, query_lens, torch.bfloat16)
+    layers = Layers(draw, query_lens, torch.bfloat16, has_prefix)
     graph = capture(layers.run)
     for _ in range(8):
         layers.renew()
