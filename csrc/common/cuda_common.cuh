@@ -111,8 +111,8 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-// The sum over a block of kWarpSize * kNumWarps threads, given to each of them. Called once a
-// kernel: a second call would write what slow warps still read.
+// The sum over a block of whole warps, given to each thread. Between two calls lies a barrier: the
+// second writes what slow warps still read.
 __device__ inline float block_sum(float x) {
   __shared__ float warp_sums[kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -96,7 +96,9 @@ __device__ inline uint4 read_through(const uint4* at) {
 
 // Programmatic dependent launch (sm_90 and up): lets the next kernel of the stream start; waits
 // until the one before has ended and its writes are visible. A kernel that is launched as a
-// dependent one waits before it reads what others write, and before it writes.
+// dependent one waits before it reads what others write, and before it writes (decodes beside a
+// prefill, at their end: the prefill has waited); and none ends without, as the next one waits for
+// it alone.
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
