@@ -352,6 +352,21 @@ def test_nobody_is_admitted_after_a_preemption() -> None:
     assert "d" not in dict(rows(batch))
 
 
+@pytest.mark.parametrize("num_prompt_tokens", [3, 9, 20, 22])
+def test_a_pool_runs_as_many_sequences_as_it_holds(num_prompt_tokens: int) -> None:
+    """Each of 24 tokens at its end, which are three blocks: none is kept for anything else."""
+    scheduler = make_scheduler(
+        num_blocks=30, max_num_batched_tokens=300, max_num_seqs=16, admission_horizon=64
+    )
+    max_tokens = 24 - num_prompt_tokens
+    sequences = [add(scheduler, c, num_prompt_tokens, max_tokens=max_tokens) for c in "abcdefghijk"]
+    step(scheduler)
+    assert scheduler.num_running == 10
+    while scheduler.has_work:
+        step(scheduler)
+    assert not any(sequence.num_preemptions for sequence in sequences)
+
+
 def test_what_can_never_fit_is_refused_at_the_door() -> None:
     scheduler = make_scheduler(num_blocks=4)
     with pytest.raises(

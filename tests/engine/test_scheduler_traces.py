@@ -126,6 +126,8 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
             pinned += sum(map(len, engine.scheduler.block_manager.pins.values()))
         if draw.random() < 0.03:
             runner.breaks = draw.choice(["before", "after", "late", "lost"])
+        num_batches = len(runner.batches)
+        is_idle = engine.has_work and not engine._launched
         try:
             outputs = engine.step()
         except StepBroke:
@@ -133,6 +135,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
             outputs = []
         else:
             check_batch(engine, runner)
+            assert len(runner.batches) > num_batches or not is_idle, "there was work to schedule"
         for output in outputs:
             assert output.finished
             finished[output.request_id] = output
@@ -170,6 +173,7 @@ def run_trace(seed: int, num_stages: int = 1) -> dict[str, int]:
     assert allocator.num_active == 0
     assert allocator.num_free == runner.num_blocks
     metrics = engine.get_metrics()
+    assert not metrics.num_leaked_blocks
     return {
         "preempted": metrics.num_preemptions,
         "cached": metrics.num_cached_tokens,
