@@ -113,6 +113,10 @@ class _Sandbox:
                 answer = process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
+            except BaseException:  # what it has yet to answer is not the answer to the next
+                self._process = None
+                _end(process)
+                raise
             if answer.endswith("\n"):
                 return json.loads(answer)
             self._process = None
