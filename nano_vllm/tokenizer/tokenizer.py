@@ -135,13 +135,15 @@ class Tokenizer:
                     "continue_final_message and add_generation_prompt exclude each other"
                 )
             variables["continue_final_message"] = True
-        chat = self._chat_template.render(
-            messages, add_generation_prompt, tools, documents, variables, self._special_texts
+        return self._chat_template.render(
+            messages,
+            add_generation_prompt,
+            tools,
+            documents,
+            variables,
+            self._special_texts,
+            goes_on=continue_final_message,
         )
-        if continue_final_message:
-            content = messages[-1].get("content")
-            chat = chat.up_to_end_of(content if isinstance(content, str) else "")
-        return chat
 
     def encode_chat(self, chat: RenderedChat, parse_special: bool = False) -> list[int]:
         """Token ids of a conversation.
