@@ -125,6 +125,10 @@ class Tokenizer:
         """
         if self._chat_template is None:
             raise ValueError(f"{self._origin} has no chat template: give it a plain prompt")
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise ValueError(
+                f"chat_template_kwargs must be a mapping, got {chat_template_kwargs!r:.100}"
+            )
         variables = dict(chat_template_kwargs or {})
         for name in _OWN_ARGUMENTS:
             if name in variables:
