@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import re
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,23 @@ def test_bad_usage_is_one_line(capsys: Any, argv: list[str], message: str) -> No
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ssl-certfile", "/no.pem"], "ssl_certfile '/no.pem', .* No such file"),
+        (["--ssl-certfile", __file__], "must be a certificate, its key and others"),
+        (["/no/model"], "model '/no/model' does not exist"),
+    ],
+)
+def test_a_start_that_fails_is_one_line(argv: list[str], message: str) -> None:
+    argv = [sys.executable, "-m", "nano_vllm.serve", "--cpu", "--port", "0", *argv]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    *said, line = ended.stderr.splitlines()
+    assert re.match(f"error: .*{message}", line)
+    assert all(text.startswith("listening at ") for text in said)
 
 
 def test_options_reach_their_configs(monkeypatch: pytest.MonkeyPatch) -> None:
