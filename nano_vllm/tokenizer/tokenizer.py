@@ -94,7 +94,11 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of all the tokens; ids outside the vocabulary count for nothing."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        try:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError:  # the backend's numbers are of 32 bits, without a sign
+            known = [i for i in token_ids if 0 <= i < 2**32]
+            return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """The text of a token among others, where `decode` of it alone takes away a first space."""
@@ -189,7 +193,7 @@ class Tokenizer:
 
     def id_to_piece(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None outside the vocabulary."""
-        return self._backend.id_to_token(token_id) if token_id >= 0 else None
+        return self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
     @property
     def decoder_json(self) -> str:
