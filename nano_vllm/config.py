@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_MOST = {"max_num_seqs": 2**16, "max_num_batched_tokens": 2**24}
+"""Beyond what any device has room for, of options that buffers are made by."""
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 """Head dimensions the attention kernels are built for."""
 
@@ -101,6 +105,10 @@ class EngineConfig:
     """
 
     def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "record"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        check_types(self)
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "fp8_e4m3"))
@@ -120,6 +128,8 @@ class EngineConfig:
             raise ValueError(f"itl_slo must be milliseconds, 0 or more, got {self.itl_slo!r}")
         if self.itl_slo and not self.enable_chunked_prefill:
             raise ValueError(f"itl_slo = {self.itl_slo!r} needs enable_chunked_prefill")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer in [-2^63, 2^63), got {self.seed!r}")
         for name in (
             "kv_cache_memory",
             "host_cache_memory",
@@ -130,9 +140,11 @@ class EngineConfig:
             "tensor_parallel_size",
             "pipeline_parallel_size",
         ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            value, most = getattr(self, name), _MOST.get(name, 2**63 - 1)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value!r}")
 
     @classmethod
     def from_options(cls, options: dict) -> EngineConfig:
@@ -148,6 +160,25 @@ def reject_unknown(options: Iterable[str], known: list[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f"unknown option {name!r}; {hint}")
+
+
+def check_types(options: Any) -> None:
+    """Raise ValueError for the first field of a dataclass of options that is not of its type."""
+    for field in fields(options):
+        kind, _, optional = str(field.type).partition(" | ")
+        value = getattr(options, field.name)
+        types, name = _TYPES[kind]
+        # type(), as True is an int
+        if type(value) not in types and not (optional and value is None):
+            raise ValueError(f"{field.name} must be {name}, got {value!r:.100}")
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a string"),
+    "int": ((int,), "an integer"),
+    "float": ((float, int), "a number"),
+    "bool": ((bool,), "True or False"),
+}
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+MAX_INTEGER = 2**31 - 1
+MAX_LAYERS = 2**12
 REQUIRED: Any = object()
 """Default of a field that must be there."""
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and one that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not
 
 
 class ConfigFields:
@@ -33,10 +40,16 @@ class ConfigFields:
     def __contains__(self, name: str) -> bool:
         return self.values.get(self._names.get(name, name)) is not None
 
-    def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1) -> Any:
+    def integer(
+        self, name: str, default: Any = REQUIRED, minimum: int = 1, maximum: int = MAX_INTEGER
+    ) -> Any:
         value = self.raw(name, default)
-        if value is not default and (type(value) is not int or value < minimum):
+        if value is default:
+            return value
+        if type(value) is not int or value < minimum:
             raise self.error(name, f"must be an integer of at least {minimum}, got {value!r}")
+        if value > maximum:
+            raise self.error(name, f"must be at most {maximum}, got {value}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED, positive: bool = True) -> Any:
@@ -44,7 +57,7 @@ class ConfigFields:
         if value is default:
             return value
         allowed = "a finite number above 0" if positive else "a finite number"
-        if type(value) not in (int, float) or not math.isfinite(value) or (positive and value <= 0):
+        if not is_finite(value) or (positive and value <= 0):
             raise self.error(name, f"must be {allowed}, got {value!r}")
         return float(value)
 

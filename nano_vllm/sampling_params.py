@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
+from typing import Any
 
 from nano_vllm.config import reject_unknown
 
@@ -86,7 +87,7 @@ class SamplingParams:
             _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
-        _check_int("min_tokens", self.min_tokens, 0)
+        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens must be at most max_tokens = {self.max_tokens}, got {self.min_tokens}"
@@ -94,19 +95,28 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in (
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+        ):
+            _check_flag(name, getattr(self, name))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", [self.stop])
         for name in ("stop", "bad_words"):
-            for text in getattr(self, name) or ():
+            for text in _listed(name, getattr(self, name)):
                 if not isinstance(text, str) or not text:
                     raise ValueError(f"{name} must hold non-empty strings, got {text!r}")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
         for name in ("stop_token_ids", "allowed_token_ids"):
-            for token_id in getattr(self, name) or ():
+            for token_id in _listed(name, getattr(self, name)):
                 _check_int(name, token_id, 0)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must name at least one token, got []")
+        if not isinstance(self.logit_bias, dict | None):
+            raise ValueError(f"logit_bias must be a dict by token id, got {self.logit_bias!r:.100}")
         for token_id, bias in (self.logit_bias or {}).items():
             _check_int("logit_bias", token_id, 0)
             _check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
@@ -173,13 +183,28 @@ class BeamSearchParams:
             _check_int("n", self.n, 1)
             if self.n > self.beam_width:
                 raise ValueError(f"n must be at most beam_width = {self.beam_width}, got {self.n}")
-        for token_id in self.stop_token_ids or ():
+        _check_flag("ignore_eos", self.ignore_eos)
+        for token_id in _listed("stop_token_ids", self.stop_token_ids):
             _check_int("stop_token_ids", token_id, 0)
 
     @property
     def num_sequences(self) -> int:
         """That run at the same time."""
         return self.beam_width
+
+
+def _listed(name: str, values: object) -> Collection[Any]:
+    """Its elements; () for None."""
+    if values is None:
+        return ()
+    if not isinstance(values, list | tuple | set | frozenset):
+        raise ValueError(f"{name} must be a list, got {values!r:.100}")
+    return values
+
+
+def _check_flag(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False, got {value!r:.100}")
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -191,11 +216,14 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
         or (high is not None and value > high)
     ):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2^63, got {value}")
 
 
 def _check_float(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
     bracket = "(" if open_low else "["
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # NaN is in no range.
     if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
         raise ValueError(
             f"{name} must be a finite number in {bracket}{low:g}, {high:g}], got {value!r}"

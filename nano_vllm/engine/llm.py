@@ -17,6 +17,7 @@ from nano_vllm.engine.prompts import (
 )
 from nano_vllm.engine.request import Request
 from nano_vllm.engine.session import Session
+from nano_vllm.engine.validation import check_cache_salt
 from nano_vllm.metrics import EngineMetrics
 from nano_vllm.outputs import RequestOutput, ScoreOutput
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
@@ -168,6 +169,8 @@ class LLM:
             parse_special: whether names of special tokens in all these become the tokens, instead
                 of text.
         """
+        if not isinstance(messages, list | tuple):
+            raise ValueError(f"messages must be a list, got {messages!r:.100}")
         one = all(isinstance(message, Mapping) for message in messages)
         conversations: list[Any] = [messages] if one else list(messages)
         requests = []
@@ -239,9 +242,9 @@ class LLM:
             prompt: how it begins, in the forms of `generate`.
         """
         _, token_ids = parse_prompt(prompt, self.engine.tokenizer)
-        session = Session(self, token_ids, cache_salt_of(prompt))
-        self._session_request(session, SamplingParams(max_tokens=1))  # checks the tokens
-        return session
+        salt = check_cache_salt(cache_salt_of(prompt))
+        self.check_tokens(token_ids)
+        return Session(self, token_ids, salt)
 
     def generate_sessions(
         self,
@@ -262,6 +265,10 @@ class LLM:
         Returns:
             one result per session, in their order.
         """
+        if not isinstance(sessions, list | tuple) or not all(
+            isinstance(session, Session) for session in sessions
+        ):
+            raise ValueError(f"sessions must be a list of sessions, got {sessions!r:.100}")
         if len(set(map(id, sessions))) < len(sessions):
             raise ValueError("a session comes twice; fork it")
         requests = []
@@ -276,6 +283,10 @@ class LLM:
         return self.run(
             requests, use_tqdm, lambda o: grown[o.request_id].extend(o.outputs[0].token_ids)
         )
+
+    def check_tokens(self, token_ids: list[int]) -> None:
+        """ValueError for what could not be the tokens of a prompt."""
+        self.engine.make_request("", token_ids, SamplingParams(max_tokens=1, detokenize=False))
 
     def compute(self, token_ids: list[int], cache_salt: str | None = None) -> None:
         """Fill the prefix cache with a prompt."""

@@ -72,7 +72,8 @@ class Session:
             raise
 
     def append(self, prompt: Prompt) -> None:
-        """Put tokens behind the others; they are computed with what is generated next.
+        """Put tokens behind the others; they are computed with what is generated next. ValueError
+        for what are no tokens; the session stays as it was.
 
         A tokenizer that puts a space before each text (SentencePiece's do) puts one before this.
         """
@@ -83,12 +84,14 @@ class Session:
         text, token_ids = parse_prompt(prompt, tokenizer)
         if text is not None and tokenizer is not None:
             token_ids = tokenizer.encode(text, add_special_tokens=False)
+        if token_ids:
+            self._llm.check_tokens(token_ids)
         self._token_ids += token_ids
 
     def fork(self, n: int = 1) -> list[Session]:
         """Sessions that begin with the same tokens and go their own ways; none is pinned."""
         self.check_open()
-        if not isinstance(n, int) or n < 1:
+        if type(n) is not int or n < 1:  # type(), as True is an int
             raise ValueError(f"n must be an integer of at least 1, got {n!r}")
         return [Session(self._llm, self._token_ids, self._cache_salt) for _ in range(n)]
 
@@ -96,7 +99,7 @@ class Session:
         """Drop the last tokens; one stays at least. ValueError for more than there are."""
         self.check_open()
         most = len(self._token_ids) - 1
-        if not isinstance(num_tokens, int) or not 0 <= num_tokens <= most:
+        if type(num_tokens) is not int or not 0 <= num_tokens <= most:
             raise ValueError(f"num_tokens must be in [0, {most}], got {num_tokens!r}")
         del self._token_ids[len(self._token_ids) - num_tokens :]
         self._follow_with_pin()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 
 class StopStrings:
     """A growing text that ends where one of its stop strings is first complete.
 
     The outcome does not depend on how the text is cut into pieces: of several matches, the one that
-    ends first counts, and of those that end together the longest.
+    ends first counts, and of those that end together the longest. What a piece costs does not
+    depend on how long the stop strings are (Knuth, Morris and Pratt, 1977).
 
     Args:
         stop: non-empty strings.
@@ -15,7 +18,9 @@ class StopStrings:
     """
 
     def __init__(self, stop: list[str], include_in_text: bool = False) -> None:
-        self._stop = stop
+        self._stop = [(string, _borders(string)) for string in stop]
+        self._matched = [0] * len(stop)
+        """Of each: length of the longest beginning, short of all of it, that ends the text."""
         self._include = include_in_text
         self.text = ""
         """All text so far; up to the stop string once it was found."""
@@ -28,13 +33,19 @@ class StopStrings:
             return
         old_length = len(self.text)
         self.text += piece
-        if not piece or not may_stop:
-            return
         matches = []
-        for stop in self._stop:
-            start = self.text.find(stop, max(0, old_length + 1 - len(stop)))
-            if start >= 0:
-                matches.append((start + len(stop), start, stop))
+        for index, (stop, borders) in enumerate(self._stop):
+            length = self._matched[index]
+            for place, character in enumerate(piece, old_length + 1):
+                while length and stop[length] != character:
+                    length = borders[length]
+                length += stop[length] == character
+                if length == len(stop):
+                    if may_stop:
+                        matches.append((place, place - length, stop))
+                        break
+                    length = borders[length]
+            self._matched[index] = length
         if matches:
             end, start, self.found = min(matches)
             self.text = self.text[: end if self._include else start]
@@ -44,11 +55,19 @@ class StopStrings:
         """The text but for an end that may turn out to begin a stop string."""
         if self.found is not None or not self._stop:
             return self.text
-        return self.text[: len(self.text) - max(map(self._overlap, self._stop))]
+        return self.text[: len(self.text) - max(self._matched)]
 
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest beginning of `stop`, short of all of it, that ends the text."""
-        for length in range(min(len(stop) - 1, len(self.text)), 0, -1):
-            if self.text.endswith(stop[:length]):
-                return length
-        return 0
+
+@lru_cache(maxsize=256)
+def _borders(string: str) -> tuple[int, ...]:
+    """For each length: that of the longest shorter beginning of the string that ends the beginning
+    of this length.
+    """
+    borders = [0, 0]
+    length = 0
+    for character in string[1:]:
+        while length and string[length] != character:
+            length = borders[length]
+        length += string[length] == character
+        borders.append(length)
+    return tuple(borders)

@@ -35,7 +35,8 @@ def _nope_layers(fields: ConfigFields, num_layers: int) -> frozenset[int]:
     """`no_rope_layers` holds 1 for a layer that rotates and 0 for one that does not."""
     interval = fields.integer("no_rope_layer_interval")
     rotates = fields.raw("no_rope_layers", [(i + 1) % interval != 0 for i in range(num_layers)])
-    if not isinstance(rotates, list) or len(rotates) < num_layers or set(rotates) - {0, 1}:
+    is_list = isinstance(rotates, list) and len(rotates) >= num_layers
+    if not is_list or any(value not in (0, 1) for value in rotates):
         raise fields.error(
             "no_rope_layers", f"must be a list of at least {num_layers} of 0 or 1, got {rotates!r}"
         )

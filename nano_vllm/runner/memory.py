@@ -61,10 +61,13 @@ def num_kv_blocks(
             for a CPU.
     """
     block_bytes = bytes_per_block(model, config.block_size, cache_itemsize)
+    total = _physical_bytes() if memory is None else memory.total
     if config.num_blocks is not None:
+        _check_room("num_blocks", config.num_blocks, config.num_blocks * block_bytes, total)
         return config.num_blocks
     if config.kv_cache_memory is not None:
         pool = config.kv_cache_memory
+        _check_room("kv_cache_memory", pool, pool, total)
     elif memory is not None:
         reserve = sum(step_memory(config, model, max_model_len, max_num_batched_tokens, itemsize))
         pool = kv_pool_bytes(config, memory, reserve)
@@ -77,8 +80,7 @@ def num_kv_blocks(
             )
     else:
         context = -(-max_model_len // config.block_size) * block_bytes
-        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        pool = max(context, min(CPU_CONTEXTS * context, physical // 8))
+        pool = max(context, min(CPU_CONTEXTS * context, total // 8))
     blocks = pool // block_bytes
     if blocks < 1:
         raise ValueError(
@@ -110,7 +112,22 @@ def num_host_blocks(config: EngineConfig, model: ModelConfig, cache_itemsize: in
             f"host_cache_memory must hold at least one block of {block_bytes} bytes, "
             f"got {config.host_cache_memory}"
         )
+    _check_room(
+        "host_cache_memory", config.host_cache_memory, config.host_cache_memory, _physical_bytes()
+    )
     return config.host_cache_memory // block_bytes
+
+
+def _physical_bytes() -> int:
+    """Of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_room(name: str, value: int, num_bytes: int, total: int) -> None:
+    if num_bytes > total:
+        raise ValueError(
+            f"{name} = {value} takes {num_bytes / 2**30:.2f} GiB, there are {total / 2**30:.2f}"
+        )
 
 
 def step_memory(

@@ -21,7 +21,7 @@ from nano_vllm.server.documentation import document
 from nano_vllm.server.errors import ApiError, invalid
 from nano_vllm.server.event import event
 from nano_vllm.server.generation import error_response, json_response, respond
-from nano_vllm.server.guard import Guard
+from nano_vllm.server.guard import REQUEST_ID, Guard
 from nano_vllm.server.http_body import Disconnected, decode, read_body
 from nano_vllm.server.page import page_html
 from nano_vllm.server.protocol import (
@@ -65,6 +65,7 @@ def make_app(service: Service) -> Guard:
         ApiError: _on_api_error,
         Disconnected: _on_disconnect,
         HTTPException: _on_http_error,
+        Exception: _on_failure,
     }
     app = Starlette(routes=routes.served, exception_handlers=handlers)
     app.state.service = service
@@ -84,6 +85,11 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
     response = error_response(ApiError(error.status_code, str(error.detail).lower()))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _on_failure(request: Request, error: Exception) -> Response:
+    request_id = request.scope[REQUEST_ID]
+    return error_response(ApiError(500, f"internal error; see the server's log for {request_id}"))
 
 
 def service_of(request: Request) -> Service:
@@ -235,7 +241,7 @@ async def state(request: Request) -> Response:
     service = service_of(request)
     service.check_open()
     number, last = request.query_params.get("engine", "0"), service.llm.num_engines - 1
-    if not number.isdecimal() or int(number) > last:
+    if number not in map(str, range(last + 1)):
         raise invalid(f"engine must be in [0, {last}], got {number!r:.100}", "engine")
     return StreamingResponse(_states(service, int(number)), media_type="text/event-stream")
 

@@ -21,6 +21,8 @@ OPEN_PATH = "/health"
 """The one route that needs no key."""
 PAGE_PATH = "/"
 """For people: their browser asks for the key."""
+REQUEST_ID = "nano_vllm.request_id"
+"""Of the scope."""
 ACCESS_LOG = logging.getLogger("nano_vllm.access")
 ERROR_LOG = logging.getLogger("nano_vllm.error")
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
@@ -46,6 +48,7 @@ class Guard:
             return
         start = time.perf_counter()
         request_id = "req-" + secrets.token_hex(12)
+        scope[REQUEST_ID] = request_id
         status, num_bytes = 0, 0
 
         async def send_on(message: MutableMapping[str, Any]) -> None:
@@ -79,11 +82,8 @@ class Guard:
                 await self._app(scope, receive, send_on)
         except Disconnected:
             pass
-        except Exception:
+        except Exception:  # behind an answer that says so
             ERROR_LOG.exception("%s failed", request_id)
-            if status == 0:
-                error = ApiError(500, f"internal error; see the server's log for {request_id}")
-                await error_response(error)(scope, receive, send_on)
         finally:
             self._log(scope, request_id, status or 499, num_bytes, time.perf_counter() - start)
 

@@ -41,7 +41,8 @@ async def read_body(headers: Any, receive: Receive, timeout: float) -> bytes:
     length = headers.get("content-length")
     if length is not None and (not length.isdigit() or int(length[:20]) > MAX_BODY):
         raise _too_large()
-    kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    # Nor none: with another, or none, a page of any site may have a browser send it.
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "the body must be application/json")
     try:

@@ -58,24 +58,31 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
 async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     listener = _listen(config)
     service = Service(engine_config, config)
-    server = _Uvicorn(
-        uvicorn.Config(
-            make_app(service),
-            http=HttpProtocol,
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            log_level="critical",
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(LAST_WORDS_SECONDS),
-            ssl_certfile=config.ssl_certfile,
-            ssl_keyfile=config.ssl_keyfile,
-            ssl_keyfile_password=config.ssl_keyfile_password,
-            ssl_ca_certs=config.ssl_ca_certs,
-        )
+    of_uvicorn = uvicorn.Config(
+        make_app(service),
+        http=HttpProtocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="critical",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(LAST_WORDS_SECONDS),
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_keyfile_password=config.ssl_keyfile_password,
+        ssl_ca_certs=config.ssl_ca_certs,
     )
+    try:
+        of_uvicorn.load()
+    except OSError as error:  # ssl's errors are of that kind
+        raise ValueError(
+            f"ssl_certfile {config.ssl_certfile!r}, ssl_keyfile {config.ssl_keyfile!r} and "
+            f"ssl_ca_certs {config.ssl_ca_certs!r} must be a certificate, its key and others: "
+            f"{error}"
+        ) from None
+    server = _Uvicorn(of_uvicorn)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -93,6 +100,10 @@ async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         return await _live(service, server, serving, stop)
     finally:
         await service.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 def _listen(config: ServerConfig) -> socket.socket:

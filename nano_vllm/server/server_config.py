@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nano_vllm.config import check_types
+
 KEY_VARIABLE = "NANO_VLLM_API_KEY"
 """Of the environment, where there is no api_key."""
 
@@ -54,6 +56,7 @@ class ServerConfig:
     """Whether there is such a line."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be an integer in [0, 65535], got {self.port!r}")
         if self.data_parallel_size < 1:

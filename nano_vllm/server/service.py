@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.output_stream import EngineError, OutputStream
 from nano_vllm.engine.replicas import Replicas
+from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.server.answer import Answer
 from nano_vllm.server.errors import ApiError
 from nano_vllm.server.metrics import ServerMetrics
@@ -137,9 +138,16 @@ class Service:
 
 
 def read_defaults(path: Path) -> dict[str, Any]:
-    """The sampling defaults that a model's folder brings; {} where there are none."""
+    """The sampling defaults that a model's folder brings; {} where there are none. ValueError for
+    what nobody could be served with.
+    """
     file = path / "generation_config.json"
     if not path.is_dir() or not file.exists():
         return {}
     values = read_json_object(file)
-    return {name: values[name] for name in DEFAULT_NAMES if values.get(name) is not None}
+    defaults = {name: values[name] for name in DEFAULT_NAMES if values.get(name) is not None}
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return defaults

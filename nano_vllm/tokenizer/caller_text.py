@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ class RenderedChat:
 
     @cached_property
     def text(self) -> str:
-        """As it reads; each character stands where it does in `marked`."""
+        """As it reads."""
         return self.without_marks(self.marked)
 
     def without_marks(self, text: str) -> str:
@@ -42,15 +42,20 @@ class RenderedChat:
             text = text.replace(mark, character)
         return text
 
-    def up_to_end_of(self, content: str) -> RenderedChat:
+    def up_to_mark(self, end: str, content: str) -> RenderedChat:
         """Without what is behind the last message's text, which then goes on; ValueError if the
         template has changed it.
+
+        Args:
+            end: a mark that stands, with a space behind it, at the end of that text.
+            content: the text.
         """
-        content = content.strip()
-        place = self.text.rfind(content)
-        if not content or place < 0:
-            raise ValueError("the last message cannot be continued")
-        return RenderedChat(self.marked[: place + len(content)], self.marks)
+        before, mark, behind = self.marked.rpartition(end)
+        if not behind.startswith(" "):  # the template trims
+            before = before.rstrip()
+        if not mark or content.strip() not in self.without_marks(before):
+            raise ValueError("the last message cannot be continued: the template changes it")
+        return RenderedChat(before, self.marks)
 
 
 class CallerText:
@@ -83,16 +88,9 @@ class CallerText:
         known = sorted(known[:_MAX_LITERALS], key=len, reverse=True)
         self._found = re.compile("|".join([*map(re.escape, known), characters]))
 
-    def choose_marks(self, text: str) -> dict[str, str]:
-        """A mark for each character, none of which is in `text`, an ASCII JSON of everything that
-        a template is given.
-        """
-        lower = text.lower()
-        free = (chr(code) for code in _PRIVATE_USE if f"\\u{code:04x}" not in lower)
-        marks = dict(zip(self._marked, free, strict=False))
-        if len(marks) < len(self._marked):
-            raise ValueError("a conversation must not have all of Unicode's private-use characters")
-        return marks
+    def choose_marks(self, free: Iterator[str]) -> dict[str, str]:
+        """A mark for each character, from `free_characters`."""
+        return {character: next(free) for character in self._marked}
 
     def mark(self, value: Any, marks: Mapping[str, str]) -> Any:
         """The same JSON value with marks in all its strings.
@@ -108,6 +106,15 @@ class CallerText:
         if isinstance(value, list | tuple):
             return [self.mark(v, marks) for v in value]
         return value
+
+
+def free_characters(text: str) -> Iterator[str]:
+    """Characters that are not in `text`, an ASCII JSON of everything that a template is given;
+    ValueError when there are no more.
+    """
+    lower = text.lower()
+    yield from (chr(code) for code in _PRIVATE_USE if f"\\u{code:04x}" not in lower)
+    raise ValueError("a conversation must not have all of Unicode's private-use characters")
 
 
 def unescape_marks(text: str, marks: Iterable[str]) -> str:

@@ -11,7 +11,12 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nano_vllm.tokenizer.caller_text import CallerText, RenderedChat, unescape_marks
+from nano_vllm.tokenizer.caller_text import (
+    CallerText,
+    RenderedChat,
+    free_characters,
+    unescape_marks,
+)
 
 
 class ChatTemplate:
@@ -44,6 +49,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         special: frozenset[str] = frozenset(),
+        goes_on: bool = False,
     ) -> RenderedChat:
         """The prompt; ValueError in one line if the template is broken, takes too long or refuses
         the messages.
@@ -52,6 +58,7 @@ class ChatTemplate:
             messages, add_generation_prompt, tools, documents: as templates know them.
             variables: the template's further ones.
             special: texts of special tokens, which are the template's to write.
+            goes_on: leave out what the template writes behind the last message's text.
         """
         if not messages or not isinstance(messages, list | tuple):
             raise ValueError(f"a conversation must be a list of messages, got {messages!r}")
@@ -77,12 +84,19 @@ class ChatTemplate:
         except (TypeError, ValueError) as error:
             raise ValueError(f"what a chat template is given must be JSON: {error}") from None
         caller_text = self._caller_text(name, special)
-        marks = caller_text.choose_marks(line)
-        given = self._named_tokens | caller_text.mark(given, marks)
+        free = free_characters(line)
+        marks = caller_text.choose_marks(free)
         characters = {mark: character for character, mark in marks.items()}
+        end = ""
+        if goes_on:
+            end = next(free)
+            characters[end] = ""
+            given["messages"] = _with_end(messages, end)
+        given = self._named_tokens | caller_text.mark(given, marks)
         answer = self._sandbox.ask({"source": source, "variables": given, "marks": characters})
         if "text" in answer:
-            return RenderedChat(unescape_marks(answer["text"], characters), characters)
+            chat = RenderedChat(unescape_marks(answer["text"], characters), characters)
+            return chat.up_to_mark(end, messages[-1]["content"]) if goes_on else chat
         problem = RenderedChat(answer["problem"], characters).text
         raise ValueError(f"chat template of {self._origin}: {' '.join(problem.split())}")
 
@@ -92,6 +106,17 @@ class ChatTemplate:
             literals = self._sandbox.ask({"source": self._sources[name]}).get("literals", ())
             self._caller_texts[name, special] = CallerText(special, literals)
         return self._caller_texts[name, special]
+
+
+def _with_end(messages: Sequence[Mapping[str, Any]], end: str) -> list[Mapping[str, Any]]:
+    """The same with a mark at the end of the last one's text, and behind it a space: where a
+    template has dropped this, it has dropped those of the text too.
+    """
+    *others, last = messages
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"the last message cannot be continued: its content is {content!r:.100}")
+    return [*others, {**last, "content": f"{content}{end} "}]
 
 
 class _Sandbox:
@@ -113,6 +138,10 @@ class _Sandbox:
                 answer = process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
+            except BaseException:  # what it has yet to answer is not the answer to the next
+                self._process = None
+                _end(process)
+                raise
             if answer.endswith("\n"):
                 return json.loads(answer)
             self._process = None

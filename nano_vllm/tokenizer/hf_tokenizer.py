@@ -148,7 +148,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
         template = {
             t["name"]: t["template"]
             for t in template
-            if isinstance(t, dict) and {"name", "template"} <= t.keys()
+            if isinstance(t, dict) and isinstance(t.get("name"), str) and "template" in t
         }
     if not isinstance(template, str | dict | None):
         raise ValueError(

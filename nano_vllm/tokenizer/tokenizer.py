@@ -96,7 +96,11 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of all the tokens; ids outside the vocabulary count for nothing."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        try:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError:  # the backend's numbers are of 32 bits, without a sign
+            known = [i for i in token_ids if 0 <= i < 2**32]
+            return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """The text of a token among others, where `decode` of it alone takes away a first space."""
@@ -130,6 +134,10 @@ class Tokenizer:
         """
         if self._chat_template is None:
             raise ValueError(f"{self._origin} has no chat template: give it a plain prompt")
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise ValueError(
+                f"chat_template_kwargs must be a mapping, got {chat_template_kwargs!r:.100}"
+            )
         variables = dict(chat_template_kwargs or {})
         for name in _OWN_ARGUMENTS:
             if name in variables:
@@ -140,13 +148,15 @@ class Tokenizer:
                     "continue_final_message and add_generation_prompt exclude each other"
                 )
             variables["continue_final_message"] = True
-        chat = self._chat_template.render(
-            messages, add_generation_prompt, tools, documents, variables, self._special_texts
+        return self._chat_template.render(
+            messages,
+            add_generation_prompt,
+            tools,
+            documents,
+            variables,
+            self._special_texts,
+            goes_on=continue_final_message,
         )
-        if continue_final_message:
-            content = messages[-1].get("content")
-            chat = chat.up_to_end_of(content if isinstance(content, str) else "")
-        return chat
 
     def encode_chat(self, chat: RenderedChat, parse_special: bool = False) -> list[int]:
         """Token ids of a conversation.
@@ -188,7 +198,7 @@ class Tokenizer:
 
     def id_to_piece(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None outside the vocabulary."""
-        return self._backend.id_to_token(token_id) if token_id >= 0 else None
+        return self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
     @property
     def decoder_json(self) -> str:

@@ -7,7 +7,7 @@ import struct
 from dataclasses import replace
 
 from nano_vllm.config import ModelConfig, Rope, RopeScaling
-from nano_vllm.config_fields import ConfigFields
+from nano_vllm.config_fields import MAX_LAYERS, ConfigFields
 from nano_vllm.model_family import FindFamily
 from nano_vllm.weights.gguf_file import GGUFFile
 
@@ -78,7 +78,7 @@ def parse_gguf_config(file: GGUFFile, find_family: FindFamily) -> ModelConfig:
     if embedding is None:
         raise ValueError(f"{file.path}: tensor 'token_embd.weight' is missing")
     eos_ids = [i for key in _EOS_KEYS for i in fields.token_ids(f"tokenizer.ggml.{key}_token_id")]
-    num_layers = fields.integer(f"{arch}.block_count")
+    num_layers = fields.integer(f"{arch}.block_count", maximum=MAX_LAYERS)
     sliding_window = fields.integer(f"{arch}.attention.sliding_window", 0, minimum=0) or None
     architecture = _ARCHITECTURES[arch]
     if sliding_window is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nano_vllm.config import ModelConfig
-from nano_vllm.config_fields import REQUIRED, ConfigFields
+from nano_vllm.config_fields import MAX_LAYERS, REQUIRED, ConfigFields
 from nano_vllm.model_family import FindFamily, ModelFamily
 from nano_vllm.weights.json_file import read_json_object
 from nano_vllm.weights.rope_config import parse_rope
@@ -20,7 +20,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
 _DTYPES = ("float32", "float16", "bfloat16")
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _CHANGES_THE_MATHS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "alibi": (False,),
@@ -89,7 +89,7 @@ def parse_hf_config(folder: Path, find_family: FindFamily) -> ModelConfig:
     by_type = family.rope_by_layer_type
     full_type, sliding_type = ("full_attention", "sliding_attention") if by_type else (None, None)
     rope, rotary_dim = parse_rope(fields, max_position, head_dim, full_type)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
     attention_bias = fields.flag("attention_bias", False)
     sliding_window, full_layers = _sliding_window(fields, family, num_layers)
     mlp_size = REQUIRED if family.mlp_ratio is None else family.mlp_ratio * hidden_size
@@ -176,7 +176,7 @@ def _sliding_window(
         raise fields.error("layer_types", f"must be a list of {num_layers}, got {kinds!r}")
     unknown = [kind for kind in kinds if kind not in _LAYER_TYPES]
     if unknown:
-        allowed = " or ".join(sorted(_LAYER_TYPES))
+        allowed = " or ".join(_LAYER_TYPES)
         raise fields.error("layer_types", f"must hold {allowed}, got {unknown[0]!r}")
     full = frozenset(i for i, kind in enumerate(kinds) if kind == "full_attention")
     if len(full) == num_layers:

@@ -21,10 +21,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError naming the file when it is missing or is not one."""
     try:
         check_size(path)
-        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits too
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")

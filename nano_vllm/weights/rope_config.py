@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from nano_vllm.config import Rope, RopeScaling
-from nano_vllm.config_fields import ConfigFields
+from nano_vllm.config_fields import ConfigFields, is_finite
 
 SCALING_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -103,8 +101,6 @@ def _scaling(
 def _factors(rope: ConfigFields, name: str, count: int) -> tuple[float, ...]:
     values = rope.raw(name)
     is_list = isinstance(values, list) and len(values) == count
-    if not is_list or not all(
-        type(v) in (int, float) and math.isfinite(v) and v > 0 for v in values
-    ):
+    if not is_list or not all(is_finite(v) and v > 0 for v in values):
         raise rope.error(name, f"must be a list of {count} finite numbers above 0, got {values!r}")
     return tuple(map(float, values))

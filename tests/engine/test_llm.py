@@ -209,6 +209,11 @@ def test_chat_hands_on_what_templates_take() -> None:
         llm, [[HI], [HI]], add_generation_prompt=False, continue_final_message=True, **own
     )
     assert [output.prompt for output in outputs] == ["Hi", "Hi"]
+    for messages in (5, None, "hi"):
+        with pytest.raises(ValueError, match="messages must be a list, got "):
+            chat(llm, messages)
+    with pytest.raises(ValueError, match="conversation 0: chat_template_kwargs must be a mapping"):
+        chat(llm, [HI], chat_template_kwargs=5)
     with pytest.raises(ValueError, match="conversation 0: chat_template_kwargs must not set tools"):
         chat(llm, [HI], chat_template_kwargs={"tools": []})
 

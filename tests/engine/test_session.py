@@ -388,7 +388,7 @@ def test_a_session_begins_with_a_prompt(prompt: Any, message: str) -> None:
         make_llm().session(prompt)
 
 
-@pytest.mark.parametrize("num_tokens", [-1, 3, 4, 1.0, "1", None])
+@pytest.mark.parametrize("num_tokens", [-1, 3, 4, 1.0, "1", None, True])
 def test_no_further_back_than_its_first_token(num_tokens: Any) -> None:
     session = make_llm().session([1, 2, 3])
     with pytest.raises(ValueError, match=r"num_tokens must be in \[0, 2\]"):
@@ -399,7 +399,7 @@ def test_no_further_back_than_its_first_token(num_tokens: Any) -> None:
     assert session.token_ids == [1]
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", True])
 def test_a_fork_is_at_least_one(n: Any) -> None:
     with pytest.raises(ValueError, match="n must be an integer of at least 1"):
         make_llm().session([1]).fork(n)
@@ -433,10 +433,22 @@ def test_forms_of_what_is_appended() -> None:
 def test_what_is_refused_leaves_a_session_as_it_was() -> None:
     llm = make_llm()
     session = llm.session([1, 2, 3])
-    for prompt in ([300], [5] * 128):
-        with pytest.raises(ValueError, match=r"session 0: "):
+    for prompt, message in (
+        ([300], "token ids must"),
+        ([5] * 127, "session 0: "),
+        ([-5], "got -5"),
+    ):
+        with pytest.raises(ValueError, match=message):
             session.generate(params(), prompt)
         assert session.token_ids == [1, 2, 3]
+    for appended in ([300], [-5], [1.5], [True]):
+        with pytest.raises(ValueError, match=r"token ids must be integers in \[0, 300\), got "):
+            session.append(appended)  # type: ignore[arg-type]
+    session.append([])
+    assert session.token_ids == [1, 2, 3]
+    for sessions in (5, session, [session, 5], None):
+        with pytest.raises(ValueError, match="sessions must be a list of sessions, got "):
+            llm.generate_sessions(sessions)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be a SamplingParams, got \{'n': 1\}"):
         session.generate({"n": 1})  # type: ignore[arg-type]
     assert session.generate(params(2)).outputs[0].token_ids == expected([1, 2, 3], params(2))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,3 +72,23 @@ def test_a_stop_string_cannot_end_where_it_must_not() -> None:
     assert text.found is None
     text.push("b")
     assert (text.text, text.found) == ("abx", "ab")
+
+
+class Counted(str):
+    """Counts how often somebody looks into it."""
+
+    looks = 0
+
+    def __getitem__(self, key: Any) -> str:
+        Counted.looks += 1
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("piece", ["ab", "x", "xab", "abc"])
+def test_a_character_costs_no_more_where_a_stop_string_is_long(piece: str) -> None:
+    text = StopStrings([Counted("x" + "ab" * 500 + "c")])
+    Counted.looks = 0
+    for _ in range(500):
+        text.push(piece)
+        assert len(text.settled_text) <= len(text.text)
+    assert Counted.looks <= 3 * len(text.text)

@@ -132,9 +132,15 @@ def test_a_session_comes_back_from_host_memory(tiny_checkpoint: Path) -> None:
             {"host_cache_memory": 1 << 20, "enable_prefix_caching": False},
             "host_cache_memory needs enable_prefix_caching, got 1048576",
         ),
+        (
+            {"host_cache_memory": 1 << 60},
+            "host_cache_memory = 1152921504606846976 takes 1073741824.00 GiB, there are ",
+        ),
+        ({"num_blocks": 1 << 50}, "num_blocks = 1125899906842624 takes .* GiB, there are "),
+        ({"num_blocks": None, "kv_cache_memory": 1 << 60}, "kv_cache_memory = .* takes 1073741824"),
     ],
 )
-def test_a_tier_that_cannot_be(
+def test_memory_that_cannot_be(
     tiny_checkpoint: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

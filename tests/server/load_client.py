@@ -56,7 +56,8 @@ class _Answer:
 def request_bytes(path: str, body: Any, *headers: str) -> bytes:
     """A POST request as it goes over the connection."""
     data = json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "host: a", f"content-length: {len(data)}", *headers]
+    head = [f"POST {path} HTTP/1.1", "host: a", "content-type: application/json"]
+    lines = [*head, f"content-length: {len(data)}", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + data
 
 

@@ -160,7 +160,7 @@ def test_a_final_message_is_continued(server: RunningServer) -> None:
     body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
     tokens = server.post("/tokenize", body).json()["tokens"]
     text = server.post("/detokenize", {"tokens": tokens}).json()["prompt"]
-    assert text == "<user>Hi\n<assistant>Well,"
+    assert text == "<user>Hi\n<assistant>Well, "
 
 
 def test_messages_make_no_special_tokens(server: RunningServer) -> None:

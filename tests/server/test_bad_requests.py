@@ -278,6 +278,7 @@ RAW: list[tuple[str, str, dict[str, str], bytes, int]] = [
         )
     ],
     ("POST", COMPLETIONS, JSON, b'{"prompt": "' + b"a" * 10_500_000 + b'"}', 413),
+    ("POST", COMPLETIONS, {}, as_json({"prompt": "a"}), 415),
     ("POST", COMPLETIONS, {"content-type": "text/plain"}, as_json({"prompt": "a"}), 415),
     ("POST", COMPLETIONS, {"content-type": "multipart/form-data"}, b"a", 415),
     ("POST", COMPLETIONS, {"content-type": "application/x-www-form-urlencoded"}, b"prompt=a", 415),
@@ -321,7 +322,11 @@ SOCKET: list[tuple[bytes, int]] = [
     (b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: x\r\n\r\n", 400),
     (b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400),
     (b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999999\r\n\r\n", 413),
-    (b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n{", 408),
+    (
+        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        b"content-length: 10\r\n\r\n{",
+        408,
+    ),
     (
         b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n"
         b"transfer-encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n",
@@ -366,7 +371,7 @@ def test_bad_bodies(server: RunningServer) -> None:
     with httpx.Client(base_url=server.url, timeout=30) as client:
         for path, body in corpus:
             try:
-                check_error(client.post(path, json=body), 400)
+                check_error(client.post(path, content=as_json(body), headers=JSON), 400)
             except AssertionError as error:
                 raise AssertionError(f"{path} {json.dumps(body)[:300]}") from error
 

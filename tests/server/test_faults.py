@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from nano_vllm.server.service import read_defaults
 from tests.server.running_server import RunningServer, read_all, running_server, sse_events
 
 LONG = {"prompt": "abc", "max_tokens": 1900, "ignore_eos": True, "stream": True, "temperature": 0}
@@ -126,6 +128,13 @@ def test_a_model_that_cannot_be_loaded(log_path: Path, tmp_path: Path) -> None:
     errors = [line for line in server.log.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "Traceback" not in server.log
+
+
+def test_sampling_defaults_that_nobody_could_be_served_with(tmp_path: Path) -> None:
+    for name, value in (("temperature", "hot"), ("top_k", 50.0), ("top_p", 0)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+        with pytest.raises(ValueError, match=rf"generation_config\.json: {name} must be .*, got "):
+            read_defaults(tmp_path)
 
 
 def test_a_port_that_is_taken(small: RunningServer, tiny_model: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import re
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,10 @@ import httpx
 import pytest
 
 from nano_vllm import serve
+from nano_vllm.config import EngineConfig
+from nano_vllm.server.app import make_app
+from nano_vllm.server.server_config import ServerConfig
+from nano_vllm.server.service import Service
 from tests.server.running_server import RunningServer, read_all, running_server
 from tests.sockets import listening
 
@@ -111,6 +118,36 @@ def test_nothing_but_the_api_listens(locked: RunningServer) -> None:
     assert len(listening((locked.process.pid, locked.engine_pid))) == 1
 
 
+def test_a_failure_is_told_as_other_errors_are(caplog: pytest.LogCaptureFixture) -> None:
+    service = Service(EngineConfig(), ServerConfig())
+    service.metrics = None  # type: ignore[assignment]
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            return await client.get("/metrics")
+
+    answer = asyncio.run(ask())
+    request_id = answer.headers["x-request-id"]
+    assert answer.status_code == 500
+    assert answer.json()["error"] == {
+        "message": f"internal error; see the server's log for {request_id}",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
+    assert f"{request_id} failed" in caplog.text
+    assert "AttributeError" in caplog.text
+
+
+@pytest.mark.parametrize("number", ["-1", "1", "", "x", "\u0661", "\u00b2", "9" * 5000])
+def test_no_picture_of_an_engine_that_is_not(locked: RunningServer, number: str) -> None:
+    url = f"{locked.url}/debug/state"
+    answer = httpx.get(url, params={"engine": number}, headers=bearer(KEY), timeout=10)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("engine must be in [0, 0], got ")
+
+
 def test_https(tiny_model: Path, log_path: Path, tmp_path: Path) -> None:
     pem, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(
@@ -152,6 +189,23 @@ def test_bad_usage_is_one_line(capsys: Any, argv: list[str], message: str) -> No
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ssl-certfile", "/no.pem"], "ssl_certfile '/no.pem', .* No such file"),
+        (["--ssl-certfile", __file__], "must be a certificate, its key and others"),
+        (["/no/model"], "model '/no/model' does not exist"),
+    ],
+)
+def test_a_start_that_fails_is_one_line(argv: list[str], message: str) -> None:
+    argv = [sys.executable, "-m", "nano_vllm.serve", "--cpu", "--port", "0", *argv]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    *said, line = ended.stderr.splitlines()
+    assert re.match(f"error: .*{message}", line)
+    assert all(text.startswith("listening at ") for text in said)
 
 
 def test_options_reach_their_configs(monkeypatch: pytest.MonkeyPatch) -> None:

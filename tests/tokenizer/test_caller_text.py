@@ -343,13 +343,31 @@ def test_a_final_message_goes_on(make: Make, kind: str) -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         tokenizer.apply_chat_template(messages, continue_final_message=True)
     chat = tokenizer.apply_chat_template(messages, False, continue_final_message=True)
-    assert chat.text == f"{opening}assistant:Well {closing},"
+    assert chat.text == f"{opening}assistant:Well {closing}, "
     ids = tokenizer.encode_chat(chat)
     assert special(tokenizer, ids) == own_tokens(tokenizer, kind, 1)[:1]
     changed = make("{{ messages[0].content | upper }}")
-    for message in (*messages, {"role": "user", "content": " "}, {"role": "user", "content": None}):
+    for message in (*messages, {"role": "user", "content": None}, {"role": "user"}):
         with pytest.raises(ValueError, match="cannot be continued"):
             changed.apply_chat_template([message], False, continue_final_message=True)
+
+
+@pytest.mark.parametrize("filters", ["", "| trim", "| tojson", "| replace('b', 'c')"])
+@pytest.mark.parametrize(
+    "content", ["Sure:\n", "def f():\n    ", "  x", "", "\n", "|", "im_end", "end>", "\ue000", '"']
+)
+def test_a_final_message_goes_on_as_in_transformers(filters: str, content: str) -> None:
+    source = (
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.content == 'x' %}!{% endif %}"
+        f"{{{{ m.content {filters} }}}}<|im_end|>\n{{% endfor %}}"
+    )
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    (expected,), _ = render_jinja_template(
+        [messages], chat_template=source, continue_final_message=True
+    )
+    template = ChatTemplate(source, {}, "the model")
+    chat = template.render(messages, False, special=frozenset({"<|im_end|>"}), goes_on=True)
+    assert chat.text == expected
 
 
 def test_a_complaint_reads_as_it_was_written() -> None:

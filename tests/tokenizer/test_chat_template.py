@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import Any
 
@@ -122,6 +125,20 @@ def test_templates_made_to_harm(template: str, message: str) -> None:
     assert time.monotonic() - start < 10
     assert "\n" not in str(error.value)
     assert harmful.render(CHAT, tools=TOOLS).text == "fine"  # nothing is left behind
+
+
+def test_an_interrupted_conversation_answers_no_other() -> None:
+    """A Ctrl-C while the template is rendered: what comes of it is dropped."""
+    template = ChatTemplate("{{ messages[0].content }}", {}, "the model")
+    assert template.render([{"role": "user", "content": "a"}]).text == "a"
+    process = template._sandbox._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        template.render([{"role": "user", "content": "b"}])
+    process.send_signal(signal.SIGCONT)
+    assert template.render([{"role": "user", "content": "c"}]).text == "c"
 
 
 def test_only_json_reaches_a_template() -> None:

@@ -55,7 +55,9 @@ def test_special_tokens(tmp_path: Path, byte_level: tokenizers.Tokenizer) -> Non
     assert tokenizer.eos_token_ids == (byte_level.token_to_id("<|im_end|>"), 5)
     assert tokenizer.vocab_size == byte_level.get_vocab_size()
     assert tokenizer.token_to_id("<think>") == byte_level.token_to_id("<think>")
-    assert tokenizer.id_to_piece(10**9) is tokenizer.id_to_piece(-1) is None
+    for none in (10**9, -1, 2**32, -(2**70)):
+        assert tokenizer.id_to_piece(none) is None
+        assert tokenizer.decode([none, *tokenizer.encode("Hi"), none]) == "Hi"
 
 
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -68,7 +70,14 @@ MESSAGES = [{"role": "user", "content": "x"}]
         ({"tokenizer_config": {"chat_template": "one"}}, "two", "two"),
         ({"chat_template": {"chat_template": "three"}}, None, "three"),
         (
-            {"tokenizer_config": {"chat_template": [{"name": "default", "template": "four"}]}},
+            {
+                "tokenizer_config": {
+                    "chat_template": [
+                        {"name": ["a"], "template": "five"},
+                        {"name": "default", "template": "four"},
+                    ]
+                }
+            },
             None,
             "four",
         ),

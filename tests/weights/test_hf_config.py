@@ -254,6 +254,9 @@ GPT2 = {
         ({"hidden_size": "96"}, "'hidden_size' must be an integer of at least 1, got '96'"),
         ({"num_hidden_layers": 0}, "'num_hidden_layers' must be an integer of at least 1, got 0"),
         ({"vocab_size": True}, "'vocab_size' must be an integer"),
+        ({"head_dim": 10**30}, "'head_dim' must be at most 2147483647, got 1000"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' must be at most 4096, got 1000000000"),
+        ({"rope_theta": 10**400}, "'rope_theta' must be a finite number above 0, got 1000"),
         ({"rms_norm_eps": -1}, "'rms_norm_eps' must be a finite number above 0, got -1"),
         ({"rope_theta": float("inf")}, "'rope_theta' must be a finite number"),
         ({"num_key_value_heads": 4}, "'num_key_value_heads' must divide num_attention_heads 6"),
@@ -274,10 +277,15 @@ GPT2 = {
         ({"partial_rotary_factor": 0.1}, "must leave an even part of heads of 16, got 0.1: 1"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
          r"'short_factor' must be a list of 8 finite numbers above 0, got \[1.0\]"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [10**400] * 8}},
+         "'short_factor' must be a list of 8 finite numbers above 0, got"),
         ({**GEMMA2, "layer_types": ["full_attention"]}, "'layer_types' must be a list of 3, got"),
         ({**GEMMA2, "layer_types": ["linear_attention"] * 3}, "got 'linear_attention'"),
+        ({**GEMMA2, "layer_types": [["full_attention"]] * 3}, r"got \['full_attention'\]"),
+        ({**GEMMA2, "num_hidden_layers": 10**30}, "'num_hidden_layers' must be at most 4096"),
         ({**GEMMA2, "sliding_window_pattern": 0}, "'sliding_window_pattern' must be an integer of"),
         ({**GEMMA2, "use_bidirectional_attention": True}, "changes what a model computes"),
+        ({**SMOLLM3, "no_rope_layers": [[1], 0, 1]}, "must be a list of at least 3 of 0 or 1"),
         ({**SMOLLM3, "no_rope_layers": [1, 0]}, "must be a list of at least 3 of 0 or 1"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "changes what a model computes"),
         ({**GPT2, "n_embd": 0}, "'n_embd' must be an integer of at least 1, got 0"),
@@ -290,7 +298,7 @@ def test_invalid_field(tmp_path: Path, changes: dict[str, Any], message: str) ->
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000, "9" * 5000])
 def test_broken_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
