@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from nano_vllm.engine.engine import Engine
+from nano_vllm.outputs import RequestOutput
 from nano_vllm.sampling_params import BeamSearchParams, SamplingParams
 from nano_vllm.sequence import Sequence, SequenceStatus
 from tests.engine.fake_runner import (
@@ -22,6 +23,8 @@ from tests.engine.fake_runner import (
 )
 
 MAX_MODEL_LEN = 64
+MAX_STEPS = 1000
+"""Of a run, which takes some 150."""
 NUM_BLOCKS = 20
 SEARCH = BeamSearchParams(beam_width=4, max_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(n=4, seed=3, max_tokens=20, ignore_eos=True)
@@ -126,17 +129,25 @@ def abort_at(moment: Callable[[Engine, list[Sequence]], bool], searches: bool, s
         engine.add(request)
         return request.sequences
 
-    outputs = {}
+    outputs: dict[str, RequestOutput] = {}
+    num_steps = 0
+
+    def step() -> None:
+        nonlocal outputs, num_steps
+        num_steps += 1
+        assert num_steps < MAX_STEPS, "it comes to no end"
+        outputs |= {output.request_id: output for output in engine.step()}
+
     sequences = ask("request")
     while not (came := moment(engine, sequences)) and "request" not in outputs:
-        outputs |= {output.request_id: output for output in engine.step()}
+        step()
     if not came:
         return False
     output = engine.abort("request")
     assert output is not None
     assert any(completion.finish_reason == "abort" for completion in output.outputs)
     for _ in range(2):
-        outputs |= {output.request_id: output for output in engine.step()}
+        step()
     assert all(sequence.is_finished and not sequence.block_table for sequence in sequences)
     check_invariants(engine)
     others = {sequence.request_id for sequence in engine.scheduler.running}
@@ -145,7 +156,7 @@ def abort_at(moment: Callable[[Engine, list[Sequence]], bool], searches: bool, s
     assert engine.scheduler.num_waiting == len(engine.scheduler.waiting)
     ask("again")
     while engine.has_work:
-        outputs |= {output.request_id: output for output in engine.step()}
+        step()
         check_invariants(engine)
     assert set(outputs) == {"one", "other", "again"}
     for name in ("one", "other"):
