@@ -175,9 +175,4 @@ def _array(
 
 
 def _token_id(fields: ConfigFields, name: str, num_tokens: int) -> int | None:
-    token_id = fields.integer(f"{_PREFIX}{name}_token_id", None, minimum=0)
-    if token_id is not None and token_id >= num_tokens:
-        raise fields.error(
-            f"{_PREFIX}{name}_token_id", f"must be below {num_tokens}, got {token_id}"
-        )
-    return token_id
+    return fields.integer(f"{_PREFIX}{name}_token_id", None, minimum=0, maximum=num_tokens - 1)

@@ -315,8 +315,8 @@ BYTES = [byte_piece(byte) for byte in range(256)]
         (BYTES, {"scores": [math.nan] * 256}, "scores must be finite numbers"),
         (["a"], {"scores": [0.0]}, "must hold a token for every byte, lacks '<0x00>'"),
         (BYTES[:255], {"scores": [0.0] * 255}, "a token for every byte, lacks '<0xFF>'"),
-        (BYTES, {"scores": [0.0] * 256, "unknown_token_id": 256}, "must be below 256, got 256"),
-        (BYTES, {"scores": [0.0] * 256, "padding_token_id": 2**32 - 1}, "must be below 256, got"),
+        (BYTES, {"scores": [0.0] * 256, "unknown_token_id": 256}, "must be at most 255, got 256"),
+        (BYTES, {"scores": [0.0] * 256, "padding_token_id": 2**32 - 1}, "must be at most 255, got"),
         (BYTES, {"scores": [0.0] * 256, "token_types": [6]}, "must be an array of 256 of type int"),
     ],
 )

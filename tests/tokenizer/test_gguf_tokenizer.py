@@ -188,7 +188,7 @@ def test_special_and_user_defined_tokens(
         ("gpt2", ["a", "a"], {"merges": []}, "must not repeat a token, got 'a' twice"),
         ("gpt2", ["a"], {"merges": ["ab"]}, "must hold pairs, got 'ab'"),
         ("gpt2", ["a"], {"merges": ["a b"]}, "merges are not valid"),
-        ("gpt2", ["a"], {"merges": [], "eos_token_id": 7}, "must be below 1, got 7"),
+        ("gpt2", ["a"], {"merges": [], "eos_token_id": 7}, "must be at most 0, got 7"),
         ("gpt2", ["a", "b"], {"merges": [], "token_types": [1]}, "must be an array of 2 of type"),
     ],
 )
