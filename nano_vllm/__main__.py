@@ -22,7 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     print("usage: nano-vllm COMMAND ..., where --help behind a command tells its options\n")
     for command, (_, purpose) in COMMANDS.items():
         print(f"  {command.ljust(width)}  {purpose}")
-    return 0 if name in ("-h", "--help") else 2
+    if name in ("-h", "--help"):
+        return 0
+    if name:
+        print(f"error: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from nano_vllm.__main__ import COMMANDS, main
 def test_without_a_command_it_tells_them(capsys: Any) -> None:
     assert main([]) == main(["none"]) == 2
     assert main(["--help"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == "error: unknown command 'none'; known: generate, serve, bench, plan\n"
     for command in COMMANDS:
         assert out.count(f"\n  {command} ") == 3
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
+
+from nano_vllm.cli import ArgumentParser, run_command
 
 BENCHMARKS = {
     "throughput": "output tokens per second over many requests, against peers",
@@ -22,18 +23,16 @@ BENCHMARKS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nano_vllm.bench", description=__doc__)
+    """The command; returns 0, 2 for bad usage, or 1 if the work failed."""
+    parser = ArgumentParser(prog="python -m nano_vllm.bench", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, purpose in BENCHMARKS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
         importlib.import_module(f"nano_vllm.bench.{name}").add_arguments(command)
     args = parser.parse_args(argv)
-    try:
-        importlib.import_module(f"nano_vllm.bench.{args.benchmark}").run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    benchmark = importlib.import_module(f"nano_vllm.bench.{args.benchmark}")
+    return run_command(lambda: benchmark.run(args) or 0, args.debug)
 
 
 if __name__ == "__main__":

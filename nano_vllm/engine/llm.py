@@ -8,6 +8,7 @@ from typing import Any
 
 from nano_vllm.config import DEFAULT_MODEL, EngineConfig
 from nano_vllm.engine.engine import Engine
+from nano_vllm.engine.interrupts import InterruptsWait
 from nano_vllm.engine.prompts import (
     Prompt,
     as_prompt_list,
@@ -348,26 +349,30 @@ class LLM:
         """Work on all requests; what there is to report of them, as it comes.
 
         Several may be open at a time, and other work be done between two outputs. If one is broken
-        off, by an error, an interrupt or the caller, none of its requests stays in the engine.
+        off, by an error, an interrupt or the caller, none of its requests stays in the engine; an
+        interrupt counts behind the step that it comes in.
         """
         unfinished = {request.request_id for request in requests}
         self._streamed |= unfinished
         try:
-            for request in requests:
-                self.engine.add(request)
+            with InterruptsWait():
+                for request in requests:
+                    self.engine.add(request)
             while unfinished:
                 mine = self._take(unfinished)
                 if not mine:
-                    self._untaken += self.engine.step()
+                    with InterruptsWait():
+                        self._untaken += self.engine.step()
                 for output in mine:
                     if output.finished:
                         unfinished.discard(output.request_id)
                     yield output
         finally:
-            for request_id in unfinished:
-                self.engine.abort(request_id)
-            self._take(unfinished)
-            self._streamed.difference_update(request.request_id for request in requests)
+            with InterruptsWait():
+                for request_id in unfinished:
+                    self.engine.abort(request_id)
+                self._take(unfinished)
+                self._streamed.difference_update(request.request_id for request in requests)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer; ValueError where the engine runs on token ids alone."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from nano_vllm.tokenizer.tokenizer import Tokenizer
 
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+_MAX_CHARACTER_TOKENS = 4
+"""A character has no more bytes."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -121,9 +123,10 @@ class _WindowStream:
     def push(self, token_id: int, piece: str) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith(_REPLACEMENT):
-            return ""
-        return self._give(text)
+        is_whole = not text.endswith(_REPLACEMENT)
+        if is_whole or len(self._window) - self._num_given > _MAX_CHARACTER_TOKENS:
+            return self._give(text)
+        return ""
 
     def flush(self) -> str:
         return self._give(self._decode(self._window))

@@ -213,6 +213,25 @@ def test_bad_input_is_one_line(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nosuch"], "argument BENCHMARK: invalid choice: 'nosuch'"),
+        ([], "the following arguments are required: BENCHMARK"),
+        (["host", "--num-sequences", "5"], "unknown option '--num-sequences'"),
+        (["host", "--num-seqs", "x"], "argument --num-seqs: "),
+    ],
+)
+def test_bad_usage_of_a_benchmark_is_one_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
 def test_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["host", "--num-seqs", "5", "--steps", "9", "--repeats", "1"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

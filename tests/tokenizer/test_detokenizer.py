@@ -91,6 +91,21 @@ def test_alphabet() -> None:
         assert piece == byte_level_alphabet()[byte]
 
 
+def test_the_replacement_character_itself_is_not_held_back() -> None:
+    """Models repeat it without end; the window must not grow with them."""
+    words = {"a": 0, REPLACEMENT: 1, "▁b": 2}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="a"))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(backend)
+    ids = [0, *[1] * 40, 2, 1, 2]
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    given = 0
+    for count, piece in enumerate(pieces[:-1], 1):
+        given += len(piece)
+        assert given >= count - 5
+
+
 def test_special_tokens_do_not_break_characters(byte_level: tokenizers.Tokenizer) -> None:
     tokenizer = Tokenizer(byte_level)
     alphabet = byte_level_alphabet()
