@@ -295,13 +295,11 @@ def is_short(request: CompletionRequest) -> bool:
 
 
 def _plain(message: Any) -> dict[str, Any]:
-    """As templates know messages: without what is absent, content as one text."""
+    """As templates know messages: without what is absent."""
     fields = {k: v for k, v in msgspec.to_builtins(message).items() if v is not None}
     if message.role == "developer":
         fields["role"] = "system"
-    if isinstance(message.content, list):
-        fields["content"] = "".join(part.text for part in message.content)
-    elif message.content is None and not message.tool_calls:
+    if message.content is None and not message.tool_calls:
         raise invalid(f"a message of role {message.role} must have content", "messages")
     fields.setdefault("content", "")
     return fields

@@ -55,7 +55,8 @@ class ChatTemplate:
         the messages.
 
         Args:
-            messages, add_generation_prompt, tools, documents: as templates know them.
+            messages, add_generation_prompt, tools, documents: as templates know them; content may
+                be a list of {"type": "text", "text": ...} too, which are joined.
             variables: the template's further ones.
             special: texts of special tokens, which are the template's to write.
             goes_on: leave out what the template writes behind the last message's text.
@@ -65,6 +66,7 @@ class ChatTemplate:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f"a chat message must be an object with a role, got {message!r}")
+        messages = [_with_one_text(message) for message in messages]
         name = "tool_use" if tools and "tool_use" in self._sources else "default"
         if name not in self._sources:
             known = ", ".join(self._sources)
@@ -117,6 +119,21 @@ def _with_end(messages: Sequence[Mapping[str, Any]], end: str) -> list[Mapping[s
     if not isinstance(content, str):
         raise ValueError(f"the last message cannot be continued: its content is {content!r:.100}")
     return [*others, {**last, "content": f"{content}{end} "}]
+
+
+def _with_one_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    parts = message.get("content")
+    if not isinstance(parts, list | tuple):
+        return message
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if text is None or part.get("type") != "text" or not isinstance(text, str):
+            raise ValueError(
+                f'parts of a message must be {{"type": "text", "text": ...}}, got {part!r:.100}'
+            )
+        texts.append(text)
+    return {**message, "content": "".join(texts)}
 
 
 class _Sandbox:

@@ -146,6 +146,18 @@ def test_only_json_reaches_a_template() -> None:
         render("x", variables={"thing": object()})
 
 
+def test_parts_of_text_are_one() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {}, "the model")
+    parts: list[Any] = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
+    message = {"role": "user", "content": parts}
+    assert template.render([message]).text == "a b"
+    assert message["content"] is parts
+    for bad in ({"type": "image_url", "image_url": "x"}, {"type": "text"}, "a", {"text": "a"}):
+        with pytest.raises(ValueError, match=r"parts of a message must be .* got ") as error:
+            template.render([{"role": "user", "content": [bad]}])
+        assert repr(bad)[:20] in str(error.value)
+
+
 @pytest.mark.parametrize("message", ["hi", {"content": "x"}, {"role": 3}, None])
 def test_messages_need_roles(message: Any) -> None:
     with pytest.raises(ValueError, match="must be an object with a role"):
