@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +23,7 @@ from nano_vllm.models.registry import model_class
 from nano_vllm.runner.input_batch import InputBatch
 from nano_vllm.weights.loader import load_model_config, load_weights
 from nano_vllm.weights.safetensors_checkpoint import SafetensorsCheckpoint
+from tests.distributed.thread_ranks import thread_ranks
 from tests.models.checkpoints import SETTINGS, make_checkpoint, write_gguf
 
 BLOCK_SIZE, MAX_LEN, CHUNK = 8, 64, 13
@@ -48,36 +48,6 @@ FAMILIES = [
     "gpt2",
 ]
 IN_GGUF = ["grouped queries", "phi3", "gpt2", "gemma3"]
-
-
-class ThreadRanks(Collectives):
-    """A rank that is a thread.
-
-    Args:
-        rank: this one.
-        meeting: of all of them.
-        table: where they put what they have.
-    """
-
-    def __init__(self, rank: int, meeting: threading.Barrier, table: list[torch.Tensor]) -> None:
-        self.rank, self.size = rank, meeting.parties
-        self._meeting, self._table = meeting, table
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x.copy_(self.all_gather(x).sum(dim=0))
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        self._table[self.rank] = x
-        self._meeting.wait()
-        everything = torch.stack(self._table)
-        self._meeting.wait()
-        return everything
-
-
-def thread_ranks(size: int) -> list[Collectives]:
-    meeting = threading.Barrier(size, timeout=60)
-    table = [torch.empty(0)] * size
-    return [ThreadRanks(rank, meeting, table) for rank in range(size)]
 
 
 def logits_of(

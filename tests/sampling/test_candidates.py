@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from nano_vllm.distributed.collectives import Collectives
 from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.sampling.candidates import gather_candidates
 from nano_vllm.sampling.gathering import (
@@ -25,38 +23,12 @@ from nano_vllm.sampling.gathering import (
 from nano_vllm.sampling.greedy import likeliest_tokens
 from nano_vllm.sampling.sampler import Sampler
 from nano_vllm.sequence import Sequence
+from tests.distributed.thread_ranks import thread_ranks
 from tests.kernels.graph_capture import capture
 from tests.sampling.test_sampler import choose, make_sequence
 
 INF = math.inf
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class CountingRanks(Collectives):
-    """A rank that is a thread, and counts what it sends.
-
-    Args:
-        rank: this one.
-        meeting: of all of them.
-        table: where they put what they have.
-    """
-
-    def __init__(self, rank: int, meeting: threading.Barrier, table: list[torch.Tensor]) -> None:
-        self.rank, self.size = rank, meeting.parties
-        self._meeting, self._table = meeting, table
-        self.num_bytes = 0
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        self.num_bytes += x.nbytes
-        self._table[self.rank] = x.clone()
-        self._meeting.wait()
-        everything = torch.stack(self._table)
-        self._meeting.wait()
-        return everything
-
-    def gather_columns(self, x: torch.Tensor, num_columns: int) -> torch.Tensor | None:
-        everything = self.all_gather(x)
-        return torch.cat(list(everything), dim=1)[:, :num_columns] if self.rank == 0 else None
 
 
 def sample_by_ranks(
@@ -70,8 +42,7 @@ def sample_by_ranks(
     vocab_size = logits.shape[1]
     part = vocabulary_part(vocab_size, size)
     num_candidates = Sampler(64).num_candidates(sequences, 0, logits.device)
-    meeting, table = threading.Barrier(size, timeout=60), [torch.empty(0)] * size
-    ranks = [CountingRanks(rank, meeting, table) for rank in range(size)]
+    ranks = thread_ranks(size)
 
     def run(rank: int) -> torch.Tensor | None:
         held = range(min(rank * part, vocab_size), min((rank + 1) * part, vocab_size))
@@ -203,7 +174,7 @@ def test_nothing_waits_for_the_device() -> None:
     """It can be captured, and finds other candidates in other logits."""
     logits = torch.randn(5, 4096, device="cuda").bfloat16()
     rows = torch.empty_like(logits)
-    ranks = CountingRanks(0, threading.Barrier(1), [logits])
+    (ranks,) = thread_ranks(1)
 
     def run() -> None:
         found = gather_candidates(logits, range(4096), 50, ranks, 4096)
