@@ -37,7 +37,9 @@ class OutputStream:
         self._wake: asyncio.Future[None] | None = None
 
     def put(self, place: int, delta: RequestDelta) -> None:
-        """Take in what the prompt of that place gained."""
+        """Take in what the prompt of that place gained; nothing behind an error."""
+        if self._error is not None:
+            return
         if place in self._parts:
             self._parts[place].absorb(delta)
             delta = self._parts[place]

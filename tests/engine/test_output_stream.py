@@ -57,6 +57,7 @@ def test_a_taker_that_fails_ends_its_stream_and_no_other() -> None:
         reading = asyncio.create_task(output.next())
         await asyncio.sleep(0)
         output.put(0, delta("text"))  # raises nothing: whoever puts serves others too
+        output.put(0, delta("behind what was lost"))
         with pytest.raises(KeyError, match="no such choice"):
             await reading
 
