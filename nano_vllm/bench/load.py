@@ -18,6 +18,7 @@ from nano_vllm.bench.workload import Workload
 LINE_LIMIT = 2**24
 """Bytes of a header line or chunk size line, at the most."""
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _BRINGS_TEXT = re.compile(rb'"choices": ?\[ ?\{')
 _TELLS_MORE = re.compile(rb'"(?:usage|error|timings)": ?[{"]')
 """Most events do not, and need not be decoded. In a text these would have backslashes."""
@@ -79,6 +80,7 @@ class Client:
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._key = f"authorization: Bearer {api_key}\r\n" if api_key else ""
         self._timeout = timeout
+        self._idle: list[Connection] = []
 
     async def models(self) -> list[str]:
         """Names of the server's models; ValueError where it does not answer."""
@@ -91,9 +93,10 @@ class Client:
 
     async def complete(self, body: dict[str, Any]) -> Timeline:
         """Stream one completion; what goes wrong is in the timeline."""
+        data = json.dumps(body).encode()
         timeline = Timeline(time.monotonic())
         try:
-            await asyncio.wait_for(self._stream(body, timeline), self._timeout)
+            await asyncio.wait_for(self._stream(data, timeline), self._timeout)
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             timeline.error = f"{type(error).__name__}: {error}"
         except asyncio.TimeoutError:
@@ -103,7 +106,7 @@ class Client:
             timeline.error = "no token came"
         return timeline
 
-    async def _stream(self, body: dict[str, Any], timeline: Timeline) -> None:
+    async def _stream(self, body: bytes, timeline: Timeline) -> None:
         pending = b""
         status, parts = await self._request("POST", "/v1/completions", body)
         timeline.status = status
@@ -135,53 +138,78 @@ class Client:
         return status, b"".join([part async for part in parts])
 
     async def _request(
-        self, method: str, path: str, body: Any = None
+        self, method: str, path: str, body: bytes = b""
     ) -> tuple[int, AsyncIterator[bytes]]:
         """Status, and the body as it comes."""
-        reader, writer = await asyncio.open_connection(
+        request = (
+            f"{method} {self._path}{path} HTTP/1.1\r\nhost: {self._host}\r\n{self._key}"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        ).encode() + body
+        while True:
+            is_used = bool(self._idle)
+            connection = self._idle.pop() if is_used else await self._connect()
+            reader, writer = connection
+            try:
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                break
+            except (OSError, asyncio.IncompleteReadError):
+                writer.close()
+                if not is_used:  # the server may end one that waits
+                    raise
+        first, *lines = head.lower().splitlines()
+        status = first.split()[1:2]
+        if not status or not status[0].isdigit():
+            writer.close()
+            raise ValueError(f"not an HTTP answer: {first[:100]!r}")
+        fields = (line.partition(b":") for line in lines)
+        headers = {name.strip(): value.strip() for name, _, value in fields}
+        return int(status[0]), self._body(connection, headers)
+
+    async def _connect(self) -> Connection:
+        return await asyncio.open_connection(
             self._host, self._port, ssl=self._ssl, limit=LINE_LIMIT
         )
-        data = b"" if body is None else json.dumps(body).encode()
-        head = (
-            f"{method} {self._path}{path} HTTP/1.1\r\nhost: {self._host}\r\n{self._key}"
-            f"content-type: application/json\r\ncontent-length: {len(data)}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        writer.write(head.encode() + data)
-        first = (await reader.readline()).split()
-        if len(first) < 2 or not first[1].isdigit():
-            writer.close()
-            raise ValueError(f"not an HTTP answer: {b' '.join(first)[:100]!r}")
-        is_chunked = False
-        while line := (await reader.readline()).strip().lower():
-            is_chunked |= line.startswith(b"transfer-encoding:") and b"chunked" in line
-        return int(first[1]), _body(reader, writer, is_chunked)
+
+    async def _body(
+        self, connection: Connection, headers: dict[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        """Keeps the connection for the next request where the body was read to its end."""
+        reader, writer = connection
+        is_whole = False
+        try:
+            if headers.get(b"transfer-encoding") == b"chunked":
+                async for part in _chunks(reader):
+                    yield part
+                is_whole = True
+            elif b"content-length" in headers:
+                yield await reader.readexactly(int(headers[b"content-length"]))
+                is_whole = True
+            else:
+                while part := await reader.read(65536):
+                    yield part
+        finally:
+            if is_whole and headers.get(b"connection") != b"close":
+                self._idle.append(connection)
+            else:
+                writer.close()
 
 
-async def _body(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_chunked: bool
-) -> AsyncIterator[bytes]:
-    try:
-        if not is_chunked:
-            while part := await reader.read(65536):
-                yield part
-            return
-        data = b""
-        while True:
-            head, found, rest = data.partition(b"\r\n")
-            size = int(head, 16) if found else -1
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    data = b""
+    while True:
+        head, found, rest = data.partition(b"\r\n")
+        size = int(head.partition(b";")[0], 16) if found else -1
+        if found and len(rest) >= size + 2:
             if size == 0:
                 return
-            if found and len(rest) >= size + 2:
-                yield rest[:size]
-                data = rest[size + 2 :]
-                continue
-            more = await reader.read(65536)
-            if not more:
-                raise asyncio.IncompleteReadError(data, None)
-            data += more
-    finally:
-        writer.close()
+            yield rest[:size]
+            data = rest[size + 2 :]
+            continue
+        more = await reader.read(65536)
+        if not more:
+            raise asyncio.IncompleteReadError(data, None)
+        data += more
 
 
 async def send_load(

@@ -7,6 +7,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nano_vllm.bench.load import Timeline
 
 PERCENTILES = (50, 90, 95, 99)
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import asyncio
+    import contextlib
     import datetime
 
     from nano_vllm.bench.engine_run import check_files
@@ -69,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
     from nano_vllm.bench.report import report
     from nano_vllm.bench.workload import Workload
 
+    run_loop: Callable[..., Any] = asyncio.run
+    with contextlib.suppress(ImportError):  # it comes with the server
+        from uvloop import run as run_loop
     check_files(argparse.Namespace(plot=args.plot, trace=None))
     workload = Workload.random(
         args.num_prompts, args.input_len, args.output_len, args.vocab_size, args.seed
@@ -89,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         )
         return model, timelines, seconds
 
-    model, timelines, seconds = asyncio.run(load())
+    model, timelines, seconds = run_loop(load())
     done = [t for t in timelines if t.error is None]
     failed: list[str] = [t.error for t in timelines if t.error is not None]
     if not done:
