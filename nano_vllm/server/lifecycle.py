@@ -19,6 +19,7 @@ import uvicorn
 from nano_vllm.config import EngineConfig
 from nano_vllm.server.app import make_app
 from nano_vllm.server.http_protocol import HttpProtocol
+from nano_vllm.server.listener import Listener
 from nano_vllm.server.server_config import ServerConfig
 from nano_vllm.server.service import Service
 
@@ -31,7 +32,18 @@ LAST_WORDS_SECONDS = 3.0
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves the signals to us."""
+    """Leaves the signals to us, and takes connections from a Listener."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        config = self.config
+
+        def make_protocol() -> asyncio.Protocol:
+            return HttpProtocol(config, self.server_state, self.lifespan.state)
+
+        await super().startup([])
+        for listening in sockets or ():
+            listener: Any = Listener(listening, make_protocol, config.ssl)
+            self.servers.append(listener)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -56,7 +68,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
 
 
 async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
-    listener = _listen(config)
+    listening = _listen(config)
     service = Service(engine_config, config)
     of_uvicorn = uvicorn.Config(
         make_app(service),
@@ -95,9 +107,9 @@ async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:
-        return await _live(service, server, serving, stop)
+        return await _live(service, server, serving, stop, listening.getsockname())
     finally:
         await service.close()
         left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -122,9 +134,13 @@ def _listen(config: ServerConfig) -> socket.socket:
 
 
 async def _live(
-    service: Service, server: _Uvicorn, serving: asyncio.Task[None], stop: asyncio.Event
+    service: Service,
+    server: _Uvicorn,
+    serving: asyncio.Task[None],
+    stop: asyncio.Event,
+    address: tuple[Any, ...],
 ) -> int:
-    loading = asyncio.create_task(_load(service, server))
+    loading = asyncio.create_task(_load(service, server, address))
     stopping = asyncio.create_task(stop.wait())
     beginnings: set[asyncio.Future[Any]] = {loading, stopping, serving}
     await asyncio.wait(beginnings, return_when=asyncio.FIRST_COMPLETED)
@@ -153,10 +169,10 @@ async def _live(
     return exit_code
 
 
-async def _load(service: Service, server: _Uvicorn) -> None:
+async def _load(service: Service, server: _Uvicorn, address: tuple[Any, ...]) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    host, port = address[:2]
     scheme = "https" if service.config.ssl_certfile else "http"
     shown = f"[{host}]" if ":" in host else host
     LOG.info("listening at %s://%s:%d, loading %s", scheme, shown, port, service.model_name)
