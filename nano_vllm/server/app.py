@@ -116,7 +116,7 @@ async def create_completion(request: Request) -> Response:
     else:
         prompts = await service.in_thread(gate.completion, asked)
     answer = CompletionAnswer(asked, prompts, service.model_name, service.tokenizer)
-    return await respond(service, answer, request.receive)
+    return await respond(service, answer, request)
 
 
 @routes.post("/v1/chat/completions", ChatRequest, ChatCompletion)
@@ -127,7 +127,7 @@ async def create_chat_completion(request: Request) -> Response:
     asked: ChatRequest = await body_of(request, CHAT)
     service.check_model(asked.model)
     prompt = await service.in_thread(gate.chat, asked)
-    return await respond(service, ChatAnswer(asked, prompt, service.model_name), request.receive)
+    return await respond(service, ChatAnswer(asked, prompt, service.model_name), request)
 
 
 @routes.post("/tokenize", TokenizeRequest, Tokens)

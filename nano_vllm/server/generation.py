@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
 
 from nano_vllm.engine.messages import CompletionDelta, RequestDelta
@@ -31,6 +32,8 @@ WRITE_PART = "nano_vllm.write_part"
 """The extension that writes a part of the body at once; it says whether it could."""
 CAN_WRITE = "nano_vllm.can_write"
 """The extension that says whether it can."""
+WHEN_GONE = "nano_vllm.when_gone"
+"""The extension that calls what it is given, once, when the client has gone; None takes it back."""
 _ENCODER = msgspec.json.Encoder()
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 T = TypeVar("T")
@@ -40,18 +43,18 @@ class TimedOut(Exception):
     """A request took too long."""
 
 
-async def respond(service: Service, answer: Answer, receive: Receive) -> Response:
+async def respond(service: Service, answer: Answer, request: Request) -> Response:
     """The response to a request that passed the gate.
 
     Args:
         service: has the engine.
         answer: what is to be told.
-        receive: ASGI's; says when the client goes.
+        request: says when the client goes.
     """
     run = Run(service, answer)
     if answer.request.stream:
         return EventStream(run)
-    return await run.whole(receive)
+    return await run.whole(request.scope, request.receive)
 
 
 class Run:
@@ -120,20 +123,11 @@ class Run:
 
         self._output.taker = take
 
-    async def whole(self, receive: Receive) -> Response:
-        """All of it as one JSON response."""
-        collecting = asyncio.create_task(self._collect())
-        leaving = asyncio.create_task(_wait_until_gone(receive))
-        try:
-            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                raise Disconnected
-            deltas = collecting.result()
+    async def whole(self, scope: MutableMapping[str, Any], receive: Receive) -> Response:
+        """All of it as one JSON response; Disconnected where the client goes before."""
+        with self.open(scope, receive):
+            deltas = await self._collect()
             return await self.make(lambda: self._response(deltas), deltas.values())
-        finally:
-            leaving.cancel()
-            collecting.cancel()
-            self.close()
 
     async def make(self, work: Callable[[], T], deltas: Iterable[RequestDelta]) -> T:
         """What is made of deltas, beside the event loop where they are large."""
@@ -141,10 +135,34 @@ class Run:
             return await self._service.in_thread(work)
         return work()
 
-    def close(self) -> None:
-        """Abort what is unfinished."""
-        self._timer.cancel()
-        self._service.llm.abort(self._output)
+    @contextlib.contextmanager
+    def open(self, scope: MutableMapping[str, Any], receive: Receive) -> Iterator[None]:
+        """`next` raises Disconnected once the client has gone. Behind it what is unfinished is
+        aborted.
+        """
+        when_gone = scope.get("extensions", {}).get(WHEN_GONE)
+        leaving = None
+        if when_gone is None:
+            leaving = asyncio.create_task(self._wait_until_gone(receive))
+        else:
+            when_gone(self._leave)
+        try:
+            yield
+        finally:
+            if leaving is not None:
+                leaving.cancel()
+            else:
+                when_gone(None)
+            self._timer.cancel()
+            self._service.llm.abort(self._output)
+
+    def _leave(self) -> None:
+        self._output.fail(Disconnected())
+
+    async def _wait_until_gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._leave()
 
     def _response(self, deltas: dict[int, RequestDelta]) -> Response:
         body = _ENCODER.encode(self._answer.whole(deltas))
@@ -176,22 +194,10 @@ class EventStream(Response):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self._run = run
-        self._sending_since: float | None = None
-        """When the send began that is under way."""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        streaming = asyncio.create_task(self._stream(scope, receive, send))
-        leaving = asyncio.create_task(_wait_until_gone(receive))
-        watching = asyncio.create_task(self._watch(scope))
-        try:
-            await asyncio.wait({streaming, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if streaming.done():
-                streaming.result()
-        finally:
-            watching.cancel()
-            leaving.cancel()
-            streaming.cancel()
-            self._run.close()
+        with contextlib.suppress(Disconnected), self._run.open(scope, receive):
+            await self._stream(scope, receive, send)
 
     async def _stream(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         run, answer = self._run, self._run.answer
@@ -216,7 +222,7 @@ class EventStream(Response):
                     partial(_events, answer, deltas), [delta for _, delta in deltas]
                 )
                 if events and not (write_part and write_part(events)):
-                    await self._put(send, events)
+                    await self._put(scope, send, events)
                 if run.num_pending_tokens > MAX_PENDING_TOKENS:
                     _cut_off(scope)
                 deltas = await run.next()
@@ -224,25 +230,17 @@ class EventStream(Response):
             end = END if last is None else event(last) + END
         except ApiError as error:
             end = event(error.response) + END
-        await self._put(send, end, more=False)
+        await self._put(scope, send, end, more=False)
 
-    async def _put(self, send: Send, body: bytes, more: bool = True) -> None:
-        self._sending_since = time.monotonic()
-        await send({"type": "http.response.body", "body": body, "more_body": more})
-        self._sending_since = None
-
-    async def _watch(self, scope: MutableMapping[str, Any]) -> None:
-        """Cut off a client that does not take in time what is sent: one timer for all of it, as one
-        for each send would cost more than the send.
-        """
-        timeout = self._run.read_timeout
-        while True:
-            now = time.monotonic()
-            due = (now if self._sending_since is None else self._sending_since) + timeout
-            if due <= now:
-                _cut_off(scope)
-                return
-            await asyncio.sleep(due - now)
+    async def _put(
+        self, scope: MutableMapping[str, Any], send: Send, body: bytes, more: bool = True
+    ) -> None:
+        """Send, and cut off a client that does not take it in time."""
+        timer = asyncio.get_running_loop().call_later(self._run.read_timeout, _cut_off, scope)
+        try:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+        finally:
+            timer.cancel()
 
 
 def _aborted(delta: RequestDelta) -> CompletionDelta | None:
@@ -295,8 +293,3 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 def error_response(error: ApiError) -> Response:
     return json_response(error.response, error.status, error.headers)
-
-
-async def _wait_until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

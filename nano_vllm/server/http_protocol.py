@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nano_vllm.server.errors import invalid
-from nano_vllm.server.generation import ABORT_CONNECTION, CAN_WRITE, WRITE_PART
+from nano_vllm.server.generation import ABORT_CONNECTION, CAN_WRITE, WHEN_GONE, WRITE_PART
 
 HEADER_SECONDS = 30.0
 """From the first byte of a connection, or of a request, to the end of its headers."""
@@ -24,6 +25,9 @@ class HttpProtocol(HttpToolsProtocol):
     _header_timer: asyncio.TimerHandle | None = None
     _num_header_bytes = 0
     _in_headers = True
+    _then: Callable[[], None] | None = None
+    """What to do once the client has gone."""
+    _is_lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,6 +36,9 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
         super().connection_lost(exc)
+        self._is_lost = True
+        if self._then is not None:
+            self._then()
 
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
@@ -49,6 +56,7 @@ class HttpProtocol(HttpToolsProtocol):
             ABORT_CONNECTION: self.transport.abort,
             WRITE_PART: self._write_part,
             CAN_WRITE: self._can_write,
+            WHEN_GONE: self._when_gone,
         }
         self.scope["extensions"] = extensions
 
@@ -71,6 +79,11 @@ class HttpProtocol(HttpToolsProtocol):
         # Where another request has come already, the cycle is that one's, whose head was not sent.
         cycle = self.cycle
         return not (self.flow.write_paused or cycle.disconnected) and bool(cycle.chunked_encoding)
+
+    def _when_gone(self, then: Callable[[], None] | None) -> None:
+        self._then = then
+        if self._is_lost and then is not None:
+            then()
 
     def send_400_response(self, msg: str) -> None:
         body = msgspec.json.encode(invalid(msg.lower().rstrip(".")).response)
