@@ -118,12 +118,13 @@ class AsyncLLM:
             raise EngineError("the engine is not running")
         request_id = output.request_ids[place]
         self._streams[request_id] = output, place
+        now = time.monotonic()
         if isinstance(params, BeamSearchParams):
             message: Add | Search = Search(
-                request_id, prompt_token_ids, params, priority, cache_salt
+                request_id, prompt_token_ids, params, priority, cache_salt, now
             )
         else:
-            message = Add(request_id, prompt_token_ids, params, stream, priority, cache_salt)
+            message = Add(request_id, prompt_token_ids, params, stream, priority, cache_salt, now)
         self._processes.send(message)
 
     async def generate(
@@ -204,11 +205,13 @@ class AsyncLLM:
             if isinstance(message, Failed):
                 reason = f"the engine failed: {message.message}"
             self._take(message)
+            # Whoever got a first token sends it ahead of the tokens of all others.
+            await asyncio.sleep(0)
         self._die(reason)
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Deltas):
-            for delta in reversed(message.requests):  # whose first token it is come last
+            for delta in message.requests:
                 output, place = self._streams.get(delta.request_id, (None, 0))
                 if output is not None:
                     if delta.finished:

@@ -177,8 +177,13 @@ class Engine:
             request_id, prompt_token_ids, params, prompt, priority, cache_salt
         )
 
-    def add(self, request: Request) -> None:
-        """Queue a request; ValueError if one of the same id is under way."""
+    def add(self, request: Request, arrival_time: float | None = None) -> None:
+        """Queue a request; ValueError if one of the same id is under way.
+
+        Args:
+            request: of `make_request`.
+            arrival_time: when it came, by the engine's clock; None for now.
+        """
         if self._closed:
             raise RuntimeError("the engine is closed")
         if request.request_id in self._requests:
@@ -192,7 +197,7 @@ class Engine:
         if not self.has_work:
             self._result_time = None
         self.scheduler.add(request.sequences, request.beams)
-        request.metrics.arrival_time = self._clock()
+        request.metrics.arrival_time = self._clock() if arrival_time is None else arrival_time
         self._requests[request.request_id] = request
 
     def add_request(

@@ -101,11 +101,16 @@ class EngineLoop:
             start = self._clock()
             if end is not None:
                 self._host_seconds += start - end
-            deltas = [delta_of(request) for request in self._engine.advance()]
+            requests = self._engine.advance()
             end = self._clock()
             self._step_seconds += end - start
-            num_tokens = sum(delta.num_tokens for delta in deltas)
-            self._report(deltas)
+            # First tokens are waited for: they go ahead of what makes others longer.
+            groups = [r for r in requests if not r.is_told], [r for r in requests if r.is_told]
+            num_tokens = 0
+            for group in groups:
+                deltas = [delta_of(request) for request in group]
+                num_tokens += sum(delta.num_tokens for delta in deltas)
+                self._report(deltas)
             num_running = self._engine.scheduler.num_running
             self._steps.append(StepNote(end, end - start, num_running, num_tokens))
 
@@ -121,7 +126,7 @@ class EngineLoop:
         engine = self._engine
         if isinstance(message, (Add, Search)):
             try:
-                engine.add(self._request(message))
+                engine.add(self._request(message), message.arrival_time)
             except ValueError as error:
                 self._send(Refused(message.request_id, str(error)))
         elif isinstance(message, Abort):

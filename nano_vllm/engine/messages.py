@@ -36,6 +36,8 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     stream: bool
     priority: int = 0
     cache_salt: str | None = None
+    arrival_time: float | None = None
+    """When the server had it, in seconds of the monotonic clock, which a host's processes share."""
 
 
 class Search(msgspec.Struct, tag=True, array_like=True):
@@ -46,6 +48,7 @@ class Search(msgspec.Struct, tag=True, array_like=True):
     params: BeamSearchParams
     priority: int = 0
     cache_salt: str | None = None
+    arrival_time: float | None = None
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):

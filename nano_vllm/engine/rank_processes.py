@@ -45,6 +45,7 @@ class RankProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._writers: list[asyncio.StreamWriter] = []
         self._readers: list[asyncio.StreamReader] = []
+        self._unsent: list[bytes] = []
 
     async def start(self) -> FromEngine | None:
         """Start them; what the first says once it has loaded, or who ends before; None for no word.
@@ -87,9 +88,18 @@ class RankProcesses:
         return await read_message(self._readers[0])
 
     def send(self, message: ToEngine) -> None:
-        """Does not wait."""
+        """Does not wait. What is sent in one turn of the event loop goes out together: many
+        requests can come at once, and a write costs as much as the rest of a message.
+        """
         assert self._writers, "the engine was never started"
-        self._writers[0].write(encode([message]))
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(encode([message]))
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if not self._writers[0].is_closing():
+            self._writers[0].write(b"".join(unsent))
 
     def dump_stacks(self) -> None:
         """They print what their threads are at."""

@@ -74,6 +74,16 @@ def deltas_of(sent: list[Any], request_id: str) -> list[RequestDelta]:
     return [d for step in steps for d in step.requests if d.request_id == request_id]
 
 
+def test_first_tokens_go_ahead() -> None:
+    params = SamplingParams(max_tokens=20, ignore_eos=True, seed=1)
+    adds: dict[int, list[Any]] = {0: [Add("a", [97], params, True), Add("b", [97], params, True)]}
+    sent, _ = run(adds | {5: [Add("c", [97], params, True)]})
+    steps = [[d.request_id for d in message.requests] for message in sent]
+    place = next(i for i, request_ids in enumerate(steps) if "c" in request_ids)
+    assert place > 0
+    assert steps[place : place + 3] == [["c"], ["a", "b"], ["a", "b", "c"]]
+
+
 def test_deltas_sum_up_to_the_whole() -> None:
     params = SamplingParams(max_tokens=20, seed=1, n=3)
     sent, _ = run({0: [Add("a", [97], params, True), Add("b", [97], params, False)]})
