@@ -60,6 +60,36 @@ def test_sixteen_bits_begin_alike(tmp_path: Path) -> None:
     assert alike >= 12, f"{alike} of 16 begin alike"
 
 
+def scores(path: Path, device: str, dtype: str, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Log-probabilities of each prompt's tokens, computed in chunks."""
+    with LLM(
+        str(path),
+        device=device,
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        num_blocks=64,
+        block_size=8,
+        max_model_len=128,
+        max_num_batched_tokens=32,
+    ) as llm:
+        contexts, rest = [p[:1] for p in prompts], [p[1:] for p in prompts]
+        return [torch.tensor(one.logprobs) for one in llm.score(contexts, rest, use_tqdm=False)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sixteen_bits_are_as_far_off_as_on_the_cpu(tmp_path: Path, name: str) -> None:
+    """Its bfloat16 rounds in other places, but is no further from float32."""
+    make_checkpoint(tmp_path, seed=7, **SETTINGS[name])
+    draw = random.Random(name)
+    prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in (9, 40, 63)]
+    exact = torch.cat(scores(tmp_path, "cpu", "float32", prompts))
+    rounded = torch.cat(scores(tmp_path, "cpu", "bfloat16", prompts))
+    got = torch.cat(scores(tmp_path, "cuda", "bfloat16", prompts))
+    usual, error = ((one - exact).square().mean().sqrt() for one in (rounded, got))
+    assert 0 < error <= 1.5 * usual, f"error {error:.3g}, on the CPU {usual:.3g}"
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
