@@ -230,7 +230,9 @@ inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, int swizzle_bytes)
              : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
              : swizzle_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                    : CU_TENSOR_MAP_SWIZZLE_NONE,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             tensor.line_bytes == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+                                      : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor map: error ",
         static_cast<int>(result));
   return map;
