@@ -100,6 +100,8 @@ void rotary_reshape_and_cache(const Tensor& positions, const Tensor& query, cons
   check(head_dim <= kMaxRotaryHeadDim, "head_dim must be at most ", kMaxRotaryHeadDim, ", got ",
         head_dim);
   check(key.size(1) > 0, "num_kv_heads must be positive, got ", key.size(1));
+  const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
+  check(num_slots <= int64_t{1} << 32, "key_cache must have at most 2^32 slots, got ", num_slots);
   check(rotary_dim % 2 == 0 && rotary_dim <= head_dim,
         "rotary_dim must be even and at most head_dim ", head_dim, ", got ", rotary_dim);
   check(cos_sin_cache.is_contiguous(), "cos_sin_cache must be contiguous");

@@ -52,6 +52,44 @@ struct alignas(16) Vec {
   T value[kSize];
 };
 
+// The elements as floats, and back, a word at a time: to take 16-bit elements out of their words
+// one by one, and to put them back, costs more than the conversion.
+template <class T>
+__device__ inline void to_floats(float (&floats)[Vec<T>::kSize], const Vec<T>& vec) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const auto& words = reinterpret_cast<const uint32_t (&)[Vec<T>::kSize / 2]>(vec);
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize / 2; ++i) {
+      floats[2 * i] = __uint_as_float(words[i] << 16);
+      floats[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) floats[i] = to_float(vec.value[i]);
+  }
+}
+
+template <class T>
+__device__ inline Vec<T> from_floats(const float (&floats)[Vec<T>::kSize]) {
+  Vec<T> vec;
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) vec.value[i] = floats[i];
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    auto& pairs = reinterpret_cast<Pair(&)[Vec<T>::kSize / 2]>(vec);
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize / 2; ++i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        pairs[i] = __floats2half2_rn(floats[2 * i], floats[2 * i + 1]);
+      } else {
+        pairs[i] = __floats2bfloat162_rn(floats[2 * i], floats[2 * i + 1]);
+      }
+    }
+  }
+  return vec;
+}
+
 template <class T>
 __device__ inline Vec<T> load_vec(const T* address) {
   return *reinterpret_cast<const Vec<T>*>(address);

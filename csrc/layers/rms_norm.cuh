@@ -8,8 +8,10 @@ namespace nano_vllm::cuda {
 // sum plus the vector's elements squared, one after the other.
 template <class T>
 __device__ inline float add_squares(float sum, const Vec<T>& vec) {
+  float x[Vec<T>::kSize];
+  to_floats(x, vec);
 #pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) sum += to_float(vec.value[i]) * to_float(vec.value[i]);
+  for (int i = 0; i < Vec<T>::kSize; ++i) sum += x[i] * x[i];
   return sum;
 }
 
@@ -19,12 +21,13 @@ __device__ inline float inverse_rms(float sum_of_squares, int size, float eps) {
 }
 
 template <class T>
-__device__ inline Vec<T> normalise(Vec<T> vec, float inverse, const Vec<T>& weight) {
+__device__ inline Vec<T> normalise(const Vec<T>& vec, float inverse, const Vec<T>& weight) {
+  float x[Vec<T>::kSize], weights[Vec<T>::kSize];
+  to_floats(x, vec);
+  to_floats(weights, weight);
 #pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) {
-    vec.value[i] = from_float<T>(to_float(vec.value[i]) * inverse * to_float(weight.value[i]));
-  }
-  return vec;
+  for (int i = 0; i < Vec<T>::kSize; ++i) x[i] = x[i] * inverse * weights[i];
+  return from_floats<T>(x);
 }
 
 }  // namespace nano_vllm::cuda
