@@ -446,3 +446,8 @@ def find_shared_prefixes(
     Raises:
         ValueError: an array of another dtype, shape or layout, or a block table that is too short.
     """
+
+def first_not_a_token(token_ids: Sequence[object], vocab_size: int) -> int:
+    """Where the first thing stands that is no int in [0, vocab_size); -1 if there is none. True is
+    no token id, nor is what is of a class derived from int.
+    """

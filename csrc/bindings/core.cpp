@@ -256,6 +256,22 @@ int64_t shared_prefixes(py::array query_start_loc, py::array seq_lens, py::array
   return find_shared_prefixes(params);
 }
 
+// Where the first thing stands that is no token id, -1 if there is none.
+int64_t first_not_a_token(const py::object& token_ids, int64_t vocab_size) {
+  const auto items = py::reinterpret_steal<py::object>(
+      PySequence_Fast(token_ids.ptr(), "token_ids must be a sequence"));
+  if (!items) throw py::error_already_set();
+  PyObject* const* const begin = PySequence_Fast_ITEMS(items.ptr());
+  const int64_t count = PySequence_Fast_GET_SIZE(items.ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    if (!PyLong_CheckExact(begin[i])) return i;  // as True is an int
+    int overflow = 0;  // no code of Python's runs for a plain int, and nothing is raised
+    const int64_t token = PyLong_AsLongLongAndOverflow(begin[i], &overflow);
+    if (overflow != 0 || token < 0 || token >= vocab_size) return i;
+  }
+  return -1;
+}
+
 }  // namespace
 }  // namespace nano_vllm
 
@@ -270,4 +286,6 @@ PYBIND11_MODULE(_core, module) {
   module.def("find_shared_prefixes", &nano_vllm::shared_prefixes, py::arg("query_start_loc"),
              py::arg("seq_lens"), py::arg("block_tables"), py::arg("block_size"),
              py::arg("min_saved_tokens"), py::arg("out"));
+  module.def("first_not_a_token", &nano_vllm::first_not_a_token, py::arg("token_ids"),
+             py::arg("vocab_size"));
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from nano_vllm._core import first_not_a_token
 from nano_vllm.sampling_params import SamplingParams
 
 MAX_SALT_LENGTH = 1024
@@ -46,17 +47,11 @@ class RequestLimits:
     def _check_prompt(self, prompt_token_ids: list[int]) -> None:
         if not prompt_token_ids:
             raise ValueError("the prompt must hold at least one token, got none")
-        # Types first, as True is an int. All at once: a long prompt would hold up the next step.
-        are_ints = set(map(type, prompt_token_ids)) == {int}
-        if not are_ints or min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.vocab_size:
-            place, token_id = next(
-                (place, token_id)
-                for place, token_id in enumerate(prompt_token_ids)
-                if type(token_id) is not int or not 0 <= token_id < self.vocab_size
-            )
+        place = first_not_a_token(prompt_token_ids, self.vocab_size)
+        if place >= 0:
             raise ValueError(
                 f"prompt token ids must be integers in [0, {self.vocab_size}), "
-                f"got {token_id!r} at position {place}"
+                f"got {prompt_token_ids[place]!r} at position {place}"
             )
         longest = self.max_model_len - 1
         if len(prompt_token_ids) > longest:
