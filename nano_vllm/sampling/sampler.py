@@ -7,7 +7,12 @@ import torch
 from nano_vllm import ops
 from nano_vllm.logprob import Logprob
 from nano_vllm.sampling.logprobs import logprob_entries, logprob_table
-from nano_vllm.sampling.sampling_rows import SamplingRows, can_be_adjusted, rows_with_logprobs
+from nano_vllm.sampling.sampling_rows import (
+    RequestTable,
+    SamplingRows,
+    can_be_adjusted,
+    rows_with_logprobs,
+)
 from nano_vllm.sampling.token_history import TokenHistory
 from nano_vllm.sequence import Sequence
 
@@ -35,7 +40,7 @@ class Sampler:
     """
 
     def __init__(self, max_model_len: int, seed: int = 0) -> None:
-        self._seed = seed
+        self._table = RequestTable(seed)
         self._history = TokenHistory(max_model_len)
         self._rows: SamplingRows | None = None
         """Of the last step."""
@@ -118,7 +123,7 @@ class Sampler:
         rows = self._rows
         if rows is None or rows.sequences is not sequences or rows.steps_left == 0:
             rows = self._rows = SamplingRows(
-                sequences, num_ahead, self._seed, self._history, device
+                sequences, num_ahead, self._table, self._history, device
             )
         return rows
 

@@ -13,10 +13,90 @@ import torch
 
 from nano_vllm.sampling.gathering import LIKELIEST, MAX_CANDIDATES, WHOLE
 from nano_vllm.sampling.token_history import TokenHistory
-from nano_vllm.sampling_params import SamplingParams
 from nano_vllm.sequence import Sequence
 
 Array = npt.NDArray[Any]
+ADJUSTED, LOOKS_BACK, GOES_ON, HAS_LOGPROBS = 1, 2, 4, 8
+"""Traits of a row: its logits are never drawn from as they are; what was said changes them; it may
+not end before min_tokens; log-probabilities are wanted.
+"""
+SPARE_PLACES = 1024
+"""Requests that a RequestTable has beside those of the batch, which may come back."""
+
+
+class RequestTable:
+    """The numbers of each request that was lately drawn for: what is read of it is read once, and a
+    batch that changes by a row is put together again in no time.
+
+    Args:
+        engine_seed: of the draws of requests that have no seed.
+    """
+
+    def __init__(self, engine_seed: int) -> None:
+        self._engine_seed = engine_seed
+        self._places: dict[Sequence, int] = {}
+        self._floats: Array = np.empty((3, 0))  # temperature, top_p, min_p
+        self._longs: Array = np.empty((2, 0), dtype=np.int64)  # seed, stream
+        self._ints: Array = np.empty((2, 0), dtype=np.int32)  # top_k, prompt tokens
+        self._traits: Array = np.empty(0, dtype=np.uint8)
+
+    def draws(self, sequences: list[Sequence]) -> tuple[dict[str, Array], Array]:
+        """Arguments of `ops.sample_tokens`, and the traits of each row."""
+        places = np.array(self._places_of(sequences), dtype=np.intp)
+        temperatures, top_p, min_p = self._floats.take(places, axis=1)
+        seeds, streams = self._longs.take(places, axis=1)
+        top_k, prompt_lens = self._ints.take(places, axis=1)
+        draws = {
+            "temperatures": temperatures,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seeds": seeds,
+            "streams": streams,
+            "prompt_lens": prompt_lens,
+        }
+        return draws, self._traits.take(places)
+
+    def _places_of(self, sequences: list[Sequence]) -> list[int]:
+        if len(self._places) > 2 * len(sequences) + SPARE_PLACES:  # the others may have ended
+            self._places.clear()
+        known = self._places
+        places = [known.get(sequence, -1) for sequence in sequences]
+        if -1 in places:
+            self._grow(len(known) + places.count(-1))
+            for row, place in enumerate(places):
+                if place < 0:
+                    sequence = sequences[row]
+                    places[row] = known[sequence] = place = len(known)
+                    self._read(sequence, place)
+        return places
+
+    def _grow(self, num_places: int) -> None:
+        more = num_places - len(self._traits)
+        if more > 0:
+            more += num_places  # so that it is seldom
+            self._floats, self._longs, self._ints = (
+                np.pad(numbers, ((0, 0), (0, more)))
+                for numbers in (self._floats, self._longs, self._ints)
+            )
+            self._traits = np.pad(self._traits, (0, more))
+
+    def _read(self, sequence: Sequence, place: int) -> None:
+        params = sequence.params
+        min_p = params.temperature * math.log(params.min_p) if params.min_p else -math.inf
+        self._floats[:, place] = params.temperature, params.top_p, min_p
+        if params.seed is None:
+            self._longs[:, place] = _signed(self._engine_seed), sequence.seq_id + 1
+        else:  # other completions of a request have seeds of their own
+            self._longs[:, place] = _signed(params.seed + sequence.index), 0
+        top_k = min(max(params.top_k, 0), 2**31 - 1)
+        self._ints[:, place] = top_k, sequence.num_prompt_tokens
+        self._traits[place] = (
+            ADJUSTED * _is_adjusted(sequence)
+            | LOOKS_BACK * _looks_back(sequence)
+            | GOES_ON * (params.min_tokens > 0 and bool(sequence.end_token_ids))
+            | HAS_LOGPROBS * (params.logprobs is not None)
+        )
 
 
 class SamplingRows:
@@ -26,7 +106,7 @@ class SamplingRows:
     Args:
         sequences: of the rows.
         num_ahead: leading rows whose sequences do not know their last token yet.
-        engine_seed: of the draws of requests that have no seed.
+        table: has what is read of requests.
         history: what sequences have said.
         device: of the logits.
     """
@@ -35,46 +115,38 @@ class SamplingRows:
         self,
         sequences: list[Sequence],
         num_ahead: int,
-        engine_seed: int,
+        table: RequestTable,
         history: TokenHistory,
         device: torch.device,
     ) -> None:
         self.sequences = sequences
-        self.logprob_rows = rows_with_logprobs(sequences)
-        params = [sequence.params for sequence in sequences]
-        adjusted = [
-            row
-            for row, sequence in enumerate(sequences)
-            if _is_adjusted(sequence) or _must_go_on(sequence, row < num_ahead)
-        ]
+        draws, traits = table.draws(sequences)
+        self.logprob_rows: list[int] = np.flatnonzero(traits & HAS_LOGPROBS).tolist()
+        adjusted: list[int] = []
+        waiting = []  # for min_tokens alone
+        for row in np.flatnonzero(traits & (ADJUSTED | GOES_ON)).tolist():
+            if traits[row] & ADJUSTED:
+                adjusted.append(row)
+            elif _must_go_on(sequences[row], row < num_ahead):
+                adjusted.append(row)
+                waiting.append(row)
         self.steps_left = min(
             (
                 sequences[row].params.min_tokens
                 - sequences[row].num_output_tokens
                 - (row < num_ahead)
-                for row in adjusted
-                if not _is_adjusted(sequences[row])
+                for row in waiting
             ),
             default=None,
         )
         """Steps until a row needs no adjustment any more; None for no such step."""
-        draws = {
-            "temperatures": _float64s(p.temperature for p in params),
-            "top_k": _int32s(min(max(p.top_k, 0), 2**31 - 1) for p in params),
-            "top_p": _float64s(p.top_p for p in params),
-            "min_p": _float64s(
-                p.temperature * math.log(p.min_p) if p.min_p else -math.inf for p in params
-            ),
-            # Other completions of a request have seeds of their own.
-            "seeds": _int64s(
-                engine_seed if s.params.seed is None else s.params.seed + s.index for s in sequences
-            ),
-            "streams": _int64s(s.seq_id + 1 if s.params.seed is None else 0 for s in sequences),
-            "prompt_lens": _int32s(s.num_prompt_tokens for s in sequences),
-        }
         adjustments: dict[str, Array] = {}
-        looking_back = [sequence for sequence in sequences if _looks_back(sequence)]
+        looking_back = [sequences[row] for row in np.flatnonzero(traits & LOOKS_BACK).tolist()]
         slots = dict(zip(looking_back, history.keep(looking_back, device), strict=True))
+        self.num_candidates = WHOLE
+        """Of each row, from each rank that has a part of the logits; see `gathering`."""
+        if not (adjusted or self.logprob_rows):
+            self.num_candidates = _num_candidates(draws["top_k"], draws["temperatures"])
         if adjusted:
             adjusted_rows = np.full(len(sequences), -1, dtype=np.int32)
             adjusted_rows[adjusted] = range(len(adjusted))
@@ -86,18 +158,15 @@ class SamplingRows:
         self.adjustments = dict(zip(adjustments, tensors[len(draws) :], strict=True))
         """Arguments of `ops.adjust_logits`; none if all rows are drawn from as they are."""
         self.num_adjusted = len(adjusted)
-        self.num_candidates = WHOLE
-        """Of each row, from each rank that has a part of the logits; see `gathering`."""
-        if not (adjusted or self.logprob_rows):
-            self.num_candidates = _num_candidates(params)
 
 
-def _num_candidates(params: list[SamplingParams]) -> int:
+def _num_candidates(top_k: Array, temperatures: Array) -> int:
     """Enough for rows that are drawn from as they are, and of which no more is asked."""
-    top_ks = [p.top_k for p in params if p.temperature]
-    if not top_ks:
+    top_k = top_k[temperatures != 0.0]
+    if not len(top_k):
         return LIKELIEST
-    return max(top_ks) if all(0 < k <= MAX_CANDIDATES for k in top_ks) else WHOLE
+    most = int(top_k.max())
+    return most if top_k.min() > 0 and most <= MAX_CANDIDATES else WHOLE
 
 
 def rows_with_logprobs(sequences: list[Sequence]) -> list[int]:
@@ -165,10 +234,6 @@ def _adjustments(
     }
 
 
-def _float64s(values: Iterable[float]) -> Array:
-    return np.array(list(values), dtype=np.float64)
-
-
 def _float32s(values: Iterable[float]) -> Array:
     return np.array(list(values), dtype=np.float32)
 
@@ -177,11 +242,9 @@ def _int32s(values: Iterable[int]) -> Array:
     return np.array(list(values), dtype=np.int32)
 
 
-def _int64s(values: Iterable[int]) -> Array:
-    """Modulo 2^64."""
-    return np.array([value & 0xFFFFFFFFFFFFFFFF for value in values], dtype=np.uint64).view(
-        np.int64
-    )
+def _signed(value: int) -> int:
+    """The int64 that is the same modulo 2^64."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _starts(lists: Iterable[Sized]) -> Array:
