@@ -17,10 +17,10 @@ from nano_vllm.layers.attention import AttentionMetadata
 from nano_vllm.runner.graph_shapes import StepShape
 from nano_vllm.runner.input_layout import (
     Layout,
+    ahead_of_tables,
     array_bytes,
     decode_layout,
     layout_bytes,
-    mixed_layout,
     staging_bytes,
 )
 from nano_vllm.runner.limits import DECODE_QUERIES
@@ -30,9 +30,12 @@ SHARED_PREFIX_BYTES = 32 << 20
 H100, about what the kernel that reads it costs besides."""
 
 MAX_SPREAD_TOKENS = 256
-"""Of a chunk: what its tokens read of each other, each by itself, grows with their square."""
+"""Of a chunk."""
 MIN_SPREAD_CONTEXT = 2048
 """Tokens behind which a chunk is spread: 16 tiles of the prefill kernel."""
+SPREAD_PAIRS = 6
+"""And one more for each so many pairs of its tokens, which read what they see of each other each by
+itself. On an H200 chunks of 88, 152 and 248 tokens gain from some 3,000, 5,000 and 11,000 on."""
 
 _DTYPES: dict[str, tuple[Any, torch.dtype]] = {
     "int32": (np.int32, torch.int32),
@@ -105,28 +108,53 @@ class Slot:
         self.staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self.buffer = self.staging if buffer is None else buffer
         self.copied = torch.cuda.Event() if on_gpu else None
-        self.decode_views: dict[int, tuple[Arrays, Tensors, int]] = {}
+        self._decode_views: dict[int, tuple[Arrays, Tensors, int]] = {}
         """By size: `decode_layout` on host and device, and its bytes ahead of the changes."""
+        self._mixed_views: dict[tuple[int, int], tuple[Arrays, Tensors, int]] = {}
+        """By padding: `ahead_of_tables`, likewise, and its bytes."""
         self._host = self.staging.numpy()
 
-    def views(self, layout: Layout) -> tuple[Arrays, Tensors]:
-        """The arrays of a layout in the staging buffer and in the one on the device."""
-        host: Arrays = {}
-        device: Tensors = {}
-        offset = 0
+    def decode_arrays(self, size: int, max_blocks_per_seq: int) -> tuple[Arrays, Tensors, int]:
+        if size not in self._decode_views:
+            layout = decode_layout(size, size * max_blocks_per_seq)
+            num_bytes = layout_bytes(decode_layout(size, 0))
+            self._decode_views[size] = self._on_host(layout), self._on_device(layout), num_bytes
+        return self._decode_views[size]
+
+    def mixed_arrays(
+        self, num_tokens: int, num_seqs: int, is_padded: bool
+    ) -> tuple[Arrays, Tensors, int]:
+        """All but the block tables, on host and device, and their bytes."""
+        views = self._mixed_views.get((num_tokens, num_seqs))
+        if views is None:
+            layout = ahead_of_tables(num_tokens, num_seqs)
+            views = self._on_host(layout), self._on_device(layout), layout_bytes(layout)
+            if is_padded:  # there are few of such
+                self._mixed_views[num_tokens, num_seqs] = views
+        return views
+
+    def tables_on_host(self, offset: int, tables: tuple[int, int]) -> np.ndarray:
+        """The block tables behind so many bytes."""
+        return self._on_host({"block_tables": ("int32", tables)}, offset)["block_tables"]
+
+    def tables_on_device(self, offset: int, tables: tuple[int, int]) -> torch.Tensor:
+        return self._on_device({"block_tables": ("int32", tables)}, offset)["block_tables"]
+
+    def _on_host(self, layout: Layout, offset: int = 0) -> Arrays:
+        arrays: Arrays = {}
         for name, (dtype, shape) in layout.items():
             end = offset + array_bytes(dtype, shape)
-            on_host, on_device = _DTYPES[dtype]
-            host[name] = self._host[offset:end].view(on_host).reshape(shape)
-            device[name] = self.buffer[offset:end].view(on_device).view(shape)
+            arrays[name] = self._host[offset:end].view(_DTYPES[dtype][0]).reshape(shape)
             offset = end
-        return host, device
+        return arrays
 
-    def decode_arrays(self, size: int, max_blocks_per_seq: int) -> tuple[Arrays, Tensors, int]:
-        if size not in self.decode_views:
-            views = self.views(decode_layout(size, size * max_blocks_per_seq))
-            self.decode_views[size] = *views, layout_bytes(decode_layout(size, 0))
-        return self.decode_views[size]
+    def _on_device(self, layout: Layout, offset: int = 0) -> Tensors:
+        tensors: Tensors = {}
+        for name, (dtype, shape) in layout.items():
+            end = offset + array_bytes(dtype, shape)
+            tensors[name] = self.buffer[offset:end].view(_DTYPES[dtype][1]).view(shape)
+            offset = end
+        return tensors
 
     def wait(self) -> torch.Tensor:
         """The staging buffer, once the copy of the last step that was written there has read it."""
@@ -228,7 +256,7 @@ class InputBatch:
     def _is_worth_spreading(self, start: int, num_tokens: int) -> bool:
         return (
             DECODE_QUERIES < num_tokens <= MAX_SPREAD_TOKENS
-            and start >= max(MIN_SPREAD_CONTEXT, 4 * num_tokens)
+            and start >= MIN_SPREAD_CONTEXT + num_tokens * num_tokens // SPREAD_PAIRS
             and (num_tokens - 1) * start >= self._min_saved_tokens
         )
 
@@ -284,8 +312,7 @@ class InputBatch:
         if shape.is_decode:
             host, _, num_bytes = slot.decode_arrays(shape.num_seqs, self.max_blocks_per_seq)
         else:
-            layout = mixed_layout(shape.num_tokens, shape.num_seqs, (0, 0))
-            (host, _), num_bytes = slot.views(layout), layout_bytes(layout)
+            host, _, num_bytes = slot.mixed_arrays(shape.num_tokens, shape.num_seqs, True)
         slot.staging[:num_bytes] = 0
         host["slot_mapping"][:] = -1
         return StagedInput(
@@ -392,8 +419,9 @@ class InputBatch:
         num_seqs = num_decodes + len(others)
         width = max(len(s.sequence.block_table) for s in batch.scheduled)
         padded_tokens, padded_seqs = padding or (num_tokens, num_seqs)
-        layout = mixed_layout(padded_tokens, padded_seqs, (num_seqs, width))
-        host, _ = self.slots[number].views(layout)
+        slot = self.slots[number]
+        host, _, num_bytes = slot.mixed_arrays(padded_tokens, padded_seqs, padding is not None)
+        block_tables = slot.tables_on_host(num_bytes, (num_seqs, width))
         max_decode_len = 0
         if batch.decodes is not None:
             max_decode_len = batch.decodes.write_inputs(
@@ -403,7 +431,7 @@ class InputBatch:
                 host["query_start_loc"][: num_decodes + 1],
                 host["seq_lens"][:num_decodes],
             )
-            batch.decodes.write_tables(host["block_tables"][:num_decodes])
+            batch.decodes.write_tables(block_tables[:num_decodes])
         query_start_loc, seq_lens = host["query_start_loc"][: num_seqs + 1], host["seq_lens"]
         max_query_len, max_seq_len = prepare_batch(
             [row.scheduled.sequence.token_ids for row in others],
@@ -416,13 +444,13 @@ class InputBatch:
             host["slot_mapping"][num_decodes:num_tokens],
             query_start_loc[num_decodes:],
             seq_lens[num_decodes:num_seqs],
-            host["block_tables"][num_decodes:],
+            block_tables[num_decodes:],
         )
         query_start_loc[num_decodes:] += num_decodes
         is_shared = self._shares_prefixes and find_shared_prefixes(
             query_start_loc,
             seq_lens[:num_seqs],
-            host["block_tables"],
+            block_tables,
             self.block_size,
             self._min_saved_tokens,
             host["shared_prefix"][:, :num_seqs],
@@ -438,7 +466,7 @@ class InputBatch:
             host["shared_prefix"][:, num_seqs:] = 0
         return StagedInput(
             slot=number,
-            num_bytes=layout_bytes(layout),
+            num_bytes=num_bytes + block_tables.nbytes,
             is_decode=False,
             is_padded=padding is not None,
             num_tokens=padded_tokens,
@@ -454,9 +482,9 @@ class InputBatch:
 
     def _load_mixed(self, staged: StagedInput) -> ModelInput:
         num_tables, width = staged.num_tables, staged.table_width
-        layout = mixed_layout(staged.num_tokens, staged.num_seqs, (num_tables, width))
-        _, device = self.slots[staged.slot].views(layout)
-        block_tables = device["block_tables"]
+        slot = self.slots[staged.slot]
+        _, device, offset = slot.mixed_arrays(staged.num_tokens, staged.num_seqs, staged.is_padded)
+        block_tables = slot.tables_on_device(offset, (num_tables, width))
         if staged.is_padded:
             self._block_tables[:num_tables, :width] = block_tables
             block_tables = self._block_tables[: staged.num_seqs]

@@ -47,11 +47,12 @@ def mixed_layout(num_tokens: int, num_seqs: int, tables: tuple[int, int]) -> Lay
     """The staging buffer of any other step: but for the block tables at its end, as many as there
     are sequences and as wide as the longest, it is the same for all steps of a padding.
     """
-    return {
-        "sampled": ("int64", (2, num_seqs)),
-        **_inputs_layout(num_tokens, num_seqs),
-        "block_tables": ("int32", tables),
-    }
+    return {**ahead_of_tables(num_tokens, num_seqs), "block_tables": ("int32", tables)}
+
+
+def ahead_of_tables(num_tokens: int, num_seqs: int) -> Layout:
+    """What is the same for all steps of a padding."""
+    return {"sampled": ("int64", (2, num_seqs)), **_inputs_layout(num_tokens, num_seqs)}
 
 
 def _inputs_layout(num_tokens: int, num_seqs: int) -> Layout:

@@ -131,6 +131,7 @@ def test_chunks_whose_tokens_decode_generate_alike(
     room: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 16}
     expected = generate(tmp_path, "cuda", dtype, prompts, **room)
     monkeypatch.setattr(input_batch, "MIN_SPREAD_CONTEXT", 16)
+    monkeypatch.setattr(input_batch, "SPREAD_PAIRS", 1 << 30)
     monkeypatch.setattr(input_batch, "SHARED_PREFIX_BYTES", 0)
     monkeypatch.setattr(input_batch, "DECODE_QUERIES", 1)
     num_spread = 0

@@ -50,7 +50,8 @@ def test_token_sizes_stay_within_what_a_step_may_hold() -> None:
     sizes = token_sizes(8192)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == 2048
-    assert all(b - a <= max(a / 4, 32) for a, b in pairwise(sizes))
+    gaps = [(a, b) for a, b in pairwise(sizes) if b - a > max(a / 4, 32)]
+    assert gaps == [(384, 512)]  # 448 would take longer than 512
 
 
 def test_a_step_of_decodes_takes_the_next_size() -> None:
