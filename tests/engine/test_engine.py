@@ -328,3 +328,25 @@ def test_close_frees_everything_once() -> None:
     assert not engine.has_work
     with pytest.raises(RuntimeError, match="closed"):
         engine.add_request("r", [1], SamplingParams())
+
+
+@pytest.mark.parametrize(("prompt_len", "output_len"), [(15, 18), (1, 32), (24, 9), (8, 9)])
+def test_every_block_of_the_pool_serves(prompt_len: int, output_len: int) -> None:
+    """As many sequences as there are blocks for run to their ends together: none is kept back, and
+    none is padding. The last token is never in the cache.
+    """
+    runner = FakeRunner(max_model_len=64)
+    engine = make_engine(runner, max_num_seqs=256, enable_prefix_caching=False)
+    num_blocks = engine.get_metrics().num_blocks
+    count = num_blocks // -(-(prompt_len + output_len - 1) // runner.block_size)
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True, detokenize=False)
+    for index in range(count):
+        engine.add_request(str(index), [index] * prompt_len, params)
+    most_running, least_free = 0, num_blocks
+    while engine.has_work:
+        engine.step()
+        metrics = engine.get_metrics()
+        most_running = max(most_running, metrics.num_running)
+        least_free = min(least_free, metrics.num_free_blocks)
+    assert (most_running, least_free) == (count, 0)
+    assert engine.get_metrics().num_preemptions == 0
