@@ -229,16 +229,22 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Advance the requests under way by one step; what is to be reported of them."""
-        return [self._processor.output(request) for request in self.advance()]
+        requests: list[Request] = []
+        self.advance(requests.extend)
+        return [self._processor.output(request) for request in requests]
 
-    def advance(self) -> list[Request]:
-        """The same, for who reports by other means: the requests that ended, and those that are
-        streamed and gained a token.
+    def advance(self, report: Callable[[list[Request]], None]) -> None:
+        """The same, for who reports by other means.
+
+        Args:
+            report: called with the requests that ended, and those that are streamed and gained a
+                token. Those of a first token come first, in a call of their own: they are waited
+                for, and all others' text takes a while.
         """
         start, self._result_time = self._result_time, None
         if not self._launched:
             if not self._launch():
-                return []
+                return
             start = self._launch_time if start is None else start
         # else: behind a pause it has been ready for who knows how long: there is no start.
         while len(self._launched) < self.config.pipeline_parallel_size and self._launch():
@@ -262,7 +268,14 @@ class Engine:
             noticed = self.scheduler.update(batch, result)
             self._metrics.num_steps += 1
             self._reclaim_leaks()
-            return self._report(noticed, now)
+            begun: list[Sequence] = []
+            others: list[Sequence] = []
+            for sequence in noticed:
+                metrics = self._requests[sequence.request_id].metrics
+                (begun if metrics.first_token_time is None else others).append(sequence)
+            for group in (begun, others):
+                if group:
+                    report(self._reported(group, now))
 
     def prepare_graph(self) -> bool:
         """Capture one of the CUDA graphs that steps to come will want, some 20 ms of work; for an
@@ -366,7 +379,7 @@ class Engine:
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
 
-    def _report(self, noticed: list[Sequence], now: float) -> list[Request]:
+    def _reported(self, noticed: list[Sequence], now: float) -> list[Request]:
         touched: dict[str, Request] = {}
         for sequence in noticed:
             request = touched[sequence.request_id] = self._requests[sequence.request_id]

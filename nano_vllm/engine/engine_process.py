@@ -81,6 +81,8 @@ class EngineLoop:
         self._steps: deque[StepNote] = deque(maxlen=PICTURE_STEPS)
         self._step_seconds = 0.0
         self._host_seconds = 0.0
+        self._num_tokens = 0
+        """Of the step."""
         self._is_stopped = False
 
     def run(self) -> None:
@@ -101,20 +103,16 @@ class EngineLoop:
             start = self._clock()
             if end is not None:
                 self._host_seconds += start - end
-            requests = self._engine.advance()
+            self._num_tokens = 0
+            self._engine.advance(self._report)
             end = self._clock()
             self._step_seconds += end - start
-            # First tokens are waited for: they go ahead of what makes others longer.
-            groups = [r for r in requests if not r.is_told], [r for r in requests if r.is_told]
-            num_tokens = 0
-            for group in groups:
-                deltas = [delta_of(request) for request in group]
-                num_tokens += sum(delta.num_tokens for delta in deltas)
-                self._report(deltas)
             num_running = self._engine.scheduler.num_running
-            self._steps.append(StepNote(end, end - start, num_running, num_tokens))
+            self._steps.append(StepNote(end, end - start, num_running, self._num_tokens))
 
-    def _report(self, deltas: list[RequestDelta]) -> None:
+    def _report(self, requests: list[Request]) -> None:
+        deltas = [delta_of(request) for request in requests]
+        self._num_tokens += sum(delta.num_tokens for delta in deltas)
         if any(delta.size > TOKENS_PER_MESSAGE for delta in deltas):
             for delta in deltas:
                 for part in parts_of(delta):

@@ -24,7 +24,7 @@ MOMENTS = (
     (Scheduler, "update"),
     (Scheduler, "observe"),
     (Engine, "_note_start"),
-    (Engine, "_report"),
+    (Engine, "_reported"),
     (Engine, "_finish"),
     (OutputProcessor, "advance"),
 )
