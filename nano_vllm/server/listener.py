@@ -80,6 +80,6 @@ class Listener:
         try:
             # Closes it where TLS cannot be agreed on.
             await self._loop.connect_accepted_socket(self._make_protocol, connection, ssl=self._tls)
-        except OSError:  # ssl's errors are of that kind
+        except (OSError, asyncio.TimeoutError):  # ssl's errors are of the first kind
             with contextlib.suppress(OSError):
                 connection.close()
