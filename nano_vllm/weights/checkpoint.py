@@ -38,8 +38,12 @@ class Checkpoint(Protocol):
 
     def read_into(self, name: str, destination: torch.Tensor, part: Region = WHOLE) -> None:
         """Fill a tensor of the part's shape, of any dtype, on any device, without holding a second
-        copy, and without reading more than it has to.
+        copy, and without reading more than it has to. It is full behind `finish`.
         """
+        ...
+
+    def finish(self) -> None:
+        """Wait until all tensors are full that `read_into` was given."""
         ...
 
     def read_quantized(self, name: str, part: Region = WHOLE) -> QuantizedWeight | None:

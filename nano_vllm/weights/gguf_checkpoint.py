@@ -119,6 +119,9 @@ class GGUFCheckpoint:
 
         list(self._threads.map(fill, range(0, end - first, chunk)))
 
+    def finish(self) -> None:
+        pass
+
     def read_quantized(self, name: str, part: Region = WHOLE) -> QuantizedWeight | None:
         """The part as the file has it, where its type is of blocks of 32 elements."""
         tensor = self._tensors[name]

@@ -79,6 +79,7 @@ def load_weights(
         with torch.no_grad():
             for assignment in steps:
                 _load(checkpoint, source, assignment)
+            checkpoint.finish()
     finally:
         checkpoint.close()
 

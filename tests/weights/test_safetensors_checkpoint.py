@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from nano_vllm.weights import safetensors_checkpoint
+from nano_vllm.weights.checkpoint import WHOLE, Region
 from nano_vllm.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
 TENSORS = {
@@ -33,6 +34,7 @@ def check(checkpoint: SafetensorsCheckpoint) -> None:
         assert torch.equal(checkpoint.read(name, torch.float32), expected)
         destination = torch.empty(expected.shape)
         checkpoint.read_into(name, destination)
+        checkpoint.finish()
         assert torch.equal(destination, expected.float())
     checkpoint.close()
 
@@ -49,6 +51,36 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remap_bytes: in
     write_shards(tmp_path)
     save_file({"other": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
     check(SafetensorsCheckpoint(tmp_path))
+
+
+def test_parts(tmp_path: Path) -> None:
+    tensor = torch.randn(7, 5)
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    every = slice(None)
+    for part in (Region(slice(2, 6)), Region(every, slice(1, 3)), Region(slice(0, 7)), WHOLE):
+        expected = tensor[part.of((7, 5))]
+        for dtype in (torch.float32, torch.bfloat16):
+            there = torch.full((2, *expected.shape), torch.nan, dtype=dtype)
+            transposed = torch.full(expected.shape[::-1], torch.nan, dtype=dtype)
+            checkpoint.read_into("a", there[1], part)
+            checkpoint.read_into("a", transposed.T, part)
+            checkpoint.finish()
+            assert torch.equal(there[1], expected.to(dtype))
+            assert torch.equal(transposed.T, expected.to(dtype))
+            assert there[0].isnan().all()
+    checkpoint.close()
+
+
+def test_a_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:2000])
+    checkpoint.read_into("a", torch.empty(1000))
+    with pytest.raises(ValueError, match="truncated: it ends at byte 2000"):
+        checkpoint.finish()
+    checkpoint.close()
 
 
 def fails(folder: Path, message: str) -> None:
