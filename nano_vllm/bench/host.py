@@ -97,7 +97,7 @@ def time_steps(num_seqs: int, case: str, ahead: bool, steps: int) -> list[dict[s
         (runner, "launch", "prepare"),
         (runner.input_batch, "_expand_tables", "tables"),
         (scheduler, "update", "update"),
-        (engine, "_report", "report"),
+        (engine, "_reported", "report"),
         (runner, "draw_tokens", "model"),
     ):
         time_calls(owner, method, lap, part)

@@ -22,6 +22,7 @@ from nano_vllm.distributed.stages import Stage
 from nano_vllm.models.registry import model_class
 from nano_vllm.runner.input_batch import InputBatch
 from nano_vllm.weights.loader import load_model_config, load_weights
+from nano_vllm.weights.parallel_reader import ParallelReader
 from nano_vllm.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from tests.distributed.thread_ranks import thread_ranks
 from tests.models.checkpoints import SETTINGS, make_checkpoint, write_gguf
@@ -107,13 +108,20 @@ def test_a_rank_reads_no_more_than_it_holds(
 ) -> None:
     make_checkpoint(tmp_path, vocab_size=208)
     config = load_model_config(tmp_path, model_class)
-    close, read = SafetensorsCheckpoint.close, []
+    unmap, read_rows = SafetensorsCheckpoint._unmap, ParallelReader.read
+    read: list[int] = []
 
     def counted(checkpoint: SafetensorsCheckpoint) -> None:
         read.append(checkpoint._bytes_read)
-        close(checkpoint)
+        unmap(checkpoint)
 
-    monkeypatch.setattr(SafetensorsCheckpoint, "close", counted)
+    def counted_rows(reader: ParallelReader, path: Path, *args: Any) -> None:
+        _, dtype, destination = args
+        read.append(destination.numel() * dtype.itemsize)
+        read_rows(reader, path, *args)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "_unmap", counted)
+    monkeypatch.setattr(ParallelReader, "read", counted_rows)
     for ranks in thread_ranks(2):
         read.clear()
         model = model_class(config.architecture)(config, MAX_LEN, torch.device("cpu"), ranks)

@@ -111,7 +111,7 @@ def test_sandbox(template: str) -> None:
         (
             "{% set x = namespace(s='x') %}{% for i in range(60) %}{% set x.s = x.s ~ x.s %}"
             "{% endfor %}",
-            "needs more than",
+            "(needs more than|takes too long)",  # which comes first is the machine's
         ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ " + "(" * 5000 + ")" * 5000 + " }}", ""),
