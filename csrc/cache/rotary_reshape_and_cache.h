@@ -14,7 +14,8 @@ constexpr int32_t kMaxRotaryHeadDim = 256;
 // rms_norm does, rounded to dtype), then its first rotary_dim elements rotate by the angles of the
 // token's position: neox pairs element i with i + rotary_dim / 2, gptj pairs 2i with 2i + 1. The
 // query changes in place, padding too; the key goes to the cache and stays as it is. head_dim is at
-// most kMaxRotaryHeadDim, num_kv_heads at least 1.
+// most kMaxRotaryHeadDim, num_kv_heads at least 1, and slots are less than 2^32. On CUDA strides
+// are, too.
 struct RotaryReshapeAndCacheParams {
   ReshapeAndCacheParams kv;
   void* query;               // [num_tokens, num_heads, head_dim]

@@ -182,7 +182,7 @@ class Engine:
 
         Args:
             request: of `make_request`.
-            arrival_time: when it came, by the engine's clock; None for now.
+            arrival_time: when it came, by the engine's clock; None for this moment.
         """
         if self._closed:
             raise RuntimeError("the engine is closed")

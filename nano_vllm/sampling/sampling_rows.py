@@ -26,7 +26,8 @@ SPARE_PLACES = 1024
 
 class RequestTable:
     """The numbers of each request that was lately drawn for: what is read of it is read once, and a
-    batch that changes by a row is put together again in no time.
+    batch that changes by a row is put together again in no time. It goes by the sequences'
+    numbers, which an engine gives but once, and keeps none of them, whose tokens may be many.
 
     Args:
         engine_seed: of the draws of requests that have no seed.
@@ -34,7 +35,7 @@ class RequestTable:
 
     def __init__(self, engine_seed: int) -> None:
         self._engine_seed = engine_seed
-        self._places: dict[Sequence, int] = {}
+        self._places: dict[int, int] = {}  # by seq_id
         self._floats: Array = np.empty((3, 0))  # temperature, top_p, min_p
         self._longs: Array = np.empty((2, 0), dtype=np.int64)  # seed, stream
         self._ints: Array = np.empty((2, 0), dtype=np.int32)  # top_k, prompt tokens
@@ -61,13 +62,13 @@ class RequestTable:
         if len(self._places) > 2 * len(sequences) + SPARE_PLACES:  # the others may have ended
             self._places.clear()
         known = self._places
-        places = [known.get(sequence, -1) for sequence in sequences]
+        places = [known.get(sequence.seq_id, -1) for sequence in sequences]
         if -1 in places:
             self._grow(len(known) + places.count(-1))
             for row, place in enumerate(places):
                 if place < 0:
                     sequence = sequences[row]
-                    places[row] = known[sequence] = place = len(known)
+                    places[row] = known[sequence.seq_id] = place = len(known)
                     self._read(sequence, place)
         return places
 

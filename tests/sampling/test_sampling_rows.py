@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -80,3 +81,10 @@ def test_numbers_are_those_of_each_request(
         asked = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
         assert rows.logprob_rows == asked
         assert len(table._places) <= 2 * len(sequences) + spare + len(sequences)
+
+
+def test_sequences_that_ended_are_not_kept() -> None:
+    table, sequence = RequestTable(0), draw_sequence(random.Random(0), 7)
+    count = sys.getrefcount(sequence)
+    table.draws([sequence])
+    assert sys.getrefcount(sequence) == count
