@@ -164,6 +164,7 @@ class ModelLessRunner:
         self.host_block_seconds = None
         self.saturating_tokens = 1
         self.spread = None
+        self.padded_tokens = ()
         self.freed_window = 0
         self.input_batch = InputBatch(
             heads,  # type: ignore[arg-type]

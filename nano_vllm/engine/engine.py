@@ -70,7 +70,7 @@ class Engine:
             runner.max_model_len,
             config.enable_chunked_prefill,
             by_priority=config.scheduling_policy == "priority",
-            prefill_pace=_prefill_pace(config, runner.saturating_tokens, runner.spread),
+            prefill_pace=_prefill_pace(config, runner),
             host_block_seconds=runner.host_block_seconds,
             num_stages=config.pipeline_parallel_size,
         )
@@ -427,13 +427,11 @@ def _check_pool(runner: ModelRunner) -> None:
         )
 
 
-def _prefill_pace(
-    config: EngineConfig, saturating_tokens: int, spread: tuple[int, int] | None
-) -> PrefillPace:
+def _prefill_pace(config: EngineConfig, runner: ModelRunner) -> PrefillPace:
     if not config.enable_chunked_prefill:
         return PrefillPace(0.0)
     limit = None if config.itl_slo is None else config.itl_slo / 1e3
-    return PrefillPace(limit, saturating_tokens, spread)
+    return PrefillPace(limit, runner.saturating_tokens, runner.spread, runner.padded_tokens)
 
 
 def _tokenizer_path(config: EngineConfig) -> Path:

@@ -204,6 +204,7 @@ def header_fields(scheduler: Scheduler) -> dict[str, Any]:
             "limit": pace.limit,
             "saturating_tokens": pace.cost.saturating_tokens,
             "spread": pace.spread,
+            "padded": list(pace.padded),
         }
     return {
         "format": FORMAT,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection
+from collections.abc import Sequence as Sizes
 
 from nano_vllm.batch import Batch, StepWork
 from nano_vllm.cache.block_manager import BlockManager
@@ -21,6 +23,8 @@ class PrefillPace:
         saturating_tokens: as in StepCost.
         spread: behind so many tokens of a prompt, parts of up to so many are shared out among all
             of the device; longer ones would take far longer. None where there is no difference.
+        padded: ascending, what a step's tokens are padded to: it takes as long as so many. Steps of
+            more than the last are as they are.
     """
 
     MAX_STEPS = 32
@@ -31,17 +35,21 @@ class PrefillPace:
         limit: float | None = None,
         saturating_tokens: int = 1,
         spread: tuple[int, int] | None = None,
+        padded: Sizes[int] = (),
     ) -> None:
         self.cost = StepCost(saturating_tokens)
         self.limit = limit
         self.spread = spread
+        self.padded = padded
         self._num_steps = 0
         self._tail = _Tail()
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Take in a step, and the seconds from the result before to its own."""
-        if work.prefill_tokens and self.cost.knows(work.prefill_tokens):
-            self._tail.see(seconds / self.cost.predict(work))
+        if work.prefill_tokens:
+            work = work._replace(prefill_tokens=self._padded(work.num_decodes, work.prefill_tokens))
+            if self.cost.knows(work.prefill_tokens):
+                self._tail.see(seconds / self.cost.predict(work))
         self.cost.observe(work, seconds)
         if work.prefill_tokens:
             self._num_steps += 1
@@ -64,7 +72,22 @@ class PrefillPace:
         )
         if self.spread is not None and prefill_context >= self.spread[0]:
             num_tokens = min(num_tokens, self.spread[1])
-        return num_tokens
+        return self._filled(num_decodes, num_tokens)
+
+    def _padded(self, num_decodes: int, num_tokens: int) -> int:
+        """Tokens of prompts and padding in a step with so many."""
+        total = num_decodes + num_tokens
+        at = bisect_left(self.padded, total)
+        return num_tokens if at == len(self.padded) else self.padded[at] - num_decodes
+
+    def _filled(self, num_decodes: int, num_tokens: int) -> int:
+        """Tokens without padding, and not much fewer: the next size would take longer."""
+        total = num_decodes + num_tokens
+        at = bisect_right(self.padded, total)
+        if at in (0, len(self.padded)):
+            return num_tokens
+        filled = self.padded[at - 1] - num_decodes
+        return filled if 2 * filled >= num_tokens else num_tokens
 
 
 class PrefillBudget:

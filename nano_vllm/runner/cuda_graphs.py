@@ -53,7 +53,8 @@ class StepGraphs:
         spreads_chunks: bool = False,
     ) -> None:
         self._decode_sizes = decode_sizes(min(max_num_tokens, max_num_seqs))
-        self._token_sizes = token_sizes(max_num_tokens)
+        self.token_sizes = token_sizes(max_num_tokens)
+        """That steps with prompts are padded to."""
         self._sequence_sizes = sequence_sizes(max_num_seqs)
         self._seen: set[StepShape] = set()
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -72,7 +73,7 @@ class StepGraphs:
         if batch.is_decode:
             size = _at_least(num_rows, self._decode_sizes)
             return None if size is None else Padding(size, size)
-        num_tokens = _at_least(batch.num_tokens, self._token_sizes)
+        num_tokens = _at_least(batch.num_tokens, self.token_sizes)
         padded_seqs = _at_least(num_rows, self._sequence_sizes)
         if num_tokens is None or padded_seqs is None:
             return None

@@ -173,6 +173,8 @@ class ModelWorker:
                     shares_prefixes=config.enable_cascade_attention,
                     spreads_chunks=self.input_batch.spreads_chunks,
                 )
+            self.padded_tokens = () if self.graphs is None else tuple(self.graphs.token_sizes)
+            """Of steps with prompts; see PrefillPace."""
         self._received = torch.empty(
             0 if self.stage.is_first else self.max_num_batched_tokens,
             self.model_config.hidden_size,

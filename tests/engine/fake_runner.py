@@ -137,6 +137,7 @@ class FakeRunner:
         self.host_block_seconds = None
         self.saturating_tokens = 1
         self.spread = None
+        self.padded_tokens = ()
         self._slots = [EMPTY] * (num_blocks * block_size)
         self._host_blocks: dict[int, list[int]] = {}
 

@@ -14,6 +14,7 @@ from nano_vllm.batch import Batch, StepResult, StepWork
 from nano_vllm.bench.replay import Replay, Trace
 from nano_vllm.config import EngineConfig
 from nano_vllm.engine.engine import Engine
+from nano_vllm.runner.graph_shapes import token_sizes
 from nano_vllm.sampling_params import SamplingParams
 from tests.engine.fake_runner import FakeRunner
 from tests.engine.simulated_device import LARGE, SMALL, Device, Noise
@@ -25,7 +26,7 @@ LONG = 32_768
 class SimulatedRunner(FakeRunner):
     """Every token is the same, and time goes by as on a device, which takes its steps in turn."""
 
-    def __init__(self, device: Device, **options: Any) -> None:
+    def __init__(self, device: Device, padded_tokens: tuple[int, ...] = (), **options: Any) -> None:
         super().__init__(
             num_blocks=16_384,
             block_size=16,
@@ -33,6 +34,7 @@ class SimulatedRunner(FakeRunner):
             max_num_batched_tokens=BUDGET,
             **options,
         )
+        self.padded_tokens = padded_tokens
         self.now = 0.0
         self.works: list[StepWork] = []
         self._device = device
@@ -50,7 +52,7 @@ class SimulatedRunner(FakeRunner):
         )
         self.works.append(work)
         start = max(self.now, self._ready)
-        self._ready = ready = start + self._noise(self._device.seconds(work))
+        self._ready = ready = start + self._noise(self._device.seconds(self._padded(work)))
         result = StepResult([1 if s.samples else -1 for s in batch.scheduled])
 
         def wait() -> StepResult:
@@ -59,14 +61,26 @@ class SimulatedRunner(FakeRunner):
 
         return SimpleNamespace(result=wait)
 
+    def _padded(self, work: StepWork) -> StepWork:
+        total = work.num_decodes + work.prefill_tokens
+        sizes = [size for size in self.padded_tokens if size >= total]
+        if not work.prefill_tokens or not sizes:
+            return work
+        return work._replace(prefill_tokens=sizes[0] - work.num_decodes)
+
 
 class Bench:
     """An engine with requests that decode."""
 
     def __init__(
-        self, device: Device, num_streams: int, stream: bool = True, **options: Any
+        self,
+        device: Device,
+        num_streams: int,
+        stream: bool = True,
+        padded_tokens: tuple[int, ...] = (),
+        **options: Any,
     ) -> None:
-        self.runner = SimulatedRunner(device)
+        self.runner = SimulatedRunner(device, padded_tokens)
         config = EngineConfig(enable_prefix_caching=False, **options)
         self.engine = Engine(config, self.runner, clock=lambda: self.runner.now)
         for index in range(num_streams):
@@ -119,6 +133,20 @@ def test_a_long_prompt_at_most_halves_the_pace_of_streams(device: Device, num_st
     idle = (p99(before) + p99(after)) / 2
     assert p99(gaps) <= 2.0 * idle
     assert p99(gaps) > 1.7 * idle
+
+
+@pytest.mark.parametrize("num_streams", [1, 8, 64])
+def test_steps_with_prompts_fill_what_they_are_padded_to(num_streams: int) -> None:
+    sizes = tuple(token_sizes(BUDGET))
+    bench = Bench(LARGE, num_streams, padded_tokens=sizes)
+    bench.prompt("first")
+    before = bench.steps(200)
+    gaps, works = bench.prompt("second")
+    after = bench.steps(200)
+    assert p99(gaps) <= 1.0 * (p99(before) + p99(after))
+    totals = [work.num_decodes + work.prefill_tokens for work in works[:-1]]
+    assert set(totals) <= set(sizes)
+    assert len(set(totals)) > 1
 
 
 @pytest.mark.parametrize("num_streams", [1, 64])

@@ -279,6 +279,24 @@ def test_a_prompt_takes_many_tokens_where_few_cost_as_much() -> None:
     assert num_steps < 500
 
 
+def test_a_step_costs_what_it_is_padded_to() -> None:
+    sizes = (64, 128, 256, 512)
+    pace = PrefillPace(0.012, padded=sizes)
+    for tokens in range(24, 504, 4):
+        size = next(size for size in sizes if size >= tokens + 8)
+        pace.observe(StepWork(8, 800, tokens, 0), 0.005 + 4e-5 * (size - 8))
+        pace.observe(StepWork(8, 800, 0, 0), 0.005)
+    for size in sizes:
+        seconds = pace.cost.predict(StepWork(8, 800, size - 8, 0))
+        assert seconds == pytest.approx(0.005 + 4e-5 * (size - 8), rel=0.02)
+    free = PrefillPace(0.012)
+    free.cost = pace.cost
+    assert 128 + 8 < free.max_prefill_tokens(8, 800, 0) + 8 < 256
+    assert pace.max_prefill_tokens(8, 800, 0) + 8 == 128
+    # To come down to a size may not cost more than half.
+    assert 2 * (256 - 200) < pace.max_prefill_tokens(200, 800, 0) < 512 - 200
+
+
 def test_parts_that_are_spread_are_no_longer_than_can_be() -> None:
     pace, free = PrefillPace(1.0, spread=(2048, 256)), PrefillPace(1.0)
     for each in (pace, free):
