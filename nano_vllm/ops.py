@@ -37,6 +37,7 @@ def plan_attention(
     num_kv_heads: int,
     head_dim: int,
     max_query_len: int,
+    min_query_len: int = 0,
     sliding_window: int = 0,
     shared_prefix: torch.Tensor | None = None,
 ) -> None:
@@ -54,6 +55,7 @@ def plan_attention(
         num_kv_heads: of keys and values.
         head_dim: elements per head.
         max_query_len: upper bound of the query lengths.
+        min_query_len: lower bound of them; from 9 on no kernel for decodes is launched.
         sliding_window: tokens a query sees, itself included; 0 for all.
         shared_prefix: see `paged_attention`.
     """
@@ -64,6 +66,7 @@ def plan_attention(
         num_heads,
         num_kv_heads,
         head_dim,
+        min_query_len,
         max_query_len,
         sliding_window,
         shared_prefix,
@@ -82,6 +85,7 @@ def paged_attention(
     max_query_len: int,
     max_seq_len: int,
     scale: float,
+    min_query_len: int = 0,
     sliding_window: int = 0,
     softcap: float = 0.0,
     workspace: torch.Tensor | None = None,
@@ -112,6 +116,7 @@ def paged_attention(
         max_query_len: upper bound of the query lengths; 1 for a pure decode.
         max_seq_len: upper bound of `seq_lens`.
         scale: multiplies query . key.
+        min_query_len: as for `plan_attention`, and the same.
         sliding_window: tokens a query sees, itself included; 0 for all.
         softcap: scores become softcap * tanh(score / softcap); 0 for off.
         workspace: float32, at least `paged_attention_workspace_numel` long; CUDA only.
@@ -133,6 +138,7 @@ def paged_attention(
         block_tables,
         query_start_loc,
         seq_lens,
+        min_query_len,
         max_query_len,
         max_seq_len,
         scale,
@@ -400,7 +406,10 @@ def linear(
 
 
 def linear_silu_and_mul(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor) -> None:
-    """out = silu(input @ gate.T) * (input @ up.T) for few rows on CUDA, as `linear` does it.
+    """out = silu(input @ gate.T) * (input @ up.T) on CUDA, under the conditions of `linear` but for
+    any number of rows.
+
+    A row's bits do not depend on the others, but differ between up to 32 rows and more.
 
     Args:
         out: [num_rows, intermediate_size].
@@ -408,6 +417,13 @@ def linear_silu_and_mul(out: torch.Tensor, input: torch.Tensor, weight: torch.Te
         weight: [2 * intermediate_size, in_features]; gate, then up.
     """
     _ops.linear_silu_and_mul(out, input, weight)
+
+
+def linear_silu_and_mul_pays(weight: torch.Tensor, num_rows: int) -> bool:
+    """Whether `linear_silu_and_mul` can take a weight [2 * intermediate_size, in_features] and is
+    faster for so many rows than torch's product with the activation behind it.
+    """
+    return bool(_ops.linear_silu_and_mul_pays(weight, num_rows))
 
 
 def linear_max_rows(weight: torch.Tensor) -> int:

@@ -22,6 +22,7 @@ def paged_attention(
     max_query_len: int,
     max_seq_len: int,
     scale: float,
+    min_query_len: int = 0,
     sliding_window: int = 0,
     softcap: float = 0.0,
     workspace: torch.Tensor | None = None,

@@ -55,15 +55,14 @@ struct CacheLayout {
 
   // Blocks are not counted: their numbers come from block_tables, and -1 is outside in any case.
   template <class Tile>
-  CacheMap map(int block_size, int box_tokens, int line_bytes) const {
+  CacheMap map(int block_size, int box_tokens) const {
     const BoxedTensor tensor = {
         cache,
         {Tile::kBlockColumns, 8, Tile::kColumnBlocks, static_cast<uint64_t>(block_size / 8),
          uint64_t{1} << 31},
         {static_cast<uint64_t>(stride_token), Tile::kRowBytes,
          8 * static_cast<uint64_t>(stride_token), static_cast<uint64_t>(step())},
-        {Tile::kBlockColumns, 8, Tile::kColumnBlocks, static_cast<uint32_t>(box_tokens / 8), 1},
-        line_bytes};
+        {Tile::kBlockColumns, 8, Tile::kColumnBlocks, static_cast<uint32_t>(box_tokens / 8), 1}};
     return {make_tensor_map(tensor, Tile::kSwizzle), static_cast<int>(stride_block / step()),
             num_kv_heads == 1 ? 0 : static_cast<int>(stride_head / step())};
   }

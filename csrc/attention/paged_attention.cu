@@ -35,17 +35,18 @@ AttentionLaunch launch_of(const PagedAttentionParams& params, int max_decode_que
 
 // Whether decodes may read a prefix that they share together, as far as a step knows.
 bool can_share_prefix(const PagedAttentionParams& p) {
-  return p.prefix_leaders != nullptr && p.sliding_window == 0 &&
+  return p.prefix_leaders != nullptr && p.sliding_window == 0 && p.min_query_len <= 1 &&
          p.num_heads / p.num_kv_heads <= prefill_tile_rows(p.head_dim);
 }
 
+bool has_decodes(const AttentionLaunch& p) { return p.min_query_len <= p.max_decode_queries; }
 bool has_prefills(const AttentionLaunch& p) { return p.max_query_len > p.max_decode_queries; }
 
 // What decodes share, then what is left of them, and prefills.
 void launch_plans(AttentionLaunch& launch, bool shares_prefix, cudaStream_t stream) {
   launch.prefix_of_seq = shares_prefix ? PrefixPlan(launch).of_seq : nullptr;
   if (shares_prefix) launch_plan_prefix(launch, stream);
-  launch_plan_decode(launch, stream);
+  if (has_decodes(launch)) launch_plan_decode(launch, stream);
   if (has_prefills(launch)) launch_plan_prefill(launch, stream);
 }
 
@@ -79,12 +80,14 @@ void paged_attention(const PagedAttentionParams& params, cudaStream_t stream) {
     // tiles leave idle.
     launch.is_beside_prefill = has_prefills(launch) && can_prefill_sm90(launch);
     if (launch.is_beside_prefill) launch_prefill_sm90(launch, stream);
-    launch_decode_sm90(launch, stream);
+    if (has_decodes(launch)) launch_decode_sm90(launch, stream);
     if (launch.is_beside_prefill) return;
   } else {
     launch.max_decode_queries = 1;
-    (is_fp32 ? launch_decode_fp32 : launch_decode)(launch, stream);
-    launch_merge_splits(launch, stream);
+    if (has_decodes(launch)) {
+      (is_fp32 ? launch_decode_fp32 : launch_decode)(launch, stream);
+      launch_merge_splits(launch, stream);
+    }
   }
   if (has_prefills(launch)) (is_fp32 ? launch_prefill_fp32 : launch_prefill)(launch, stream);
 }

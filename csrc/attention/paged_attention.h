@@ -46,6 +46,7 @@ struct PagedAttentionParams {
 
   int32_t num_seqs, num_heads, num_kv_heads, head_dim, block_size;
   int32_t num_tokens;      // rows of query and out, padding included; sizes the CUDA grid
+  int32_t min_query_len;   // lower bound of the query lengths; from 9 on nothing is a decode
   int32_t max_query_len;   // upper bound of the query lengths; 1 selects decode alone
   int32_t max_seq_len;     // upper bound of seq_lens
   int32_t sliding_window;  // tokens a query sees, itself included; 0 = all

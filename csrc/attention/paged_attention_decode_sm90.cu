@@ -405,7 +405,7 @@ void launch(const AttentionLaunch& p, const DecodeGeometry& geometry, cudaStream
   // All is read once: lines of 256 bytes, of which a box reads halves, cost an H200 7 % of its
   // rate.
   const auto map_of = [&](const CacheLayout& cache) {
-    return cache.map<typename Shape::Tile>(p.block_size, geometry.run_tokens, 128);
+    return cache.map<typename Shape::Tile>(p.block_size, geometry.run_tokens);
   };
   launch_dependent_kernel("paged_attention decode", decode_kernel<Shape>, dim3(geometry.max_parts),
                           kNumThreads, sizeof(Shared<Shape>), stream, p, geometry,

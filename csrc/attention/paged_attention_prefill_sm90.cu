@@ -684,9 +684,8 @@ void launch(const AttentionLaunch& p, const char* name, int64_t max_items,
             cudaStream_t stream) {
   using Tile = typename Shape::LoadedTile;
   const int box_tokens = std::gcd(p.block_size, Shape::kTileTokens);
-  const CacheMaps maps = {CacheLayout::keys(p).map<Tile>(p.block_size, box_tokens, 256),
-                          CacheLayout::values(p).map<Tile>(p.block_size, box_tokens, 256),
-                          box_tokens};
+  const CacheMaps maps = {CacheLayout::keys(p).map<Tile>(p.block_size, box_tokens),
+                          CacheLayout::values(p).map<Tile>(p.block_size, box_tokens), box_tokens};
   const auto num_blocks = std::min<int64_t>(max_items, num_multiprocessors());
   launch_dependent_kernel(name, prefill_sm90_kernel<Shape>, static_cast<unsigned>(num_blocks),
                           Shape::kNumThreads, sizeof(Shared<Shape>), stream, p, maps, plan, rows,

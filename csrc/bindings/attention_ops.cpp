@@ -58,7 +58,7 @@ void check_workspace(const PagedAttentionParams& params) {
 
 void plan_attention(const Tensor& workspace, const Tensor& query_start_loc, const Tensor& seq_lens,
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                    int64_t max_query_len, int64_t sliding_window,
+                    int64_t min_query_len, int64_t max_query_len, int64_t sliding_window,
                     const std::optional<Tensor>& shared_prefix) {
   PagedAttentionParams params{};
   set_workspace(params, workspace, workspace);
@@ -67,6 +67,7 @@ void plan_attention(const Tensor& workspace, const Tensor& query_start_loc, cons
   params.num_heads = to_int32("num_heads", num_heads);
   params.num_kv_heads = to_int32("num_kv_heads", num_kv_heads);
   params.head_dim = to_int32("head_dim", head_dim);
+  params.min_query_len = to_int32("min_query_len", min_query_len);
   params.max_query_len = to_int32("max_query_len", max_query_len);
   params.sliding_window = to_int32("sliding_window", sliding_window);
   check_heads(params);
@@ -76,10 +77,11 @@ void plan_attention(const Tensor& workspace, const Tensor& query_start_loc, cons
 
 void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_cache,
                      const Tensor& value_cache, const Tensor& block_tables,
-                     const Tensor& query_start_loc, const Tensor& seq_lens, int64_t max_query_len,
-                     int64_t max_seq_len, double scale, int64_t sliding_window, double softcap,
-                     const std::optional<Tensor>& workspace, bool is_planned,
-                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                     const Tensor& query_start_loc, const Tensor& seq_lens, int64_t min_query_len,
+                     int64_t max_query_len, int64_t max_seq_len, double scale,
+                     int64_t sliding_window, double softcap, const std::optional<Tensor>& workspace,
+                     bool is_planned, const std::optional<Tensor>& k_scale,
+                     const std::optional<Tensor>& v_scale,
                      const std::optional<Tensor>& shared_prefix) {
   PagedAttentionParams params{};
   params.dtype = float_dtype("query", query);
@@ -104,6 +106,7 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
   params.num_kv_heads = to_int32("num_kv_heads", key_cache.size(2));
   params.head_dim = to_int32("head_dim", query.size(2));
   params.block_size = to_int32("block_size", key_cache.size(1));
+  params.min_query_len = to_int32("min_query_len", min_query_len);
   params.max_query_len = to_int32("max_query_len", max_query_len);
   params.max_seq_len = to_int32("max_seq_len", max_seq_len);
   params.sliding_window = to_int32("sliding_window", sliding_window);

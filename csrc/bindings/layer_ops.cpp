@@ -100,8 +100,8 @@ void multiply_on_cuda(const LinearParams& params, const Tensor& out, const Tenso
   check(cuda::can_linear(params.dtype, params.in_features, params.out_features),
         "linear on CUDA needs sm_90, float16 or bfloat16, and features in multiples of 8, got ",
         name_of(params.dtype), " and a weight of ", shape_of(weight));
-  check(params.num_rows <= kLinearMaxRows, "linear takes at most ", kLinearMaxRows,
-        " rows on CUDA, got ", params.num_rows);
+  check(params.is_gated || params.num_rows <= kLinearMaxRows, "linear takes at most ",
+        kLinearMaxRows, " rows on CUDA, got ", params.num_rows);
   check_in_vectors("out", out);
   check_in_vectors("input", input);
   check_in_vectors("weight", weight);
@@ -172,6 +172,21 @@ void linear_silu_and_mul(const Tensor& out, const Tensor& input, const Tensor& w
   check(input.is_cuda(), "linear_silu_and_mul runs on CUDA alone, got a tensor on ",
         device_of(input));
   multiply(out, input, weight, std::nullopt, true);
+}
+
+bool linear_silu_and_mul_pays(const Tensor& weight, int64_t num_rows) {
+  check_shape("weight", weight, {-1, -1});
+  const int32_t rows = to_int32("num_rows", num_rows);
+#ifdef NANO_VLLM_CUDA
+  if (weight.is_cuda()) {
+    const CudaScope cuda_scope(weight);
+    const int32_t in_features = to_int32("in_features", weight.size(1));
+    const int32_t out_features = to_int32("out_features", weight.size(0) / 2);
+    return cuda::can_linear(float_dtype("weight", weight), in_features, out_features) &&
+           (rows <= kLinearMaxRows || cuda::gated_linear_pays(rows, in_features, out_features));
+  }
+#endif
+  return false;
 }
 
 int64_t linear_max_rows(const Tensor& weight) {

@@ -30,12 +30,14 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def(
       "plan_attention(Tensor(a!) workspace, Tensor query_start_loc, Tensor seq_lens, int "
       "num_heads, "
-      "int num_kv_heads, int head_dim, int max_query_len, int sliding_window, Tensor? "
+      "int num_kv_heads, int head_dim, int min_query_len, int max_query_len, int sliding_window, "
+      "Tensor? "
       "shared_prefix) -> ()");
   library.def(
       "paged_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor "
       "block_tables, "
-      "Tensor query_start_loc, Tensor seq_lens, int max_query_len, int max_seq_len, float scale, "
+      "Tensor query_start_loc, Tensor seq_lens, int min_query_len, int max_query_len, int "
+      "max_seq_len, float scale, "
       "int sliding_window, "
       "float softcap, Tensor(b!)? workspace, bool is_planned, Tensor? k_scale, Tensor? v_scale, "
       "Tensor? shared_prefix) -> ()");
@@ -57,6 +59,7 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def("gelu_and_mul(Tensor(a!) out, Tensor input, str approximate) -> ()");
   library.def("linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   library.def("linear_silu_and_mul(Tensor(a!) out, Tensor input, Tensor weight) -> ()");
+  library.def("linear_silu_and_mul_pays(Tensor weight, int num_rows) -> bool");
   library.def("linear_max_rows(Tensor weight) -> int");
   library.def("peer_buffer_bytes(int max_bytes, int num_ranks) -> int");
   library.def("allocate_peer_buffer(Tensor like, int num_bytes) -> int");
@@ -97,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("gelu_and_mul", TORCH_BOX(&nano_vllm::gelu_and_mul));
   library.impl("linear", TORCH_BOX(&nano_vllm::linear));
   library.impl("linear_silu_and_mul", TORCH_BOX(&nano_vllm::linear_silu_and_mul));
+  library.impl("linear_silu_and_mul_pays", TORCH_BOX(&nano_vllm::linear_silu_and_mul_pays));
   library.impl("linear_max_rows", TORCH_BOX(&nano_vllm::linear_max_rows));
   library.impl("peer_buffer_bytes", TORCH_BOX(&nano_vllm::peer_buffer_bytes));
   library.impl("allocate_peer_buffer", TORCH_BOX(&nano_vllm::allocate_peer_buffer));

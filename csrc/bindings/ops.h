@@ -14,14 +14,15 @@ using torch::stable::Tensor;
 
 void plan_attention(const Tensor& workspace, const Tensor& query_start_loc, const Tensor& seq_lens,
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                    int64_t max_query_len, int64_t sliding_window,
+                    int64_t min_query_len, int64_t max_query_len, int64_t sliding_window,
                     const std::optional<Tensor>& shared_prefix);
 void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_cache,
                      const Tensor& value_cache, const Tensor& block_tables,
-                     const Tensor& query_start_loc, const Tensor& seq_lens, int64_t max_query_len,
-                     int64_t max_seq_len, double scale, int64_t sliding_window, double softcap,
-                     const std::optional<Tensor>& workspace, bool is_planned,
-                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                     const Tensor& query_start_loc, const Tensor& seq_lens, int64_t min_query_len,
+                     int64_t max_query_len, int64_t max_seq_len, double scale,
+                     int64_t sliding_window, double softcap, const std::optional<Tensor>& workspace,
+                     bool is_planned, const std::optional<Tensor>& k_scale,
+                     const std::optional<Tensor>& v_scale,
                      const std::optional<Tensor>& shared_prefix);
 
 void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
@@ -48,6 +49,7 @@ void linear(const Tensor& out, const Tensor& input, const Tensor& weight,
 
 void linear_silu_and_mul(const Tensor& out, const Tensor& input, const Tensor& weight);
 
+bool linear_silu_and_mul_pays(const Tensor& weight, int64_t num_rows);
 int64_t linear_max_rows(const Tensor& weight);
 
 int64_t peer_buffer_bytes(int64_t max_bytes, int64_t num_ranks);

@@ -28,6 +28,17 @@ struct Barrier {
                                                                   (loaded & threadIdx.y))
                  : "memory");
   }
+  // At the same barrier of another block of the cluster.
+  __device__ void arrive_at_block(int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(shared_address(&state)),
+        "r"(rank)
+        : "memory");
+  }
   // Arrives, and the phase waits for that many bytes of copies besides.
   __device__ void arrive_and_expect(uint32_t bytes) {
     asm volatile(

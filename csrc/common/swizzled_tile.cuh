@@ -87,7 +87,6 @@ struct BoxedTensor {
   uint64_t size[5];
   uint64_t stride[4];  // of dimensions 1 .. 4
   uint32_t box[5];
-  int line_bytes = 256;  // that the second-level cache reads where a box needs some of them, or 128
 };
 
 }  // namespace nano_vllm::cuda

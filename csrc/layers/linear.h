@@ -1,5 +1,5 @@
 // Matrix product with few rows, as a decode step has them: it streams the weights once at memory
-// speed. Products of more rows are torch's.
+// speed. Products of more rows are torch's, but for those by gate and up.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,13 @@ void linear(const LinearParams& params);
 namespace cuda {
 // Whether there is a kernel for a weight of this dtype and shape on the current device.
 bool can_linear(DType dtype, int64_t in_features, int64_t out_features);
-// Rows and bases lie at multiples of 16 bytes.
+// Rows and bases lie at multiples of 16 bytes. More rows than kLinearMaxRows only where gated.
 void linear(const LinearParams& params, cudaStream_t stream);
+
+// Of more rows than kLinearMaxRows; called by linear.
+void gated_linear(const LinearParams& params, cudaStream_t stream);
+// Whether that is faster than torch's product and the activation behind it.
+bool gated_linear_pays(int num_rows, int in_features, int out_features);
 }  // namespace cuda
 
 }  // namespace nano_vllm

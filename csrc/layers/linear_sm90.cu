@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kIsSm90a ? kNumThreads : 1)
     wait_for_cluster();
     if (threadIdx.x < kWarpgroupSize) write_rows(p, tile, rank, num_splits, shared);
     __syncwarp();
-    arrive_at_cluster();  // no block leaves while others read its sums
+    arrive_at_cluster_relaxed();  // no block leaves while others read its sums
     wait_for_cluster();
   }
 }
@@ -221,25 +221,15 @@ inline int choose_splits(int num_tiles, int num_steps) {
   return best;
 }
 
-inline CUtensorMap map_of(const void* base, int64_t stride, int64_t rows, int64_t columns,
-                          int box_rows) {
-  const auto size = [](int64_t x) { return static_cast<uint64_t>(x); };
-  BoxedTensor tensor{
-      base,
-      {size(columns), size(rows), 1, 1, 1},
-      {size(2 * stride), size(2 * stride * rows), size(2 * stride * rows), size(2 * stride * rows)},
-      {kStepColumns, static_cast<uint32_t>(box_rows), 1, 1, 1}};
-  return make_tensor_map(tensor, Tile::kSwizzle);
-}
-
 template <class Shape>
 void launch(const LinearParams& p, cudaStream_t stream) {
   const int num_tiles = ceil_div(p.out_features, Shape::kOutColumns);
   const int num_splits = choose_splits(num_tiles, ceil_div(p.in_features, kStepColumns));
   const int64_t weight_rows = int64_t{p.out_features} * (Shape::kIsGated ? 2 : 1);
-  const Maps maps{
-      map_of(p.weight, p.weight_stride_row, weight_rows, p.in_features, Shape::kOutColumns),
-      map_of(p.input, p.input_stride_row, p.num_rows, p.in_features, Shape::kInputRows)};
+  const Maps maps{make_matrix_map<Tile>(p.weight, p.weight_stride_row, weight_rows, p.in_features,
+                                        Shape::kOutColumns),
+                  make_matrix_map<Tile>(p.input, p.input_stride_row, p.num_rows, p.in_features,
+                                        Shape::kInputRows)};
   launch_with_options("linear", linear_kernel<Shape>,
                       dim3(grid_x("linear", int64_t{num_tiles} * num_splits)), dim3(kNumThreads),
                       {sizeof(Shared<Shape>), static_cast<unsigned>(num_splits), true}, stream, p,
@@ -266,6 +256,7 @@ bool can_linear(DType dtype, int64_t in_features, int64_t out_features) {
 }
 
 void linear(const LinearParams& p, cudaStream_t stream) {
+  if (p.num_rows > kLinearMaxRows) return gated_linear(p, stream);
   const auto run = [&](auto element) {
     using T = decltype(element);
     p.is_gated ? linear_sm90::launch_for_rows<T, true>(p, stream)

@@ -108,6 +108,7 @@ def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
         *rows,
         setup.row("silu_and_mul", heads, shape, seconds, moved=moved, is_paged=False, peers=peers),
         *_linear_rows(setup, heads),
+        *_gated_rows(setup, heads),
     ]
 
 
@@ -134,6 +135,43 @@ def _linear_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
         peers: dict[str, float | None] = {"torch": peer}
         rows.append(
             setup.row("linear", heads, shape, seconds, moved=moved, is_paged=False, peers=peers)
+        )
+    return rows
+
+
+def _gated_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
+    """Products by gate and up, of a hidden size by three times as much each, with the activation;
+    torch's has our `silu_and_mul` behind it.
+    """
+    device, hidden = setup.device, heads.num_heads * heads.head_dim
+    weight = torch.randn(6 * hidden, hidden, device=device, dtype=setup.dtype) * hidden**-0.5
+    if device.type != "cuda" or not ops.linear_silu_and_mul_pays(weight, 1):
+        return []
+    rows = []
+    for num_rows in (128, 256, 2048, 8192):
+        x = torch.randn(num_rows, hidden, device=device, dtype=setup.dtype)
+        gate_up, out = x.new_empty(num_rows, 6 * hidden), x.new_empty(num_rows, 3 * hidden)
+        torch.cuda.synchronize()  # the weights are at rest
+
+        def by_torch(
+            x: torch.Tensor = x, gate_up: torch.Tensor = gate_up, out: torch.Tensor = out
+        ) -> None:
+            torch.mm(x, weight.T, out=gate_up)
+            ops.silu_and_mul(out, gate_up)
+
+        ours = partial(ops.linear_silu_and_mul, out, x, weight)
+        timers = [repeat_timer([call], device) for call in (ours, by_torch)]
+        seconds, peer = alternate(timers)
+        rows.append(
+            setup.row(
+                "linear_silu_and_mul",
+                heads,
+                f"{num_rows} x {hidden} x 2 x {3 * hidden}",
+                seconds,
+                flops=2 * num_rows * hidden * 6 * hidden,
+                is_paged=False,
+                peers={"torch": peer},
+            )
         )
     return rows
 

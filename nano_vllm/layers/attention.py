@@ -47,6 +47,7 @@ class AttentionMetadata:
     """[num_seqs + 1], int32."""
     seq_lens: torch.Tensor
     """[num_seqs], int32."""
+    min_query_len: int
     max_query_len: int
     max_seq_len: int
     workspaces: Mapping[int, torch.Tensor] = field(default_factory=dict)
@@ -139,6 +140,7 @@ class Attention:
             metadata.block_tables,
             metadata.query_start_loc,
             metadata.seq_lens,
+            min_query_len=metadata.min_query_len,
             max_query_len=metadata.max_query_len,
             max_seq_len=metadata.max_seq_len,
             scale=self.scale,

@@ -118,9 +118,10 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fuses_silu and x.shape[0] <= self.gate_up_proj.max_rows:
+        weight = self.gate_up_proj.weight
+        if self.fuses_silu and ops.linear_silu_and_mul_pays(weight, x.shape[0]):
             out = x.new_empty(x.shape[0], self.down_proj.weight.shape[1])
-            ops.linear_silu_and_mul(out, x, self.gate_up_proj.weight)
+            ops.linear_silu_and_mul(out, x, weight)
             return self.down_proj(out)
         gate_up = self.gate_up_proj(x)
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)

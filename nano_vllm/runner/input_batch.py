@@ -89,6 +89,7 @@ class StagedInput(NamedTuple):
     """Of a step of decodes: of the device's block tables."""
     num_sampled: int
     """Rows that sample."""
+    min_query_len: int
     max_query_len: int
     max_seq_len: int
     is_shared: bool
@@ -326,6 +327,7 @@ class InputBatch:
             table_width=0,
             num_changes=0,
             num_sampled=0,
+            min_query_len=0,
             max_query_len=shape.max_query_len,
             max_seq_len=self._longest,
             is_shared=shape.is_shared,
@@ -375,6 +377,7 @@ class InputBatch:
             table_width=0,
             num_changes=num_changes,
             num_sampled=len(decodes),
+            min_query_len=0,
             max_query_len=1,
             max_seq_len=max_seq_len if padded_size is None else self._longest,
             is_shared=bool(is_shared),
@@ -447,6 +450,7 @@ class InputBatch:
             block_tables[num_decodes:],
         )
         query_start_loc[num_decodes:] += num_decodes
+        min_query_len = 1 if num_decodes else min(row.num_tokens for row in others)
         is_shared = self._shares_prefixes and find_shared_prefixes(
             query_start_loc,
             seq_lens[:num_seqs],
@@ -475,6 +479,7 @@ class InputBatch:
             table_width=width,
             num_changes=0,
             num_sampled=len(rows),
+            min_query_len=min_query_len if padding is None else 0,
             max_query_len=_bound_of(max_query_len, padded_tokens) if padding else max_query_len,
             max_seq_len=max(max_seq_len, max_decode_len) if padding is None else self._longest,
             is_shared=bool(is_shared),
@@ -513,6 +518,7 @@ class InputBatch:
                 block_tables,
                 device["query_start_loc"],
                 device["seq_lens"],
+                staged.min_query_len,
                 staged.max_query_len,
                 staged.max_seq_len,
                 self._workspaces,
@@ -531,6 +537,7 @@ class InputBatch:
                 num_heads=self._config.num_heads,
                 num_kv_heads=self._config.num_kv_heads,
                 head_dim=self._config.head_dim,
+                min_query_len=attention.min_query_len,
                 max_query_len=attention.max_query_len,
                 sliding_window=window,
                 shared_prefix=attention.shared_prefix,

@@ -106,6 +106,7 @@ class AttentionBatch:
             num_kv_heads=self.key_cache.shape[2],
             head_dim=head_dim,
             max_query_len=self.options["max_query_len"],
+            min_query_len=self.options["min_query_len"],
             sliding_window=self.options.get("sliding_window", 0),
             shared_prefix=self.options.get("shared_prefix"),
         )
@@ -140,7 +141,7 @@ def page(
     All that no query may see is NaN: rows past a sequence's end, blocks of nobody, padding queries,
     gaps between the strides. Block table entries past a sequence's last block, and those of blocks
     behind what may be read for the sliding window of all its queries, unless it has all, name a
-    block of nobody or no block at all. The bounds max_query_len and max_seq_len are often loose. A
+    block of nobody or no block at all. The bounds of query_lens and seq_lens are often loose. A
     float8 cache often has scales, if not the given ones.
     """
     query = torch.cat([sequence.query for sequence in sequences])
@@ -185,6 +186,7 @@ def page(
 
     padding = torch.full((draw.choice((0, 0, 1, 5)), *query.shape[1:]), torch.nan)
     max_query_len, max_seq_len = max(query_lens), max(seq_lens)
+    min_query_len = draw.choice((0, min(query_lens)))
     if draw.choice((True, False)):
         max_query_len += draw.choice((0, 1, 17)) if max_query_len > 1 else 0
         max_seq_len = draw.between(max_seq_len, width * block_size)
@@ -199,6 +201,7 @@ def page(
         _int32(draw, seq_lens),
         {
             "max_query_len": max_query_len,
+            "min_query_len": min_query_len,
             "max_seq_len": max_seq_len,
             "scale": head_dim**-0.5,
         }

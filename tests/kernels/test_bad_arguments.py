@@ -28,6 +28,7 @@ def paged_attention_arguments() -> Arguments:
         "query_start_loc": torch.tensor([0, 3, 7], dtype=torch.int32),
         "seq_lens": torch.tensor([3, 20], dtype=torch.int32),
         "max_query_len": 4,
+        "min_query_len": 3,
         "max_seq_len": 20,
         "scale": 0.125,
         "sliding_window": 0,
@@ -47,6 +48,7 @@ def plan_attention_arguments() -> Arguments:
         "num_kv_heads": 2,
         "head_dim": 64,
         "max_query_len": 4,
+        "min_query_len": 3,
         "sliding_window": 0,
     }
 
@@ -200,6 +202,7 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("seq_lens", zeros(2, 1, dtype=torch.int32), "seq_lens must have shape [any], got [2, 1]"),
         ("seq_lens", gapped, f"seq_lens {GAPPED}"),
         ("max_query_len", lambda _: -1, "max_query_len must be in [0, 2^31), got -1"),
+        ("min_query_len", lambda _: -1, "min_query_len must be in [0, 2^31), got -1"),
         ("max_seq_len", lambda _: 25, "max_seq_len must be at most 24 (3 blocks of 8), got 25"),
         ("max_seq_len", lambda _: 2**31, "max_seq_len must be in [0, 2^31), got 2147483648"),
         ("sliding_window", lambda _: -1, "sliding_window must be in [0, 2^31), got -1"),
@@ -221,6 +224,7 @@ BAD: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
         ("num_kv_heads", lambda _: 0, "num_heads must be a multiple of num_kv_heads, got 6 and 0"),
         ("head_dim", lambda _: 72, "head_dim must be 64, 80, 96, 128, 192 or 256, got 72"),
         ("max_query_len", lambda _: -1, "max_query_len must be in [0, 2^31), got -1"),
+        ("min_query_len", lambda _: -1, "min_query_len must be in [0, 2^31), got -1"),
         ("sliding_window", lambda _: 2**31, "sliding_window must be in [0, 2^31), got 2147483648"),
     ],
     "reshape_and_cache": [

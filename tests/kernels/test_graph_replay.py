@@ -365,6 +365,7 @@ def test_no_op_is_missing() -> None:
         "has_cuda",
         "paged_attention_workspace_numel",
         "linear_max_rows",
+        "linear_silu_and_mul_pays",
         "quantized_linear",
     }
     # On several ranks test_all_reduce replays it.

@@ -138,6 +138,42 @@ def test_random_shapes_on_cuda(dtype: torch.dtype, seed: int, case: int, is_gate
 
 @pytest.mark.cuda
 @each_16_bit_dtype
+@pytest.mark.parametrize("num_rows", [33, 64, 127, 128, 129, 256, 257, 1000, 4097])
+def test_many_rows_on_cuda(dtype: torch.dtype, seed: int, num_rows: int) -> None:
+    draw = Draw(seed, "cuda")
+    for in_features, out_features in ((1024, 3072), (576, 192), (8, 8), (200, 1000)):
+        check_on_cuda(draw, dtype, num_rows, in_features, out_features, is_gated=True)
+
+
+@pytest.mark.cuda
+@each_16_bit_dtype
+@random_cases(30)
+def test_random_shapes_of_many_rows_on_cuda(dtype: torch.dtype, seed: int, case: int) -> None:
+    draw = Draw(seed, "cuda")
+    num_rows = draw.between(33, draw.choice((100, 700, 5000)))
+    in_features, out_features = 8 * draw.between(1, 300), 8 * draw.between(1, 300)
+    check_on_cuda(draw, dtype, num_rows, in_features, out_features, is_gated=True)
+
+
+@pytest.mark.cuda
+@each_16_bit_dtype
+def test_row_of_many_on_cuda(dtype: torch.dtype, seed: int) -> None:
+    """A row's bits do not depend on the others, from 33 on."""
+    draw = Draw(seed, "cuda")
+    for in_features, out_features in ((1024, 1024), (200, 6000)):
+        rows = draw.normal(2000, in_features, dtype=dtype)
+        weight = draw.normal(2 * out_features, in_features, dtype=dtype)
+        torch.cuda.synchronize()
+        together = rows.new_empty(2000, out_features)
+        ops.linear_silu_and_mul(together, rows, weight)
+        for count in (33, 128, 300, 1999):
+            some = rows.new_empty(count, out_features)
+            ops.linear_silu_and_mul(some, rows[2000 - count :], weight)
+            assert_equal_bits(some, together[2000 - count :])
+
+
+@pytest.mark.cuda
+@each_16_bit_dtype
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_row_alone_on_cuda(dtype: torch.dtype, seed: int, is_gated: bool) -> None:
     """A row's bits do not depend on the others, whatever kernel their number takes."""
@@ -171,7 +207,10 @@ def layers_of(draw: Draw, dtype: torch.dtype, start: torch.Tensor, pauses: bool)
         ops.linear_silu_and_mul(wide, x, up)
 
     def narrow() -> None:
-        ops.linear(x, wide, down)
+        if len(x) > ops.linear_max_rows(down):
+            torch.mm(wide, down.T, out=x)
+        else:
+            ops.linear(x, wide, down)
 
     torch.cuda.synchronize()
     for _ in range(20):
@@ -184,7 +223,7 @@ def layers_of(draw: Draw, dtype: torch.dtype, start: torch.Tensor, pauses: bool)
 
 @pytest.mark.cuda
 @each_16_bit_dtype
-@pytest.mark.parametrize("num_rows", [1, 8, 12, 30])
+@pytest.mark.parametrize("num_rows", [1, 8, 12, 30, 300])
 def test_chain_on_cuda(dtype: torch.dtype, seed: int, num_rows: int) -> None:
     """Kernels that start before the one ahead has ended see all of its results: as one by one."""
     start = Draw(seed, "cuda").normal(num_rows, 1024, dtype=dtype)
@@ -203,6 +242,23 @@ def test_max_rows(device: str) -> None:
                 is_hopper = torch.cuda.get_device_capability() == (9, 0)
                 fits = dtype != torch.float32 and shape[0] % 8 == shape[1] % 8 == 0
                 assert max_rows == (32 if is_hopper and fits else 0)
+
+
+def test_where_the_gated_product_pays(device: str) -> None:
+    """From few rows to many, for a weight that there are kernels for."""
+    for dtype, shape, fits in (
+        (torch.bfloat16, (28672, 4096), True),
+        (torch.float16, (6144, 1024), True),
+        (torch.float32, (6144, 1024), False),
+        (torch.bfloat16, (24, 64), False),  # 12 output features
+        (torch.bfloat16, (6144, 1020), False),
+    ):
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        takes = device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and fits
+        for num_rows in (1, 32):
+            assert ops.linear_silu_and_mul_pays(weight, num_rows) == takes
+        if not takes:
+            assert not any(ops.linear_silu_and_mul_pays(weight, 2**n) for n in range(6, 16))
 
 
 @pytest.mark.cuda

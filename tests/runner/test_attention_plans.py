@@ -42,7 +42,7 @@ def test_windows(
 
     monkeypatch.setattr(ops, "plan_attention", plan)
     none = torch.empty(0)
-    batch.plan(AttentionMetadata(none, none, none, none, 1, 1, workspaces))
+    batch.plan(AttentionMetadata(none, none, none, none, 1, 1, 1, workspaces))
     assert list(planned) == windows
     for layer in range(model.num_layers):
         assert planned[model.window(layer)] is workspaces[model.window(layer)]
