@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from nano_vllm.distributed.all_reduce_way import HOP_SECONDS, RATE
+from nano_vllm.distributed.all_reduce_way import HOP_SECONDS, PLAIN_RATE, PLAIN_SECONDS, RATE
 
 GIB = 1 << 30
 
@@ -22,6 +22,8 @@ class Links:
     """What leaves a GPU in an all-reduce by our kernel, besides the flags; None where GPUs cannot
     write each other's memory quickly enough.
     """
+    plain: float = PLAIN_RATE
+    """The same where there are no flags beside the data: predicted."""
     source: str = "assumed"
     """Of the figures of all-reduces within a host. All others are assumed."""
     nccl_latency: float = 17e-6
@@ -30,6 +32,8 @@ class Links:
     one_shot_latency_per_gpu: float = 0.25e-6
     two_shot_latency: float = HOP_SECONDS
     """Beyond that of one shot."""
+    plain_latency: float = PLAIN_SECONDS
+    """Beyond that of one shot: predicted."""
     send_latency: float = 10e-6
     """Of NCCL's send and receive within a host."""
     network: float = 47e9
@@ -41,7 +45,7 @@ class Links:
 
 
 NVLINK_4 = Links(send=390e9, bus=230e9, peer=RATE, source="measured between two GPUs")
-NVLINK_3 = Links(send=260e9, bus=150e9, peer=RATE * 2 / 3)
+NVLINK_3 = Links(send=260e9, bus=150e9, peer=RATE * 2 / 3, plain=PLAIN_RATE * 2 / 3)
 PCIE_4 = Links(send=24e9, bus=20e9, peer=None, network=22e9)
 
 

@@ -339,7 +339,7 @@ def all_reduce(
     buffers: torch.Tensor,
     rank: int,
     max_bytes: int,
-    two_shot: bool,
+    way: str,
     residual: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     eps: float = 0.0,
@@ -347,8 +347,8 @@ def all_reduce(
     """out = the sum of all ranks' input; with a residual, residual += that, and out =
     rms_norm(residual). On CUDA alone.
 
-    All ranks make the same calls in the same order, and get the same bits: sums are float32, in the
-    order of the ranks.
+    All ranks make the same calls in the same order, on GPUs of as many multiprocessors, and get the
+    same bits, in every way: sums are float32, in the order of the ranks.
 
     Args:
         out: [num_rows, hidden_size]; may be `input`.
@@ -357,14 +357,16 @@ def all_reduce(
         buffers: [num_ranks], int64, on the CPU; the address of each rank's buffer of
             `peer_buffer_bytes(max_bytes, num_ranks)`, zeros before the first call.
         rank: which of them is on this GPU.
-        max_bytes: of the largest message.
-        two_shot: each rank sums a share and sends the sums to the others, instead of all rows to
-            all ranks. In one shot a message has at most about 2 / num_ranks of `max_bytes`.
+        max_bytes: of the largest message, a multiple of 16.
+        way: "one-shot": each rank sends all of its rows to all others. "two-shot": each sums a
+            share and sends the sums to the others. "plain": as one-shot, without a flag beside
+            every 4 bytes, once a block has sent all of its rows. One-shot and plain messages have
+            at most about 2 / num_ranks of `max_bytes`.
         residual: [num_rows, hidden_size], updated in place.
         weight: [hidden_size], with a residual.
         eps: added to the mean of squares.
     """
-    _ops.all_reduce(out, input, residual, weight, eps, buffers, rank, max_bytes, two_shot)
+    _ops.all_reduce(out, input, residual, weight, eps, buffers, rank, max_bytes, way)
 
 
 def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:

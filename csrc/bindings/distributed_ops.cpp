@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 
 #include "bindings/device.h"
 #include "bindings/ops.h"
@@ -35,6 +36,18 @@ void check_handle(const Tensor& handle) {
   check_shape("handle", handle, {cuda::kPeerHandleBytes});
 }
 
+void check_max_bytes(int64_t max_bytes) {
+  check(max_bytes > 0 && max_bytes % 16 == 0, "max_bytes must be a positive multiple of 16, got ",
+        max_bytes);
+}
+
+AllReduceWay read_way(const std::string& way) {
+  if (way == "one-shot") return AllReduceWay::kOneShot;
+  if (way == "two-shot") return AllReduceWay::kTwoShot;
+  check(way == "plain", "way must be one-shot, two-shot or plain, got ", way);
+  return AllReduceWay::kPlain;
+}
+
 #ifdef NANO_VLLM_CUDA
 void* as_pointer(int64_t address) { return reinterpret_cast<void*>(address); }
 #endif
@@ -44,14 +57,13 @@ void* as_pointer(int64_t address) { return reinterpret_cast<void*>(address); }
 int64_t peer_buffer_bytes(int64_t max_bytes, int64_t num_ranks) {
   check(num_ranks >= 2 && num_ranks <= kMaxPeers, "num_ranks must be in [2, ", kMaxPeers, "], got ",
         num_ranks);
-  check(max_bytes > 0 && max_bytes % 16 == 0, "max_bytes must be a multiple of 16, got ",
-        max_bytes);
+  check_max_bytes(max_bytes);
   return size_of_peer_buffer(max_bytes, static_cast<int>(num_ranks));
 }
 
 void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tensor>& residual,
                 const std::optional<Tensor>& weight, double eps, const Tensor& buffers,
-                int64_t rank, int64_t max_bytes, bool two_shot) {
+                int64_t rank, int64_t max_bytes, const std::string& way) {
   check_cuda("all_reduce", input);
   AllReduceParams params{};
   params.dtype = float_dtype("input", input);
@@ -74,11 +86,13 @@ void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tens
   const auto row_bytes = input.size(1) * static_cast<int64_t>(size_of(params.dtype));
   check(row_bytes > 0 && row_bytes % 16 == 0, "a row must be a multiple of 16 bytes, got ",
         row_bytes);
-  check(max_bytes > 0, "max_bytes must be positive, got ", max_bytes);
-  const int64_t limit =
-      two_shot ? max_bytes : max_one_shot_bytes(max_bytes, static_cast<int>(num_ranks));
-  check(input.size(0) * row_bytes <= limit, "a message in ", two_shot ? "two shots" : "one shot",
-        " has at most ", limit, " bytes, got ", input.size(0) * row_bytes);
+  check_max_bytes(max_bytes);
+  params.way = read_way(way);
+  const int64_t limit = params.way == AllReduceWay::kTwoShot
+                            ? max_bytes
+                            : max_one_shot_bytes(max_bytes, static_cast<int>(num_ranks));
+  check(input.size(0) * row_bytes <= limit, "a ", way, " message has at most ", limit,
+        " bytes, got ", input.size(0) * row_bytes);
   for (const Tensor* tensor : {&out, &input}) {
     check(reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
           "input, out, residual and weight must begin at a multiple of 16 bytes");
@@ -100,7 +114,6 @@ void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tens
   params.rank = static_cast<int32_t>(rank);
   params.num_ranks = static_cast<int32_t>(num_ranks);
   params.max_bytes = max_bytes;
-  params.is_two_shot = two_shot;
 #ifdef NANO_VLLM_CUDA
   const auto* addresses = static_cast<const int64_t*>(buffers.const_data_ptr());
   std::transform(addresses, addresses + num_ranks, params.buffers, as_pointer);

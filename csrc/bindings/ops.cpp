@@ -68,7 +68,7 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
   library.def("release_peer_buffer(Tensor like, int buffer, bool is_own) -> ()");
   library.def(
       "all_reduce(Tensor(a!) out, Tensor input, Tensor(b!)? residual, Tensor? weight, float eps, "
-      "Tensor buffers, int rank, int max_bytes, bool two_shot) -> ()");
+      "Tensor buffers, int rank, int max_bytes, str way) -> ()");
   library.def("quantized_linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   library.def(
       "adjust_logits(Tensor(a!) out, Tensor logits, Tensor rows, Tensor(b!) token_ids, Tensor "

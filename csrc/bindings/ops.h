@@ -59,7 +59,7 @@ int64_t import_peer_buffer(const Tensor& like, const Tensor& handle);
 void release_peer_buffer(const Tensor& like, int64_t buffer, bool is_own);
 void all_reduce(const Tensor& out, const Tensor& input, const std::optional<Tensor>& residual,
                 const std::optional<Tensor>& weight, double eps, const Tensor& buffers,
-                int64_t rank, int64_t max_bytes, bool two_shot);
+                int64_t rank, int64_t max_bytes, const std::string& way);
 
 void quantized_linear(const Tensor& out, const Tensor& input, const Tensor& weight,
                       const std::optional<Tensor>& bias);

@@ -1,6 +1,7 @@
 // Instructions that CUDA C++ has no name for: matrix fragments, their product, asynchronous copies
 // to shared memory, memory that other GPUs write, waiting for the kernel before (PTX ISA,
-// "Warp-level Matrix Instructions", "cp.async", "ld.volatile", "griddepcontrol").
+// "Warp-level Matrix Instructions", "cp.async", "ld.volatile", "Memory Consistency Model",
+// "griddepcontrol").
 //
 // An 8 x 8 fragment of 16-bit elements lies one register a lane: lane l holds columns 2 (l % 4) and
 // 2 (l % 4) + 1 of row l / 4, the lower column in the lower half.
@@ -91,6 +92,18 @@ __device__ inline uint4 read_through(const uint4* at) {
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(at)
                : "memory");
+  return value;
+}
+
+// A word that tells other GPUs what was written before it: by this thread, and by those of its
+// block that it has met at a barrier since. Who acquires the word can read all that, and so can
+// those whom it meets at a barrier.
+__device__ inline void release_to_system(uint32_t* at, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+__device__ inline uint32_t acquire_from_system(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
 

@@ -1,9 +1,11 @@
-"""Sums over GPUs by size, in each way that there is: NCCL, our kernel in one shot and in two."""
+"""Sums over GPUs by size, in each way that there is: NCCL, our kernel in one shot, two, plainly."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes",
         nargs="+",
         type=int,
-        default=[8, 64, 128, 256, 512, 1024, 2048, 4096, 8192],
+        default=[8, 64, 128, 256, 512, 768, 1024, 2048, 4096, 8192, 16384, 65536],
         metavar="KIB",
-        help="of each rank's tensor",
+        help="of each rank's tensor; our kernel sums 8 MiB in a call",
     )
     parser.add_argument("--hidden-size", type=int, default=4096, help="elements of a row, bfloat16")
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from nano_vllm.bench.report import describe_machine, report
-    from nano_vllm.distributed.all_reduce_way import MAX_BYTES
+    from nano_vllm.distributed.all_reduce_way import SLICE_BYTES, largest_call
     from nano_vllm.distributed.collectives import GroupCollectives
     from nano_vllm.distributed.launch import Launch
     from nano_vllm.distributed.peer_memory import PeerMemory
@@ -52,8 +54,9 @@ def run(args: argparse.Namespace) -> None:
     torch.cuda.set_device(device)
     parallel = join(launch, device, launch.world_size, 1)
     assert isinstance(parallel.tp, GroupCollectives)
+    largest = min(max(args.sizes) * 1024, SLICE_BYTES)
     # one shot takes the most room
-    max_bytes = max(max(args.sizes) * 1024 * launch.world_size // 2, MAX_BYTES)
+    max_bytes = max(largest * launch.world_size // 2, largest_call(launch.world_size))
     peers = PeerMemory.connect(
         parallel.tp.all_gather,
         launch.rank,
@@ -85,7 +88,7 @@ def _row(tp: GroupCollectives, peers: PeerMemory, num_rows: int, size: int) -> d
 
     from nano_vllm import ops
     from nano_vllm.bench.timing import alternate, repeat_timer
-    from nano_vllm.distributed.all_reduce_way import way_of
+    from nano_vllm.distributed.all_reduce_way import SLICE_BYTES, Way, slices_of, way_of
 
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.bfloat16
@@ -93,27 +96,31 @@ def _row(tp: GroupCollectives, peers: PeerMemory, num_rows: int, size: int) -> d
     out, residual, weight = torch.empty_like(x), torch.zeros_like(x), torch.ones_like(x[0])
     eps = 1e-5
 
-    def ours(two_shot: bool, *norm: Any) -> None:
-        ops.all_reduce(out, x, peers.buffers, peers.rank, peers.max_bytes, two_shot, *norm)
+    num_bytes = x.numel() * x.element_size()
+    slices = slices_of(num_rows, num_bytes // num_rows, SLICE_BYTES)
+    ways = (Way.ONE_SHOT, Way.TWO_SHOT, Way.PLAIN)
+
+    def ours(way: Way, *norm: Any) -> None:
+        for rows in slices:
+            more = (residual[rows], *norm) if norm else ()
+            ops.all_reduce(
+                out[rows], x[rows], peers.buffers, peers.rank, peers.max_bytes, way.value, *more
+            )
 
     expected = tp.all_gather(x).float()
     total = torch.zeros_like(expected[0])
     for rank in range(tp.size):
         total += expected[rank]
-    for two_shot in (False, True):
-        ours(two_shot)
-        _check(out, total.to(dtype), f"{'two' if two_shot else 'one'}-shot")
-    norm = (residual, weight, eps)
-    calls = {
+    for way in ways:
+        ours(way)
+        _check(out, total.to(dtype), way.value)
+    calls: dict[str, Callable[[], object]] = {
         "NCCL": lambda: dist.all_reduce(out),
-        "one-shot": lambda: ours(False),
-        "two-shot": lambda: ours(True),
-        "one-shot and norm": lambda: ours(False, *norm),
-        "two-shot and norm": lambda: ours(True, *norm),
-        "norm": lambda: ops.fused_add_rms_norm(out, out, *norm),
+        **{way.value: partial(ours, way) for way in ways},
+        **{f"{way.value} and norm": partial(ours, way, weight, eps) for way in ways},
+        "norm": lambda: ops.fused_add_rms_norm(out, out, residual, weight, eps),
     }
     seconds = alternate([repeat_timer([call], device) for call in calls.values()])
-    num_bytes = x.numel() * x.element_size()
     return {
         "KiB": num_bytes // 1024,
         **{name: round(s * 1e6, 1) for name, s in zip(calls, seconds, strict=True)},

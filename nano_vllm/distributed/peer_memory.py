@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from nano_vllm import ops
-from nano_vllm.distributed.all_reduce_way import MAX_BYTES, MAX_RANKS, Way, way_of
+from nano_vllm.distributed.all_reduce_way import MAX_RANKS, Way, largest_call, slices_of, way_of
 
 _MAX_ROW_BYTES = 1 << 16
 """As many vectors of 16 bytes as the threads of a block keep."""
@@ -25,7 +25,7 @@ class PeerMemory:
         buffers: [num_ranks], int64, on the CPU; addresses, by rank.
         rank: which of them is its own.
         device: of its own.
-        max_bytes: of the largest message.
+        max_bytes: of the largest call.
     """
 
     def __init__(
@@ -44,9 +44,11 @@ class PeerMemory:
         num_ranks: int,
         device: torch.device,
         host: str,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int | None = None,
     ) -> PeerMemory | None:
-        """None, on all ranks, where one of them cannot map another's memory.
+        """None, on all ranks, where one of them cannot map another's memory, or where their GPUs
+        are not alike: blocks wait for those of the same number of other ranks, of which there are
+        as many where GPUs have as many multiprocessors.
 
         Args:
             all_gather: of the ranks.
@@ -54,11 +56,15 @@ class PeerMemory:
             num_ranks: how many they are.
             device: a GPU.
             host: what names the host.
-            max_bytes: of the largest message.
+            max_bytes: of the largest call, if not what is taken of so many ranks.
         """
         if num_ranks > MAX_RANKS:
             return None
-        digest = hashlib.sha256(host.encode()).digest()[:_HOST_BYTES]
+        if max_bytes is None:
+            max_bytes = largest_call(num_ranks)
+        gpu = torch.cuda.get_device_properties(device)
+        place = f"{host} {gpu.multi_processor_count}"
+        digest = hashlib.sha256(place.encode()).digest()[:_HOST_BYTES]
         own = torch.zeros(_HANDLE_BYTES + _HOST_BYTES, dtype=torch.uint8)
         own[_HANDLE_BYTES:] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         like = torch.empty(0, device=device)
@@ -87,7 +93,9 @@ class PeerMemory:
         return None
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether `all_reduce` can sum it, and as quickly as NCCL."""
+        """Whether `all_reduce` can sum it, in calls one behind the other where it is more than the
+        buffers hold, and as quickly as NCCL.
+        """
         row_bytes = x.shape[-1] * x.element_size()
         return (
             x.dim() == 2
@@ -99,22 +107,27 @@ class PeerMemory:
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """The sum over all ranks, in place."""
-        ops.all_reduce(x, x, self.buffers, self.rank, self.max_bytes, self._is_two_shot(x))
+        way = self._way(x).value
+        for rows in self._slices(x):
+            part = x[rows]
+            ops.all_reduce(part, part, self.buffers, self.rank, self.max_bytes, way)
 
     def all_reduce_and_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> None:
         """residual += the sum over all ranks; x becomes the norm of that."""
-        two_shot = self._is_two_shot(x)
-        ops.all_reduce(
-            x, x, self.buffers, self.rank, self.max_bytes, two_shot, residual, weight, eps
-        )
+        way = self._way(x).value
+        for rows in self._slices(x):
+            part, old = x[rows], residual[rows]
+            ops.all_reduce(
+                part, part, self.buffers, self.rank, self.max_bytes, way, old, weight, eps
+            )
 
     def _way(self, x: torch.Tensor) -> Way:
         return way_of(x.numel() * x.element_size(), len(self.buffers))
 
-    def _is_two_shot(self, x: torch.Tensor) -> bool:
-        return self._way(x) is Way.TWO_SHOT
+    def _slices(self, x: torch.Tensor) -> list[slice]:
+        return slices_of(len(x), x.shape[1] * x.element_size(), self.max_bytes)
 
     def close(self) -> None:
         """Once no rank computes any more. The others' memory first: it is freed by them."""

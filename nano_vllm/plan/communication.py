@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from nano_vllm.distributed.all_reduce_way import Way, way_of
+from nano_vllm.distributed.all_reduce_way import Way, largest_call, way_of
 from nano_vllm.distributed.partition import vocabulary_part
 from nano_vllm.gpus import Links
 from nano_vllm.plan.setup import Layout, Setup
@@ -57,15 +58,23 @@ def all_reduce_seconds(links: Links, num_bytes: float, ranks: int, gpus_per_host
     if ranks == 1:
         return 0.0
     here = min(ranks, gpus_per_host)
-    ring = 2 * (here - 1) / here * num_bytes
     if ranks > here:
+        ring = 2 * (here - 1) / here * num_bytes
         hosts = -(-ranks // here)
         across = 2 * (hosts - 1) / hosts * num_bytes / here
         return links.hosts_latency + ring / links.bus + across / links.network
-    way = way_of(num_bytes, ranks)
+    return seconds_within_a_host(links, num_bytes, ranks, way_of(num_bytes, ranks))
+
+
+def seconds_within_a_host(links: Links, num_bytes: float, ranks: int, way: Way) -> float:
+    """Of an all-reduce in a way, or by NCCL where GPUs cannot write each other's memory."""
+    ring = 2 * (ranks - 1) / ranks * num_bytes
     if links.peer is None or way is Way.NCCL:
         return links.nccl_latency + ring / links.bus
     latency = links.one_shot_latency + links.one_shot_latency_per_gpu * ranks
+    if way is Way.PLAIN:
+        calls = max(1, math.ceil(num_bytes / largest_call(ranks)))
+        return calls * (latency + links.plain_latency) + (ranks - 1) * num_bytes / links.plain
     if way is Way.ONE_SHOT:
         return latency + (ranks - 1) * num_bytes / links.peer
     return latency + links.two_shot_latency + ring / links.peer

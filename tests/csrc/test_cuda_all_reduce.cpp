@@ -1,5 +1,6 @@
 // The CUDA all_reduce on a CPU, see cuda_on_cpu/cuda_runtime.h: ranks that make many calls one
-// behind the other, some of them much slower than others, what they send arriving in any order.
+// behind the other, some of them much slower than others, what they send arriving in any order that
+// the kernels do not forbid.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -28,6 +29,15 @@ std::vector<T> random_values(size_t count) {
   return values;
 }
 
+constexpr AllReduceWay kWays[] = {AllReduceWay::kOneShot, AllReduceWay::kTwoShot,
+                                  AllReduceWay::kPlain};
+
+// The number of a call behind so many others, of which the first has a number.
+uint32_t number_of_call(uint32_t first, int others) {
+  for (; others > 0; --others) first = first == ~0u ? 2 : first + 1;
+  return first;
+}
+
 template <class T>
 bool same_bits(const T* a, const std::vector<T>& b) {
   return b.empty() || std::memcmp(a, b.data(), b.size() * sizeof(T)) == 0;
@@ -37,7 +47,8 @@ bool same_bits(const T* a, const std::vector<T>& b) {
 template <class T>
 struct Call {
   int num_rows, hidden_size;
-  bool is_two_shot, is_in_place, has_norm;
+  AllReduceWay way;
+  bool is_in_place, has_norm;
   std::vector<std::vector<T>> inputs;
   std::vector<T> residual, weight;
   T *outs, *residuals;
@@ -49,7 +60,7 @@ struct Call {
   Call(int num_ranks, int rows, int size)
       : num_rows(rows),
         hidden_size(size),
-        is_two_shot(generator() % 2),
+        way(kWays[generator() % 3]),
         is_in_place(generator() % 2),
         has_norm(generator() % 2),
         residual(random_values<T>(numel())),
@@ -65,11 +76,20 @@ struct Call {
     cuda_on_cpu::free_common(reinterpret_cast<unsigned char*>(residuals), common_bytes());
   }
 
+  // What is sent plainly looks like flags of another call.
+  void look_like(uint32_t call) {
+    for (std::vector<T>& input : inputs) {
+      for (size_t i = 0; i < input.size(); i += sizeof(call) / sizeof(T)) {
+        std::memcpy(static_cast<void*>(&input[i]), &call, sizeof(call));
+      }
+    }
+  }
+
   void run(AllReduceParams params) {
     const size_t at = static_cast<size_t>(params.rank) * numel();
     const std::vector<T>& input = inputs[static_cast<size_t>(params.rank)];
     params.num_rows = num_rows, params.hidden_size = hidden_size;
-    params.is_two_shot = is_two_shot;
+    params.way = way;
     params.out = outs + at;
     params.input = input.data();
     if (is_in_place) {
@@ -133,16 +153,25 @@ template <class T>
 void test_calls(DType dtype, double error, int num_ranks, std::vector<Call<T>> calls) {
   int64_t max_bytes = 16 * between(1, 200);
   for (const Call<T>& call : calls) max_bytes = std::max(max_bytes, call.bytes());
-  const int64_t size = size_of_peer_buffer(max_bytes, num_ranks);
+  const PeerBufferParts parts(max_bytes, num_ranks);
+  const auto size = static_cast<size_t>(parts.end);
+  const uint32_t last_call = ~0u - static_cast<uint32_t>(between(0, 4));  // they are counted beyond
   AllReduceParams params{};
   params.dtype = dtype, params.num_ranks = num_ranks, params.max_bytes = max_bytes;
   for (int rank = 0; rank < num_ranks; ++rank) {
-    params.buffers[rank] = cuda_on_cpu::allocate_common(static_cast<size_t>(size) + kGuardBytes);
-    // Calls are counted beyond the largest number.
-    *static_cast<uint32_t*>(params.buffers[rank]) = ~0u - 4;
+    params.buffers[rank] = cuda_on_cpu::allocate_common(size + kGuardBytes);
+    *static_cast<uint32_t*>(params.buffers[rank]) = last_call;
   }
+  int num_calls = 0;
+  bool is_any_plain = false, is_any_flagged = false;
   for (Call<T>& call : calls) {
-    if (call.bytes() > max_one_shot_bytes(max_bytes, num_ranks)) call.is_two_shot = true;
+    if (call.numel() == 0) continue;  // it is not counted
+    ++num_calls;
+    if (call.bytes() > max_one_shot_bytes(max_bytes, num_ranks)) call.way = AllReduceWay::kTwoShot;
+    const bool is_plain = call.way == AllReduceWay::kPlain;
+    (is_plain ? is_any_plain : is_any_flagged) = true;
+    const uint32_t later = number_of_call(last_call, num_calls + 2);
+    if (is_plain && later < 100 && generator() % 2) call.look_like(later);
   }
   CHECK(cuda_on_cpu::run_devices(num_ranks, static_cast<unsigned>(generator()), [&](int rank) {
     AllReduceParams own = params;
@@ -155,8 +184,14 @@ void test_calls(DType dtype, double error, int num_ranks, std::vector<Call<T>> c
   }
   for (int rank = 0; rank < num_ranks; ++rank) {
     auto* buffer = static_cast<unsigned char*>(params.buffers[rank]);
-    CHECK(std::count(buffer + size, buffer + size + kGuardBytes, 0) == kGuardBytes);
-    cuda_on_cpu::free_common(buffer, static_cast<size_t>(size) + kGuardBytes);
+    const auto is_unused = [&](int64_t begin, int64_t end) {
+      return std::count(buffer + begin, buffer + end, 0) == end - begin;
+    };
+    CHECK(is_unused(parts.end, parts.end + kGuardBytes));
+    CHECK(is_any_plain || is_unused(parts.flags, parts.flagged_vecs));
+    CHECK(is_any_plain || is_unused(parts.plain_vecs, parts.end));
+    CHECK(is_any_flagged || is_unused(parts.flagged_vecs, parts.plain_vecs));
+    cuda_on_cpu::free_common(buffer, size + kGuardBytes);
   }
 }
 
@@ -164,10 +199,13 @@ template <class T>
 void test_random(DType dtype, double error, int num_ranks) {
   constexpr int kSize = cuda::Vec<T>::kSize;
   std::vector<Call<T>> calls;
+  // All ways, or now and then one alone.
+  const auto only = generator() % 12;
   for (int i = between(5, 12); i > 0; --i) {
     const int vecs = generator() % 3 == 0 ? between(1, 3) : between(1, 70);
     const int rows = generator() % 3 == 0 ? between(0, 20) : between(1, 4);
     calls.emplace_back(num_ranks, rows, vecs * kSize);
+    if (only < 3) calls.back().way = kWays[only];
   }
   test_calls(dtype, error, num_ranks, std::move(calls));
 }
@@ -175,8 +213,10 @@ void test_random(DType dtype, double error, int num_ranks) {
 // Rows of more vectors than a block has threads.
 void test_long_rows() {
   std::vector<Call<float>> calls;
-  for (int i = 0; i < 3; ++i) calls.emplace_back(2, 1, 4 * 1100);
-  for (int i = 0; i < 3; ++i) calls[static_cast<size_t>(i)].is_two_shot = i > 0;
+  for (const AllReduceWay way : {kWays[0], kWays[1], kWays[1], kWays[2], kWays[2]}) {
+    calls.emplace_back(2, 1, 4 * 1100);
+    calls.back().way = way;
+  }
   test_calls(DType::kFloat32, 2e-6, 2, std::move(calls));
 }
 
@@ -187,6 +227,12 @@ void test_sizes_of_buffers() {
       CHECK(share * num_ranks >= max_bytes);
       CHECK((share - 16 * kChunkVecs) * num_ranks < max_bytes);
       CHECK(max_one_shot_bytes(max_bytes, num_ranks) <= 2 * share);
+      const PeerBufferParts parts(max_bytes, num_ranks);
+      CHECK(parts.flagged_vecs - parts.flags == 2 * num_ranks * 4 * kMaxAllReduceBlocks);
+      CHECK(parts.plain_vecs - parts.flagged_vecs == 2 * num_ranks * 2 * 2 * share);
+      CHECK(parts.end == size_of_peer_buffer(max_bytes, num_ranks));
+      CHECK(parts.flags % 16 == 0 && parts.flagged_vecs % 16 == 0 && parts.plain_vecs % 16 == 0);
+      CHECK(max_one_shot_bytes(max_bytes, num_ranks) % 16 == 0);
     }
     CHECK(max_one_shot_bytes(1 << 20, 2) == 1 << 20);
   }

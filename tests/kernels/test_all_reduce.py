@@ -13,6 +13,7 @@ from nano_vllm import ops
 
 MAX_BYTES = 1 << 20
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WAYS = ["one-shot", "two-shot", "plain"]
 EPS = 1e-5
 
 
@@ -33,8 +34,8 @@ class Ranks:
 
     def all_reduce(self, rank: int, out: torch.Tensor, *args: Any) -> None:
         """As the op, from its input on, without what is of the ranks."""
-        source, two_shot, *norm = args
-        ops.all_reduce(out, source, self._buffers, rank, MAX_BYTES, two_shot, *norm)
+        source, way, *norm = args
+        ops.all_reduce(out, source, self._buffers, rank, MAX_BYTES, way, *norm)
 
     def run(self, call: Callable[[int], None]) -> None:
         """The same on all ranks, which are waited for."""
@@ -54,13 +55,9 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks = Ranks(request.param)
     # A kernel is loaded when it is first launched, for which nothing else may be running.
     for dtype in DTYPES:
-        for two_shot in (False, True):
+        for way in WAYS:
             xs = [torch.zeros(1, 64, device="cuda", dtype=dtype) for _ in range(ranks.count)]
-            ranks.run(
-                lambda rank, xs=xs, two_shot=two_shot: ranks.all_reduce(
-                    rank, xs[rank], xs[rank], two_shot
-                )
-            )
+            ranks.run(lambda rank, xs=xs, way=way: ranks.all_reduce(rank, xs[rank], xs[rank], way))
     torch.cuda._sleep(1)
     yield ranks
     ranks.close()
@@ -87,9 +84,9 @@ def random_inputs(count: int, rows: int, size: int, dtype: torch.dtype) -> list[
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("two_shot", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 def test_all_ranks_get_the_sum_bit_for_bit(
-    seed: int, ranks: Ranks, dtype: torch.dtype, two_shot: bool
+    seed: int, ranks: Ranks, dtype: torch.dtype, way: str
 ) -> None:
     """Calls of all shapes one behind the other, in and out of place."""
     torch.manual_seed(seed)
@@ -101,7 +98,7 @@ def test_all_ranks_get_the_sum_bit_for_bit(
         outs = inputs if number % 2 else [torch.full_like(x, float("nan")) for x in inputs]
         ranks.run(
             lambda rank, outs=outs, inputs=inputs: ranks.all_reduce(
-                rank, outs[rank], inputs[rank], two_shot
+                rank, outs[rank], inputs[rank], way
             )
         )
         for out in outs:
@@ -109,8 +106,8 @@ def test_all_ranks_get_the_sum_bit_for_bit(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("two_shot", [False, True])
-def test_blocks_take_turns_at_more_rows(seed: int, ranks: Ranks, two_shot: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_take_turns_at_more_rows(seed: int, ranks: Ranks, way: str) -> None:
     """Than there are blocks: two for each SM, of a warp."""
     torch.manual_seed(seed)
     rows = 5 * torch.cuda.get_device_properties(0).multi_processor_count + 3
@@ -129,7 +126,7 @@ def test_blocks_take_turns_at_more_rows(seed: int, ranks: Ranks, two_shot: bool)
             residuals: list[torch.Tensor] = residuals,
         ) -> None:
             more = (residuals[rank], weight, EPS) if norm else ()
-            ranks.all_reduce(rank, outs[rank], inputs[rank], two_shot, *more)
+            ranks.all_reduce(rank, outs[rank], inputs[rank], way, *more)
 
         ranks.run(call)
         wanted = expected.clone()
@@ -142,10 +139,10 @@ def test_blocks_take_turns_at_more_rows(seed: int, ranks: Ranks, two_shot: bool)
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("two_shot", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [64, 1024, 4096, 9216])
 def test_the_norm_behind_the_sum_is_that_of_two_kernels(
-    seed: int, ranks: Ranks, dtype: torch.dtype, two_shot: bool, size: int
+    seed: int, ranks: Ranks, dtype: torch.dtype, way: str, size: int
 ) -> None:
     torch.manual_seed(seed)
     for rows in (1, 5):
@@ -157,7 +154,7 @@ def test_the_norm_behind_the_sum_is_that_of_two_kernels(
         ops.fused_add_rms_norm(expected, expected, residual, weight, EPS)
         ranks.run(
             lambda rank, inputs=inputs, residuals=residuals, weight=weight: ranks.all_reduce(
-                rank, inputs[rank], inputs[rank], two_shot, residuals[rank], weight, EPS
+                rank, inputs[rank], inputs[rank], way, residuals[rank], weight, EPS
             )
         )
         for x, own in zip(inputs, residuals, strict=True):
@@ -167,7 +164,7 @@ def test_the_norm_behind_the_sum_is_that_of_two_kernels(
 
 @pytest.mark.cuda
 def test_calls_follow_one_another_at_each_ranks_own_pace(seed: int, ranks: Ranks) -> None:
-    """Many, of all sizes and in both ways, none of which is waited for; some ranks fall behind."""
+    """Many, of all sizes and in all ways, none of which is waited for; some ranks fall behind."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
     calls = []
@@ -175,14 +172,14 @@ def test_calls_follow_one_another_at_each_ranks_own_pace(seed: int, ranks: Ranks
         dtype = draw.choice(DTYPES)
         inputs = random_inputs(ranks.count, draw.randint(1, 8), 8 * draw.randint(1, 64), dtype)
         outs = [torch.full_like(x, float("nan")) for x in inputs]
-        calls.append((inputs, outs, draw.random() < 0.5))
+        calls.append((inputs, outs, draw.choice(WAYS)))
     pauses = [[draw.choice([0, 0, 0, 100_000]) for _ in calls] for _ in range(ranks.count)]
 
     def run_all(rank: int) -> None:
-        for pause, (inputs, outs, two_shot) in zip(pauses[rank], calls, strict=True):
+        for pause, (inputs, outs, way) in zip(pauses[rank], calls, strict=True):
             if pause:
                 torch.cuda._sleep(pause)
-            ranks.all_reduce(rank, outs[rank], inputs[rank], two_shot)
+            ranks.all_reduce(rank, outs[rank], inputs[rank], way)
 
     ranks.run(run_all)
     for inputs, outs, _ in calls:
@@ -195,7 +192,7 @@ def test_calls_follow_one_another_at_each_ranks_own_pace(seed: int, ranks: Ranks
 def test_many_calls_in_a_graph_that_is_replayed(seed: int, ranks: Ranks) -> None:
     """Their numbers go on from replay to replay; replays follow one another unwaited for."""
     torch.manual_seed(seed)
-    ways = [False, True, True, False, False, False, True, True, True]
+    ways = [WAYS[i] for i in (0, 1, 1, 2, 2, 0, 0, 0, 2, 0, 2, 1, 2, 1, 1)]
     inputs = random_inputs(ranks.count, 4, 512, torch.float32)
     xs = [torch.empty_like(x) for x in inputs]
     history = [torch.empty(3, *x.shape, device="cuda") for x in inputs]
@@ -204,9 +201,9 @@ def test_many_calls_in_a_graph_that_is_replayed(seed: int, ranks: Ranks) -> None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             xs[rank].copy_(inputs[rank])
-            for two_shot in ways:
+            for way in ways:
                 xs[rank].mul_(0.5)
-                ranks.all_reduce(rank, xs[rank], xs[rank], two_shot)
+                ranks.all_reduce(rank, xs[rank], xs[rank], way)
             inputs[rank].add_(1)
         graphs.append(graph)
 
@@ -237,12 +234,15 @@ def test_many_calls_in_a_graph_that_is_replayed(seed: int, ranks: Ranks) -> None
         ({"rank": 2}, r"rank must be in \[0, 2\), got 2"),
         ({"buffers": torch.zeros(1, dtype=torch.int64)}, "there must be 2 to 8 buffers, got 1"),
         ({"buffers": torch.zeros(2)}, "buffers must be int64, got float32"),
-        ({"max_bytes": 16}, "a message in one shot has at most 16 bytes, got 128"),
+        ({"max_bytes": 16}, "a one-shot message has at most 16 bytes, got 128"),
         (
-            {"max_bytes": 96, "two_shot": True},
-            "a message in two shots has at most 96 bytes, got 128",
+            {"max_bytes": 96, "way": "two-shot"},
+            "a two-shot message has at most 96 bytes, got 128",
         ),
-        ({"max_bytes": 0}, "max_bytes must be positive, got 0"),
+        ({"max_bytes": 112, "way": "plain"}, "a plain message has at most 112 bytes, got 128"),
+        ({"max_bytes": 0}, "max_bytes must be a positive multiple of 16, got 0"),
+        ({"max_bytes": 1000}, "max_bytes must be a positive multiple of 16, got 1000"),
+        ({"way": "ring"}, "way must be one-shot, two-shot or plain, got ring"),
         ({"weight": None}, "residual and weight come together"),
         ({"out": torch.zeros(2, 16)}, "out must be on cuda:0, got cpu"),
     ],
@@ -255,7 +255,7 @@ def test_refusals(change: dict[str, object], message: str) -> None:
         "buffers": torch.zeros(2, dtype=torch.int64),
         "rank": 0,
         "max_bytes": 1024,
-        "two_shot": False,
+        "way": "one-shot",
         "residual": x.clone(),
         "weight": x[0].clone(),
     }
@@ -264,30 +264,34 @@ def test_refusals(change: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.cuda
-def test_one_shot_takes_what_there_is_room_for() -> None:
+@pytest.mark.parametrize("way", ["one-shot", "plain"])
+def test_whole_messages_are_as_large_as_there_is_room_for(way: str) -> None:
     x = torch.zeros(1 << 13, 16, device="cuda")
     buffers = torch.zeros(8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="a message in one shot has at most 262144 bytes, got 524"):
-        ops.all_reduce(x, x, buffers, 0, MAX_BYTES, False)
+    with pytest.raises(ValueError, match=f"a {way} message has at most 262144 bytes, got 524"):
+        ops.all_reduce(x, x, buffers, 0, MAX_BYTES, way)
 
 
 @pytest.mark.cuda
 def test_rows_of_a_few_bytes_are_refused() -> None:
     x = torch.zeros(2, 3, device="cuda")
     with pytest.raises(ValueError, match="a row must be a multiple of 16 bytes, got 12"):
-        ops.all_reduce(x, x, torch.zeros(2, dtype=torch.int64), 0, 1024, False)
+        ops.all_reduce(x, x, torch.zeros(2, dtype=torch.int64), 0, 1024, "one-shot")
 
 
 def test_a_cpu_has_no_peers() -> None:
     x = torch.zeros(2, 16)
     with pytest.raises(ValueError, match="got a tensor on cpu"):
-        ops.all_reduce(x, x, torch.zeros(2, dtype=torch.int64), 0, 1024, False)
+        ops.all_reduce(x, x, torch.zeros(2, dtype=torch.int64), 0, 1024, "one-shot")
     with pytest.raises(ValueError, match=r"num_ranks must be in \[2, 8\], got 9"):
         ops.peer_buffer_bytes(1024, 9)
 
 
-def test_buffers_have_room_for_a_share_twice() -> None:
-    """Of each rank in each of two calls, with as many flags."""
+def test_buffers_have_room_for_a_share_twice_and_for_plain_rows() -> None:
+    """Of each rank in each of two calls: a share twice with as many flags, flags of blocks, and
+    what is summed in one shot.
+    """
     for count in range(2, 9):
         share = -(-MAX_BYTES // (512 * count)) * 512
-        assert ops.peer_buffer_bytes(MAX_BYTES, count) == 256 + 2 * count * 2 * 2 * share
+        of_sender = 2 * 2 * share + 4 * 512 + min(2 * share, MAX_BYTES)
+        assert ops.peer_buffer_bytes(MAX_BYTES, count) == 256 + 2 * count * of_sender

@@ -70,19 +70,23 @@ def test_the_page_tells_what_is_expected() -> None:
 
 
 def test_the_page_tells_how_gpus_sum() -> None:
-    rows = re.findall(r"^\| (\d) \| (\d+) ([KM]iB) \| (?:(\d) MiB|-) \| (.*) \|$", PAGE, re.M)
+    rows = re.findall(
+        r"^\| (\d) \| (\d+) KiB \| (?:(\d+) MiB|-) \| (?:(\d+) MiB|-) \| (.*) \|$", PAGE, re.M
+    )
     assert [int(row[0]) for row in rows] == [2, 3, 4, 6, 8]
     for row in rows:
-        ranks, limit = int(row[0]), int(row[1]) * UNITS[row[2]]
-        assert way_of(limit, ranks) is Way.ONE_SHOT
-        beyond = Way.TWO_SHOT if row[3] else Way.NCCL
+        ranks, limit = int(row[0]), int(row[1]) * UNITS["KiB"]
+        assert way_of(limit - 16, ranks) is Way.ONE_SHOT
+        beyond = Way.TWO_SHOT if row[2] else Way.PLAIN
         assert way_of(limit + 1024, ranks) is beyond
-        if row[3]:
-            limit = int(row[3]) * UNITS["MiB"]
-            assert way_of(limit, ranks) is Way.TWO_SHOT
-            assert way_of(limit + 1024, ranks) is Way.NCCL
+        limit = int(row[2] or row[3]) * UNITS["MiB"]
+        assert not (row[2] and row[3])
+        assert way_of(limit, ranks) is beyond
+        assert way_of(limit + 1024, ranks) is Way.NCCL
         sent = [float(number) for number in re.findall(r"[\d.]+", row[4])]
-        assert sent == pytest.approx([2 * (ranks - 1), 4 * (ranks - 1) / ranks], abs=0.05)
+        assert sent == pytest.approx(
+            [2 * (ranks - 1), 4 * (ranks - 1) / ranks, ranks - 1], abs=0.05
+        )
 
 
 def test_the_page_compares_all_reduces_with_the_published() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from nano_vllm.config import EngineConfig
+from nano_vllm.distributed.all_reduce_way import SLICE_BYTES, Way
 from nano_vllm.gpus import NVLINK_4, PCIE_4, find_gpu
 from nano_vllm.plan.__main__ import main
-from nano_vllm.plan.communication import all_reduce_seconds, send_seconds
+from nano_vllm.plan.communication import all_reduce_seconds, seconds_within_a_host, send_seconds
 from nano_vllm.plan.setup import Layout, Setup
 from nano_vllm.plan.simulate import Simulation, batches
 
@@ -118,16 +119,16 @@ PUBLISHED = {
     (8, 16 << 20): 135.7e-6,
 }
 MEASURED = {
-    # bytes -> seconds of all-reduces between two H200, of docs/benchmarks.md
-    8 << 10: 2.7e-6,
-    64 << 10: 2.9e-6,
-    128 << 10: 3.3e-6,
-    256 << 10: 4.1e-6,
-    512 << 10: 5.5e-6,
-    1 << 20: 8.3e-6,
-    2 << 20: 14.0e-6,
-    4 << 20: 25.8e-6,
-    8 << 20: 53.4e-6,
+    # way, bytes -> seconds of all-reduces between two H200, of docs/benchmarks.md
+    (Way.ONE_SHOT, 8 << 10): 2.7e-6,
+    (Way.ONE_SHOT, 64 << 10): 2.9e-6,
+    (Way.ONE_SHOT, 128 << 10): 3.3e-6,
+    (Way.ONE_SHOT, 256 << 10): 4.1e-6,
+    (Way.ONE_SHOT, 512 << 10): 5.5e-6,
+    (Way.ONE_SHOT, 1 << 20): 8.3e-6,
+    (Way.ONE_SHOT, 2 << 20): 14.0e-6,
+    (Way.ONE_SHOT, 4 << 20): 25.8e-6,
+    (Way.NCCL, 8 << 20): 53.4e-6,
 }
 
 
@@ -138,10 +139,16 @@ def test_all_reduces_are_near_the_published(case: tuple[int, int]) -> None:
     assert PUBLISHED[case] / 2 < seconds < PUBLISHED[case] * 2
 
 
-@pytest.mark.parametrize("size", MEASURED)
-def test_all_reduces_of_two_are_those_measured(size: int) -> None:
-    seconds = all_reduce_seconds(NVLINK_4, size, 2, 8)
-    assert seconds == pytest.approx(MEASURED[size], rel=0.04)
+@pytest.mark.parametrize(("way", "size"), MEASURED)
+def test_all_reduces_of_two_are_those_measured(way: Way, size: int) -> None:
+    seconds = seconds_within_a_host(NVLINK_4, size, 2, way)
+    assert seconds == pytest.approx(MEASURED[way, size], rel=0.04)
+
+
+def test_slices_are_summed_one_behind_the_other() -> None:
+    one = all_reduce_seconds(NVLINK_4, SLICE_BYTES, 2, 8)
+    assert one == seconds_within_a_host(NVLINK_4, SLICE_BYTES, 2, Way.PLAIN)
+    assert all_reduce_seconds(NVLINK_4, 3 * SLICE_BYTES, 2, 8) == pytest.approx(3 * one)
 
 
 def test_other_hosts_are_farther() -> None:

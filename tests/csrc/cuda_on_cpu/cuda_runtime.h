@@ -83,6 +83,15 @@ void write_common(uint4* at, uint4 value);
 uint4 read_common(const uint4* at);
 void land_writes();
 
+// A word that lands like any other, but behind all that its thread has written before, and that the
+// others of the block had written before they met at a __syncthreads() since. Reads are made in
+// their order: that one is missing between the look at a word and what it tells of is not seen.
+void release_common(uint32_t* at, uint32_t value);
+uint32_t acquire_common(const uint32_t* at);
+
+// How many __syncthreads() lie behind the thread that runs.
+int64_t syncs_of_block();
+
 // Rounds that a warp stays behind the others of its block: now and then some, of several devices.
 int lag_of_warp();
 

@@ -7,10 +7,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <random>
 #include <utility>
@@ -36,10 +38,32 @@ struct Host {
 Host* host = nullptr;
 int self;
 
-// All that is promised is that 8 bytes come together.
+// All that is promised is that 8 bytes come together, and what a release comes behind.
 struct Write {
-  uint2* at;
+  void* at;
   uint2 value;
+  size_t num_bytes;
+  bool is_release;
+  unsigned block, thread;
+  int64_t syncs, number;  // of its thread, and among all writes
+
+  Write(void* to, uint2 words, size_t bytes, bool releases)
+      : at(to),
+        value(words),
+        num_bytes(bytes),
+        is_release(releases),
+        block(blockIdx.x),
+        thread(threadIdx.x),
+        syncs(syncs_of_block()) {
+    static int64_t count = 0;
+    number = count++;
+  }
+
+  bool is_behind(const Write& other) const {
+    return is_release && block == other.block && number > other.number &&
+           (thread == other.thread || syncs > other.syncs);
+  }
+  void land() const { std::memcpy(at, &value, num_bytes); }
 };
 std::vector<Write> under_way;
 
@@ -66,11 +90,43 @@ int next_device() {
   return device;
 }
 
+// With all that it comes behind: what the others of these come behind is among them.
 void land(size_t i) {
   std::swap(under_way[i], under_way.back());
-  *under_way.back().at = under_way.back().value;
+  const Write last = under_way.back();
   under_way.pop_back();
+  if (last.is_release) {
+    const auto is_earlier = [&](const Write& write) {
+      if (!last.is_behind(write)) return false;
+      write.land();
+      return true;
+    };
+    under_way.erase(std::remove_if(under_way.begin(), under_way.end(), is_earlier),
+                    under_way.end());
+  }
+  last.land();
   host->idle_reads = 0;
+}
+
+// Lets time pass: writes land, other devices and other threads go on.
+void before_read() {
+  if (++host->idle_reads > kMaxIdle) {
+    std::fprintf(stderr, "device %d: the devices wait for ever\n", self);
+    std::abort();
+  }
+  while (!under_way.empty() && below(3) > 0) {
+    land(static_cast<size_t>(below(static_cast<int>(under_way.size()))));
+  }
+  if (below(kReadsOfTurn) == 0) {
+    const int next = next_device();
+    if (next != self) {
+      host->turn[self] = 0;
+      wake(next);
+      wait_for_turn();
+    }
+  }
+  bool was_asked = false;
+  wait_until([&] { return std::exchange(was_asked, true); });
 }
 
 void run_device(int device, const std::function<void(int)>& body) {
@@ -95,28 +151,21 @@ void free_common(unsigned char* memory, size_t num_bytes) { munmap(memory, num_b
 
 void write_common(uint4* at, uint4 value) {
   auto* halves = reinterpret_cast<uint2*>(at);
-  under_way.push_back({halves, {value.x, value.y}});
-  under_way.push_back({halves + 1, {value.z, value.w}});
+  under_way.emplace_back(halves, uint2{value.x, value.y}, sizeof(uint2), false);
+  under_way.emplace_back(halves + 1, uint2{value.z, value.w}, sizeof(uint2), false);
 }
 
 uint4 read_common(const uint4* at) {
-  if (++host->idle_reads > kMaxIdle) {
-    std::fprintf(stderr, "device %d: the devices wait for ever\n", self);
-    std::abort();
-  }
-  while (!under_way.empty() && below(3) > 0) {
-    land(static_cast<size_t>(below(static_cast<int>(under_way.size()))));
-  }
-  if (below(kReadsOfTurn) == 0) {
-    const int next = next_device();
-    if (next != self) {
-      host->turn[self] = 0;
-      wake(next);
-      wait_for_turn();
-    }
-  }
-  bool was_asked = false;
-  wait_until([&] { return std::exchange(was_asked, true); });  // other threads of the block go on
+  before_read();
+  return *at;
+}
+
+void release_common(uint32_t* at, uint32_t value) {
+  under_way.emplace_back(at, uint2{value, 0}, sizeof(value), true);
+}
+
+uint32_t acquire_common(const uint32_t* at) {
+  before_read();
   return *at;
 }
 

@@ -81,6 +81,10 @@ void wait_copies() {}
 
 inline void write_through(uint4* at, uint4 value) { cuda_on_cpu::write_common(at, value); }
 inline uint4 read_through(const uint4* at) { return cuda_on_cpu::read_common(at); }
+inline void release_to_system(uint32_t* at, uint32_t value) {
+  cuda_on_cpu::release_common(at, value);
+}
+inline uint32_t acquire_from_system(const uint32_t* at) { return cuda_on_cpu::acquire_common(at); }
 
 inline void allow_next_kernel() {}
 inline void wait_for_last_kernel() {}
