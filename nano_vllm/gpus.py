@@ -23,7 +23,7 @@ class Links:
     write each other's memory quickly enough.
     """
     plain: float = PLAIN_RATE
-    """The same where there are no flags beside the data: predicted."""
+    """The same where there are no flags beside the data."""
     source: str = "assumed"
     """Of the figures of all-reduces within a host. All others are assumed."""
     nccl_latency: float = 17e-6
@@ -33,7 +33,7 @@ class Links:
     two_shot_latency: float = HOP_SECONDS
     """Beyond that of one shot."""
     plain_latency: float = PLAIN_SECONDS
-    """Beyond that of one shot: predicted."""
+    """Beyond that of one shot."""
     send_latency: float = 10e-6
     """Of NCCL's send and receive within a host."""
     network: float = 47e9

@@ -203,8 +203,7 @@ def _describe(links: Links) -> str:
             f"one-shot {links.one_shot_latency * 1e6:.1f} us, "
             f"{links.one_shot_latency_per_gpu * 1e6:.2f} us a GPU and {links.peer / 1e9:.0f} GB/s",
             f"two-shot {links.two_shot_latency * 1e6:.1f} us more",
-            f"plain (predicted) {links.plain_latency * 1e6:.1f} us more and "
-            f"{links.plain / 1e9:.0f} GB/s",
+            f"plain {links.plain_latency * 1e6:.1f} us more and {links.plain / 1e9:.0f} GB/s",
             *ways,
         ]
     return (
