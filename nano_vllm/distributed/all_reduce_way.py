@@ -24,14 +24,14 @@ MAX_BYTES = 4 << 20
 would take 39 us, by NCCL 44, and with eight 46 and 49: computed.
 """
 MAX_SLICED_BYTES = 64 << 20
-"""Of a message of two ranks that is not left to NCCL. Between two H200 so many bytes take 311 us with
-the norm behind the sum, by NCCL and the norm's own kernel 335.
+"""Of a message of two ranks that is not left to NCCL. Between two H200 so many bytes take 311 us
+with the norm behind the sum, by NCCL and the norm's own kernel 335.
 """
 SLICE_BYTES = 8 << 20
 """Of what two ranks sum in one call: messages beyond it are cut into slices."""
 PLAIN_BYTES = 1 << 20
-"""Of the smallest message that two ranks sum plainly. Between two H200, with the norm behind the sum,
-768 KiB take 8.7 us, and 8.4 with flags; 1 MiB 9.5 and 9.8.
+"""Of the smallest message that two ranks sum plainly. Between two H200, with the norm behind the
+sum, 768 KiB take 8.7 us, and 8.4 with flags; 1 MiB 9.5 and 9.8.
 """
 RATE = 180e9
 """Bytes of messages a second that leave a GPU, with as many bytes of flags beside them: measured
@@ -46,7 +46,7 @@ PLAIN_RATE = 300e9
 by messages of 1 to 8 MiB.
 """
 PLAIN_SECONDS = 2e-6
-"""What a plain sum waits longer for its flags, behind all rows of a block: from the same figures."""
+"""What a plain sum waits longer for its flags, behind all rows of a block: of the same figures."""
 
 
 class Way(Enum):
