@@ -144,8 +144,10 @@ def _gated_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
     torch's has our `silu_and_mul` behind it.
     """
     device, hidden = setup.device, heads.num_heads * heads.head_dim
+    if device.type != "cuda":
+        return []
     weight = torch.randn(6 * hidden, hidden, device=device, dtype=setup.dtype) * hidden**-0.5
-    if device.type != "cuda" or not ops.linear_silu_and_mul_pays(weight, 1):
+    if not ops.linear_silu_and_mul_pays(weight, 1):
         return []
     rows = []
     for num_rows in (128, 256, 2048, 8192):

@@ -45,7 +45,7 @@ PLAIN_RATE = 300e9
 """Bytes of messages a second that leave a GPU without flags beside them: measured between two H200,
 by messages of 1 to 8 MiB.
 """
-PLAIN_SECONDS = 2e-6
+PLAIN_SECONDS = 2.5e-6
 """What a plain sum waits longer for its flags, behind all rows of a block: of the same figures."""
 
 

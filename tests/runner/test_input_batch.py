@@ -110,6 +110,7 @@ class PreparingRunner(FakeRunner):
         assert metadata.query_start_loc.tolist() == starts + [len(tokens)] * padding
         assert metadata.seq_lens.tolist() == lens + [0] * padding
         assert metadata.max_query_len >= max(b - a for a, b in pairwise(starts))
+        assert metadata.min_query_len <= min(b - a for a, b in pairwise(starts))
         if batch.is_decode:
             assert metadata.max_query_len == 1
         else:
