@@ -46,7 +46,7 @@ void launch_prefill_sm90(const AttentionLaunch& p, cudaStream_t stream);
 // The query rows of a tile, and its tokens: as many as registers allow.
 constexpr int prefill_tile_rows(int head_dim) { return head_dim == 64 ? 192 : 128; }
 constexpr int prefill_tile_tokens(int head_dim) {
-  return head_dim <= 128 ? 128 : head_dim == 192 ? 96 : 80;
+  return head_dim == 64 || head_dim == 192 ? 96 : head_dim == 256 ? 64 : 128;
 }
 
 // On sm_90: prefixes that decodes share, see prefix_plan.cuh.

@@ -71,9 +71,11 @@ __device__ inline uint32_t multiply_keys(float (&scores)[kTileRows / 8][4],
 }
 
 // The online softmax of a lane's two queries in each eight, 2 (l % 4) and the next. Its maximum
-// follows the scores once they exceed it by more than kSlack, see LazyRowStates.
+// follows the scores once they exceed it by more than kSlack: weights grow to 2^kSlack, which float
+// and the 16-bit types hold as exactly as 1, and outputs are rarely rescaled.
 template <int kCount>
 struct QueryStates {
+  static constexpr float kSlack = 8;
   float max[kCount][2], sum[kCount][2];  // sums of this lane's tokens alone, until finish()
 
   __device__ QueryStates() {
@@ -102,7 +104,7 @@ struct QueryStates {
     for (int n = 0; n < kCount; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        exceeds |= scores[n][i] > max[n][i % 2] + LazyRowStates::kSlack;
+        exceeds |= scores[n][i] > max[n][i % 2] + kSlack;
       }
     }
     const bool rescales = __any_sync(~0u, exceeds);
@@ -114,7 +116,7 @@ struct QueryStates {
           const float highest = reduce(fmaxf(scores[n][j], scores[n][2 + j]),
                                        [](float a, float b) { return fmaxf(a, b); });
           rescale[n][j] = 1;
-          if (highest > max[n][j] + LazyRowStates::kSlack) {
+          if (highest > max[n][j] + kSlack) {
             rescale[n][j] = exp2_approx(max[n][j] - highest);
             max[n][j] = highest;
             sum[n][j] *= rescale[n][j];

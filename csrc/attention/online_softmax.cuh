@@ -77,49 +77,78 @@ struct RowStates {
   }
 };
 
-// The same with a maximum that follows the scores only once they exceed it by kSlack: weights grow
-// to 2^kSlack, which float and the 16-bit types hold as exactly as 1, and outputs are rarely
-// rescaled. In steps, so that other work comes between them; kHalf is 0 for the lane's first row, 1
-// for its second.
+// The same for products that run while weights are made. Weights are powers of two of what scores
+// exceed a reference by, which lies kLead above the highest score when it is set and stays while no
+// weight reaches 2: outputs are rarely rescaled, and no exponential waits for a maximum. kLead is
+// what the 16-bit type holds as exactly as 1.
+template <class T>
 struct LazyRowStates {
-  static constexpr float kSlack = 8;
-  float max[2] = {-kInfinity, -kInfinity};
+  static constexpr float kLead = std::is_same_v<T, __half> ? 3 : 7;
+  // In both 16-bit types the highest bit of the exponents of 2 and more, infinity and NaN, alone.
+  static constexpr uint32_t kReachesTwo = 0x40004000;
+  float reference[2] = {-kInfinity, -kInfinity};
   float sum[2] = {0, 0};  // of this lane's columns alone
 
-  // Takes a row's scores times scale, as exponents of two, into its maximum. What was weighted
-  // before is to be multiplied by the result.
-  template <int kHalf, int kColumnTiles>
-  __device__ float see(const float (&scores)[kColumnTiles][4], float scale) {
-    float chains[2] = {-kInfinity,
-                       -kInfinity};  // an instruction waits for the one before in its own
-#pragma unroll
-    for (int i = 0; i < kColumnTiles; ++i) {
-      chains[i % 2] = fmaxf(chains[i % 2], fmaxf(scores[i][2 * kHalf], scores[i][2 * kHalf + 1]));
-    }
-    float new_max = fmaxf(chains[0], chains[1]);
-    new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 1));
-    new_max = scale * fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
-    float rescale = 1;
-    if (new_max - max[kHalf] > kSlack) {
-      rescale = exp2_approx(max[kHalf] - new_max);
-      max[kHalf] = new_max;
-    }
-    sum[kHalf] *= rescale;
-    return rescale;
+  // Turns a row's scores times scale into weights, packed as left operands of the next product.
+  // False, and no state changed, if one reaches 2: the warp's rows have to follow, with the same
+  // scores. Of rows that saw no column yet all reach it.
+  template <int kColumnTiles>
+  __device__ bool weigh(const float (&scores)[kColumnTiles][4], float scale,
+                        uint32_t (&weights)[kColumnTiles / 2][4]) {
+    const float sum_before[2] = {sum[0], sum[1]};
+    const uint32_t bits = weigh_by(reference, scores, scale, weights);
+    if (!__any_sync(~0u, (bits & kReachesTwo) != 0)) return true;
+    sum[0] = sum_before[0];
+    sum[1] = sum_before[1];
+    return false;
   }
 
-  // Turns a row's scores in column tiles kFirst .. kLast - 1 into weights.
-  template <int kHalf, int kFirst, int kLast, int kColumnTiles>
-  __device__ void weigh(float (&scores)[kColumnTiles][4], float scale) {
-    const float shift = max[kHalf] == -kInfinity ? 0 : max[kHalf];
+  // The same behind references that have been moved where a score exceeds them by 1. What was
+  // weighted before is to be multiplied by rescale.
+  template <int kColumnTiles>
+  __device__ void follow(const float (&scores)[kColumnTiles][4], float scale,
+                         uint32_t (&weights)[kColumnTiles / 2][4], float (&rescale)[2]) {
+    float shift[2];
 #pragma unroll
-    for (int i = kFirst; i < kLast; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      float highest = -kInfinity;
 #pragma unroll
-      for (int j = 2 * kHalf; j < 2 * kHalf + 2; ++j) {
-        scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -shift));
-        sum[kHalf] += scores[i][j];
+      for (int i = 0; i < kColumnTiles; ++i) {
+        highest = fmaxf(highest, fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
       }
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+      highest = scale * fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      rescale[half] = 1;
+      if (highest - reference[half] >= 1) {
+        rescale[half] = exp2_approx(reference[half] - (highest + kLead));
+        reference[half] = highest + kLead;
+      }
+      sum[half] *= rescale[half];
+      shift[half] = reference[half] == -kInfinity ? 0 : reference[half];
     }
+    weigh_by(shift, scores, scale, weights);
+  }
+
+ private:
+  // Returns the weights' bits, or'ed.
+  template <int kColumnTiles>
+  __device__ uint32_t weigh_by(const float (&shift)[2], const float (&scores)[kColumnTiles][4],
+                               float scale, uint32_t (&weights)[kColumnTiles / 2][4]) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kColumnTiles; ++i) {
+      float weight[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        weight[j] = exp2_approx(fmaf(scores[i][j], scale, -shift[j / 2]));
+        sum[j / 2] += weight[j];
+      }
+      uint32_t* const packed = weights[i / 2] + i % 2 * 2;
+      packed[0] = pack<T>(weight[0], weight[1]);
+      packed[1] = pack<T>(weight[2], weight[3]);
+      bits |= packed[0] | packed[1];
+    }
+    return bits;
   }
 };
 

@@ -30,9 +30,10 @@ struct Shape {
   static constexpr int kQueryTiles = kHeadDim <= 128 ? 2 : 1;
   // Those of float8 are loaded beside the ring.
   static constexpr int kLoadedBeside = 2;
-  static constexpr int kStages = (kHeadDim <= 96    ? 6
-                                  : kHeadDim == 128 ? 5
-                                                    : 4) -
+  static constexpr int kStages = (kHeadDim == 64                       ? 8
+                                  : kHeadDim <= 96                     ? 6
+                                  : kHeadDim == 128 || kHeadDim == 256 ? 5
+                                                                       : 4) -
                                  (kIsWidened && kHeadDim > 96 ? 1 : 0);
   static constexpr int kLoadedTiles = kIsWidened ? kLoadedBeside : kStages;
   // Warps of the first warpgroup: one loads keys and values; of the others two load queries, or one
@@ -236,6 +237,7 @@ __device__ void widen_tiles(Shared<Shape>& shared, int widening_warp) {
 struct CacheMaps {
   CacheMap keys, values;
   int box_tokens;
+  uint32_t zero = 0;  // which ptxas must not know, see attend
 };
 
 // The role of one warp: loads tiles of keys and values, each item's from the last to the first, in
@@ -401,7 +403,7 @@ __device__ void write_rows(const AttentionLaunch& p, const GroupDivisor& group,
 template <class Shape>
 __device__ void store_rows(const AttentionLaunch& p, const PrefixSlots& slots,
                            const PrefixRows& rows, const PrefillItem& work, int warp_row,
-                           const LazyRowStates& states,
+                           const LazyRowStates<typename Shape::T>& states,
                            const float (&out)[Shape::kHeadDim / 8][4]) {
   const int lane = threadIdx.x % kWarpSize;
   const float value_scale = scale_of_head<typename Shape::Cache>(p.value_scale, work.kv_head);
@@ -419,17 +421,18 @@ __device__ void store_rows(const AttentionLaunch& p, const PrefixSlots& slots,
       *reinterpret_cast<float2*>(to + 8 * i) =
           make_float2(out[i][2 * half] * value_scale, out[i][2 * half + 1] * value_scale);
     }
-    if (lane % 4 == 0) slots.max_sum(slot) = make_float2(states.max[half], sum);
+    if (lane % 4 == 0) slots.max_sum(slot) = make_float2(states.reference[half], sum);
   }
 }
 
 // The role of the other warpgroups: each multiplies 64 rows of every item. The loop runs over the
 // tiles of tokens of all items as if they were one: it starts the product of the next tile's keys
 // and that of this tile's values, and makes weights of the scores while the latter is under way. At
-// the end of an item the next tile is the next item's first.
+// the end of an item the next tile is the next item's first. Warpgroups start products in turn, so
+// that the tensor cores have those of one while another makes its weights.
 template <class Shape>
 __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& group,
-                       const PrefixSlots& slots, Shared<Shape>& shared) {
+                       const PrefixSlots& slots, uint32_t zero, Shared<Shape>& shared) {
   using T = typename Shape::T;
   using Cache = typename Shape::Cache;
   using Tile = typename Shape::Tile;
@@ -437,13 +440,15 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   const int lane = threadIdx.x % kWarpSize;
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupSize, 0) - 1;
   const int warp_row = (threadIdx.x / kWarpSize - kWarpgroupSize / kWarpSize) * 16;
+  // Numbers of barriers: each warpgroup has one for itself and one that lets it start products.
   const int own_barrier = 1 + warpgroup;
+  constexpr int kFirstTurn = 1 + Shape::kConsumers;
 
   ScoreTransform transform(p);
   RingPosition<Shape::kQueryTiles> query;
   RingPosition<Shape::kStages> stage;
   float scores[kTileTokens / 8][4], out[kHeadDim / 8][4];
-  uint32_t weights[kTileTokens / 16][4];
+  uint32_t weights[kTileTokens / 16][4], next_weights[kTileTokens / 16][4];
   float rescale[2];
 
   // Descriptors of the first tiles; those of others are so many units further.
@@ -475,6 +480,12 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   };
   const auto release = [&](Barrier& barrier) {
     if (lane == 0) barrier.arrive();
+  };
+  // As often as each warpgroup takes its turn, the one before it has passed it on; the last one's
+  // first time stands before the loop.
+  const auto take_turn = [&] { sync_threads(kFirstTurn + warpgroup, 2 * kWarpgroupSize); };
+  const auto pass_turn = [&] {
+    arrive_threads(kFirstTurn + (warpgroup + 1) % Shape::kConsumers, 2 * kWarpgroupSize);
   };
   // Values past the end of the sequence may be NaN, which a weight of zero does not stop. Each
   // warpgroup clears them for itself: the others may have started their product, of zeros, too.
@@ -510,7 +521,7 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   Items<Shape> items(shared);
   Work work(items.next());
   if (work.item == nullptr) return;
-  LazyRowStates states;
+  LazyRowStates<T> states;
   VisibleRows visible(*work.item, group, warp_row, p.sliding_window);
   bool is_sum = false;
 
@@ -521,22 +532,15 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
     }
   };
   set_head(work.item->kv_head);
-  constexpr int kColumnTiles = kTileTokens / 8;
   const auto mask_scores = [&](int tile) {
     if constexpr (Shape::kHasSoftcap) {
 #pragma unroll
-      for (int i = 0; i < kColumnTiles; ++i) transform.apply(scores[i]);
+      for (int i = 0; i < kTileTokens / 8; ++i) transform.apply(scores[i]);
     }
     visible.mask(scores, tile * kTileTokens);
   };
-  const auto pack_weights = [&] {
-#pragma unroll
-    for (int i = 0; i < kColumnTiles / 2; ++i) {
-      pack_operand<T>(weights[i], scores[2 * i], scores[2 * i + 1]);
-    }
-  };
 
-  const auto write = [&](const PrefillItem& item, const LazyRowStates& states) {
+  const auto write = [&](const PrefillItem& item, const LazyRowStates<T>& states) {
     if constexpr (Shape::kIsPrefix) {
       store_rows<Shape>(p, slots, group, item, warp_row, states, out);
     } else {
@@ -553,12 +557,10 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   stage = stage.next();
   if (work.is_last()) release(shared.query_empty[query.index]);
   mask_scores(work.tile);
-  states.template see<0>(scores, scale());
-  states.template see<1>(scores, scale());
-  states.template weigh<0, 0, kColumnTiles>(scores, scale());
-  states.template weigh<1, 0, kColumnTiles>(scores, scale());
-  pack_weights();
+  states.follow(scores, scale(), weights, rescale);
   bool has_keys = false, has_values = false;
+  const bool is_last_warpgroup = warpgroup + 1 == Shape::kConsumers;
+  if (is_last_warpgroup) pass_turn();
 
   while (true) {
     const bool ends_item = work.is_last();
@@ -578,42 +580,46 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
     pin(scores);
     pin(out);
     if (!has_keys) shared.stage_full[keys.index].wait(keys.parity);
+    take_turn();
     multiply_keys(keys.index);
     if (!has_values) shared.stage_full[values.index].wait(values.parity);
     multiply_values(values.index, is_sum);
+    pass_turn();
 
-    const LazyRowStates states_of_item = states;
+    const LazyRowStates<T> states_of_item = states;
     if (ends_item) {
-      states = LazyRowStates();
+      states = LazyRowStates<T>();
       visible = VisibleRows(*next.item, group, warp_row, p.sliding_window);
       set_head(next.item->kv_head);
     }
     wait_products<1>();
     pin(scores);
     mask_scores(next.tile);
-    rescale[0] = states.template see<0>(scores, scale());
     release(shared.stage_empty[keys.index]);
     if (next.is_last()) release(shared.query_empty[query.index]);
-    states.template weigh<0, 0, kColumnTiles>(scores, scale());
-    rescale[1] = states.template see<1>(scores, scale());
-    const bool keeps_out = is_settled(rescale);
-    // Exponentials take long. The last of them come behind the wait, beside the packing.
-    states.template weigh<1, 0, kColumnTiles / 2>(scores, scale());
-    pin(scores);
+    const bool keeps_out = !ends_item && states.weigh(scores, scale(), next_weights);
+    if (!keeps_out) states.follow(scores, scale(), next_weights, rescale);
     // Asked here, the answer is there when the next products start.
     stage = values.next();
     has_keys = shared.stage_full[stage.index].test(stage.parity);
     has_values = shared.stage_full[stage.next().index].test(stage.next().parity);
     wait_products<0>();
     pin(out);
+    pin(next_weights);
     release(shared.stage_empty[values.index]);
     if (ends_item) {
       write(*work.item, states_of_item);
     } else if (!keeps_out) {
       rescale_rows(out, rescale);
     }
-    states.template weigh<1, kColumnTiles / 2, kColumnTiles>(scores, scale());
-    pack_weights();
+    // Registers that a product reads may not be written while another is under way, says ptxas,
+    // whichever: it would let them run one by one. Weights were made meanwhile, so this has to be
+    // more than another name.
+#pragma unroll
+    for (int i = 0; i < kTileTokens / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) weights[i][j] = next_weights[i][j] ^ zero;
+    }
     is_sum = !ends_item;
     work = next;
   }
@@ -621,7 +627,9 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
   shared.stage_full[stage.index].wait(stage.parity);
   clear_past_end(work.num_tokens, stage);
   pin(out);
+  take_turn();
   multiply_values(stage.index, is_sum);
+  if (!is_last_warpgroup) pass_turn();
   wait_products<0>();
   pin(out);
   write(*work.item, states);
@@ -661,7 +669,7 @@ __global__ void __launch_bounds__(kIsSm90a ? Shape::kNumThreads : 1, 1)
       }
     } else {
       take_registers<Shape::kConsumerRegisters>();
-      attend<Shape>(p, group, slots, shared);
+      attend<Shape>(p, group, slots, maps.zero, shared);
     }
   }
 }

@@ -94,5 +94,9 @@ __device__ inline int add_arrivals(int* counter, int count) {
 __device__ inline void sync_threads(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
+// The same for those of the threads that do not wait for the others.
+__device__ inline void arrive_threads(int barrier, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
 
 }  // namespace nano_vllm::cuda

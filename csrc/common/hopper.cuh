@@ -107,12 +107,22 @@ __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving uses of accumulators across the fences and waits around them.
+// Keeps the compiler from moving uses of accumulators and operands across the fences and waits
+// around them.
 template <int kCount>
 __device__ inline void pin(float (&sums)[kCount][4]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3]));
+  }
+}
+template <int kCount>
+__device__ inline void pin(uint32_t (&operand)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    asm volatile(""
+                 : "+r"(operand[i][0]), "+r"(operand[i][1]), "+r"(operand[i][2]),
+                   "+r"(operand[i][3]));
   }
 }
 

@@ -63,6 +63,8 @@ void wait_until(const std::function<bool()>& condition);
 // Meets the other threads of the same group, `count` in all, with some bytes each; run is called
 // once, by the last to come, with the data of all, by rank. Groups are told apart by their key.
 void meet(int key, int rank, int count, void* data, const std::function<void(void**)>& run);
+// Counts as one of the group, but does not wait for the others.
+void arrive(int key, int count);
 
 // One register of each ldmatrix since this thread last handed back what it had loaded, all in one.
 // On a GPU these loads may still be under way.

@@ -160,13 +160,16 @@ void meet(int key, int rank, int count, void* data, const std::function<void(voi
   meeting.data.resize(static_cast<size_t>(count));
   meeting.data[static_cast<size_t>(rank)] = data;
   const int64_t generation = meeting.generation;
-  if (++meeting.num_here == count) {
-    run(meeting.data.data());
-    meeting.num_here = 0;
-    ++meeting.generation;
-  } else {
-    wait_until([&] { return meeting.generation != generation; });
-  }
+  if (meeting.num_here + 1 == count) run(meeting.data.data());
+  arrive(key, count);
+  wait_until([&] { return meeting.generation != generation; });
+}
+
+void arrive(int key, int count) {
+  Meeting& meeting = grid.meetings[key];
+  if (++meeting.num_here < count) return;
+  meeting.num_here = 0;
+  ++meeting.generation;
 }
 
 }  // namespace cuda_on_cpu

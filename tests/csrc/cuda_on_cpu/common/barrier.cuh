@@ -56,5 +56,8 @@ inline void sync_threads(int barrier, int num_threads) {
   cuda_on_cpu::meet(barrier, static_cast<int>(threadIdx.x) % num_threads, num_threads, nullptr,
                     [](void**) {});
 }
+inline void arrive_threads(int barrier, int num_threads) {
+  cuda_on_cpu::arrive(barrier, num_threads);
+}
 
 }  // namespace nano_vllm::cuda

@@ -24,8 +24,8 @@ inline void fence_products() {}
 inline void commit_products() {}
 template <int kPending>
 void wait_products() {}
-template <int kCount>
-void pin(float (&)[kCount][4]) {}
+template <class T, int kCount>
+void pin(T (&)[kCount][4]) {}
 
 inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, int swizzle_bytes) {
   return {tensor, swizzle_bytes};
