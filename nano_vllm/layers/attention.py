@@ -56,6 +56,18 @@ class AttentionMetadata:
     """
     shared_prefix: torch.Tensor | None = None
     """[2, num_seqs], int32, see `ops.paged_attention`."""
+    is_planned: bool = True
+    """Whether the workspaces hold plans."""
+
+
+@dataclass(slots=True)
+class LastTokens:
+    """Of each sequence of a step, where of its others nothing but keys and values is wanted."""
+
+    index: torch.Tensor
+    """[num_seqs], int64, among the step's tokens."""
+    attention: AttentionMetadata
+    """Of them alone."""
 
 
 class Attention:
@@ -105,9 +117,11 @@ class Attention:
         metadata: AttentionMetadata,
         k_scale: torch.Tensor,
         v_scale: torch.Tensor,
+        last: LastTokens | None = None,
     ) -> torch.Tensor:
         """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim] -> as the
-        query, which is rotated in place. The scales, [num_kv_heads], count for a float8 cache.
+        query, which is rotated in place; of the last tokens alone if they are given. The scales,
+        [num_kv_heads], count for a float8 cache.
         """
         is_float8 = cache[0].dtype == torch.float8_e4m3fn
         scales = (k_scale, v_scale) if is_float8 else (None, None)
@@ -131,6 +145,8 @@ class Attention:
                 k_scale=scales[0],
                 v_scale=scales[1],
             )
+        if last is not None:
+            query, metadata = query.index_select(0, last.index), last.attention
         workspace = metadata.workspaces.get(self.sliding_window)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         ops.paged_attention(
@@ -147,7 +163,7 @@ class Attention:
             sliding_window=self.sliding_window,
             softcap=self.softcap,
             workspace=workspace,
-            is_planned=workspace is not None,
+            is_planned=workspace is not None and metadata.is_planned,
             shared_prefix=metadata.shared_prefix,
             k_scale=scales[0],
             v_scale=scales[1],

@@ -13,7 +13,13 @@ from nano_vllm.distributed.collectives import ALONE, Collectives
 from nano_vllm.distributed.sharding import share
 from nano_vllm.distributed.stages import Stage, whole
 from nano_vllm.layers.activation import activation, gated_activation
-from nano_vllm.layers.attention import Attention, AttentionMetadata, LayerCache, cache_scale
+from nano_vllm.layers.attention import (
+    Attention,
+    AttentionMetadata,
+    LastTokens,
+    LayerCache,
+    cache_scale,
+)
 from nano_vllm.layers.embedding import Embedding, LMHead
 from nano_vllm.layers.linear import RowParallelLinear, StackedLinear
 from nano_vllm.layers.norm import LayerNorm, RMSNorm, SharedRMSNorm
@@ -81,6 +87,7 @@ class SelfAttention(nn.Module):
         cos_sin: torch.Tensor | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
+        last: LastTokens | None,
     ) -> torch.Tensor:
         qkv = self.qkv_proj(x)
         if self.norms_all_heads:
@@ -93,7 +100,7 @@ class SelfAttention(nn.Module):
         qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         out = self.attention(
-            query, key, value, positions, cos_sin, cache, metadata, self.k_scale, self.v_scale
+            query, key, value, positions, cos_sin, cache, metadata, self.k_scale, self.v_scale, last
         )
         return self.o_proj(out.flatten(1))
 
@@ -187,15 +194,20 @@ class DecoderLayer(nn.Module):
         cos_sin: torch.Tensor | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """x: what the layer before adds to the residual stream; returns what this one adds."""
+        last: LastTokens | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: what the layer before adds to the residual stream; returns what this one adds, and the
+        stream; of the last tokens alone if they are given.
+        """
         with nvtx_range("attention"):
             x = self._read(x, residual, self.names.before_attention, self._reads_parts)
-            x = self.self_attn(x, positions, cos_sin, cache, metadata)
+            x = self.self_attn(x, positions, cos_sin, cache, metadata, last)
             x = self._contribution(x, self.names.after_attention)
+        if last is not None:
+            residual = residual.index_select(0, last.index)
         with nvtx_range("mlp"):
             x = self._read(x, residual, self.names.before_mlp, not self.self_attn.o_proj.sums)
-            return self._contribution(self.mlp(x), self.names.after_mlp)
+            return self._contribution(self.mlp(x), self.names.after_mlp), residual
 
     def _read(
         self, x: torch.Tensor, residual: torch.Tensor, norm: str | None, is_part: bool
@@ -285,12 +297,14 @@ class Decoder(nn.Module):
         caches: list[LayerCache],
         metadata: AttentionMetadata,
         received: torch.Tensor | None,
+        last: LastTokens | None,
     ) -> torch.Tensor:
         x = self._embed(input_ids, positions) if received is None else received
         residual = torch.zeros_like(x)
-        layers = self.layers.values()
-        for layer, cos_sin, cache in zip(layers, self.cos_sin, caches, strict=True):
-            x = layer(x, residual, positions, cos_sin, cache, metadata)
+        layers = zip(self.layers.values(), self.cos_sin, caches, strict=True)
+        for number, (layer, cos_sin, cache) in enumerate(layers, 1):
+            wanted = last if number == len(self.layers) else None
+            x, residual = layer(x, residual, positions, cos_sin, cache, metadata, wanted)
         if self.norm is None:
             return residual.add_(x)
         if self._reads_parts:
@@ -354,13 +368,15 @@ class CausalLM(ModelFamily, nn.Module):
         caches: list[LayerCache],
         metadata: AttentionMetadata,
         received: torch.Tensor | None = None,
+        last: LastTokens | None = None,
     ) -> torch.Tensor:
         """[num_tokens] ids and positions (int64) -> hidden states [num_tokens, hidden_size].
 
         Args:
             received: the hidden states of the stage before; None for the first.
+            last: whose hidden states are wanted, [num_seqs, hidden_size]; None for all tokens.
         """
-        return self.model(input_ids, positions, caches, metadata, received)
+        return self.model(input_ids, positions, caches, metadata, received, last)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> [num_rows, the rank's part of the vocabulary, padded]."""

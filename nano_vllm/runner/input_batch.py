@@ -13,7 +13,7 @@ from nano_vllm import ops
 from nano_vllm._core import DecodeStep, find_shared_prefixes, prepare_batch
 from nano_vllm.batch import Batch, ScheduledSequence
 from nano_vllm.config import ModelConfig
-from nano_vllm.layers.attention import AttentionMetadata
+from nano_vllm.layers.attention import AttentionMetadata, LastTokens
 from nano_vllm.runner.graph_shapes import StepShape
 from nano_vllm.runner.input_layout import (
     Layout,
@@ -227,6 +227,7 @@ class InputBatch:
         """Block tables by table row; and of padded batches, whose tensors must not move."""
         self._sent = np.zeros((max_num_seqs, 2), dtype=np.int64)
         """What each table row holds: the id of a decode row, and how many of its blocks."""
+        self._ordinals = torch.arange(max_num_tokens + 1, dtype=torch.int32, device=device)
         self._workspaces: dict[int, torch.Tensor] = {}
         """By the sliding windows of the layers, which need a plan each."""
         if on_gpu:
@@ -526,6 +527,23 @@ class InputBatch:
             ),
             sampled,
         )
+
+    def last_tokens(self, attention: AttentionMetadata) -> LastTokens:
+        """Of each sequence of a step; on the device. Padding stands for one without a meaning."""
+        num_seqs = len(attention.seq_lens)
+        alone = AttentionMetadata(
+            attention.slot_mapping,
+            attention.block_tables,
+            self._ordinals[: num_seqs + 1],
+            attention.seq_lens.clamp(min=1),
+            min_query_len=1,
+            max_query_len=1,
+            max_seq_len=attention.max_seq_len,
+            workspaces=attention.workspaces,
+            is_planned=False,
+        )
+        index = (attention.query_start_loc[1:] - 1).clamp_(min=0)
+        return LastTokens(index.long(), alone)
 
     def plan(self, attention: AttentionMetadata) -> None:
         """Share out the attention's work; ahead of the layers, on the device."""

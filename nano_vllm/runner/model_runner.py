@@ -111,7 +111,7 @@ class ModelRunner(ModelWorker):
                 prompt_logprobs,
             )
         if recorder is not None:
-            recorder.end(batch, self.graphs is not None and step.staged.is_padded)
+            recorder.end(batch, self.is_graph(step))
         return launched
 
     @torch.inference_mode()

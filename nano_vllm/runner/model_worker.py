@@ -16,6 +16,7 @@ from nano_vllm.distributed.launch import ALONE, Launch
 from nano_vllm.distributed.process_groups import ParallelState, join
 from nano_vllm.distributed.stages import split_layers
 from nano_vllm.gpus import GPU, gpu_of
+from nano_vllm.layers.attention import LastTokens
 from nano_vllm.metrics import LapTimer
 from nano_vllm.models.decoder import CausalLM
 from nano_vllm.models.registry import model_class
@@ -27,6 +28,7 @@ from nano_vllm.runner.input_batch import (
     ModelInput,
 )
 from nano_vllm.runner.limits import (
+    LEAST_SKIPPED_TOKENS,
     check_head_dim,
     choose_dtype_name,
     choose_max_model_len,
@@ -216,7 +218,8 @@ class ModelWorker:
         self, step: Step, inputs: ModelInput, begin: Callable[[], None] | None = None
     ) -> torch.Tensor:
         """What this rank's layers make of the step's tokens, which goes to the stage behind if
-        there is one; of a step of decodes on the last stage, their logits already.
+        there is one; on the last stage, of a step of decodes their logits already, of others that
+        `skips` the hidden states of each sequence's last token.
 
         Args:
             step: what to do.
@@ -229,8 +232,13 @@ class ModelWorker:
             self.parallel.pipeline.receive(self._received[:num_tokens])
             if begin is not None:
                 begin()
-        forward = self._decode if step.staged.is_decode and self.stage.is_last else self._forward
-        if self.graphs is not None and step.staged.is_padded:
+        forward: Callable[[ModelInput], torch.Tensor] = self._forward
+        if self.stage.is_last and step.staged.is_decode:
+            forward = self._decode
+        elif self.skips(step):
+            forward = self._forward_last
+        if self.is_graph(step):
+            assert self.graphs is not None
             out = self.graphs.run(forward, inputs)
         else:
             out = forward(inputs)
@@ -246,7 +254,24 @@ class ModelWorker:
         """
         if inputs.sampled is None:
             return out[: step.staged.num_sampled]
-        return self.model.compute_logits(out.index_select(0, inputs.sampled[1]))
+        rows, tokens = inputs.sampled
+        return self.model.compute_logits(out.index_select(0, rows if self.skips(step) else tokens))
+
+    def is_graph(self, step: Step) -> bool:
+        """Whether it runs as one. They are told apart by their shapes, and of those that skip have
+        nothing for logprobs of a prompt.
+        """
+        return self.graphs is not None and step.staged.is_padded and not step.logit_ranges
+
+    def skips(self, step: Step) -> bool:
+        """Whether the last layer makes nothing but keys and values of tokens that don't sample."""
+        staged = step.staged
+        return (
+            self.stage.is_last
+            and not staged.is_decode
+            and not step.logit_ranges
+            and staged.num_tokens - staged.num_seqs >= LEAST_SKIPPED_TOKENS
+        )
 
     def gather(self, logits: torch.Tensor, num_candidates: int = WHOLE) -> torch.Tensor | None:
         """Whole rows, on the deciding rank alone.
@@ -275,7 +300,7 @@ class ModelWorker:
         # A row that failed has a number below 0, and is computed in vain.
         torch.clamp(token_ids, min=0, out=inputs.input_ids[: len(rows)])
 
-    def _forward(self, inputs: ModelInput) -> torch.Tensor:
+    def _forward(self, inputs: ModelInput, last: LastTokens | None = None) -> torch.Tensor:
         assert self.kv_cache is not None
         self.input_batch.plan(inputs.attention)
         num_tokens = len(inputs.input_ids)
@@ -285,7 +310,11 @@ class ModelWorker:
             self.kv_cache.layers,
             inputs.attention,
             None if self.stage.is_first else self._received[:num_tokens],
+            last,
         )
+
+    def _forward_last(self, inputs: ModelInput) -> torch.Tensor:
+        return self._forward(inputs, self.input_batch.last_tokens(inputs.attention))
 
     def _decode(self, inputs: ModelInput) -> torch.Tensor:
         return self.model.compute_logits(self._forward(inputs))
