@@ -57,9 +57,9 @@ LLAMAS = ("multi-query", "multi-head, tied", "llama3 scaling")
 def test_64_greedy_tokens_equal_transformers(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts in chunks beside decodes, the last layer for what samples alone. Each token is what the
-    oracle finds most likely behind those before it, which is to say that its own greedy tokens are
-    the same.
+    """Prompts in chunks beside decodes, the last layer for what samples alone. Each token is what
+    the oracle finds most likely behind those before it, which is to say that its own greedy tokens
+    are the same.
     """
     monkeypatch.setattr(model_worker, "LEAST_SKIPPED_TOKENS", 1)
     oracle = make_checkpoint(tmp_path, seed=3, **SETTINGS[name])
