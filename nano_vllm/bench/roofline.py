@@ -88,7 +88,9 @@ class Roofline:
         return steps * self.step_weight_bytes + kv_bytes
 
     def prefill_flops(self, workload: Workload) -> int:
-        """Of the prompts: the layers' products, and attention over what the causal mask leaves."""
+        """Of the prompts: the layers' products, and attention over what the causal mask leaves; also
+        what the engine's last layer leaves out of tokens that don't sample.
+        """
         return layer_flops(self.config, workload.input_lens, workload.input_lens)
 
     def step_bytes(self, step: StepRecord) -> int | None:
@@ -105,9 +107,7 @@ class Roofline:
         return self.step_weight_bytes + tokens * self.token_kv_bytes // self.config.num_layers
 
     def step_flops(self, step: StepRecord) -> int:
-        """Of a step: the layers' products, the head's for the sequences that get a token, and
-        attention over what the causal mask leaves.
-        """
+        """Of a step, likewise, and the head's product for the sequences that get a token."""
         head = 2 * self.head_weights * step.num_sampled
         return head + layer_flops(self.config, step.query_lens, step.seq_lens)
 
