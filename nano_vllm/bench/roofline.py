@@ -88,8 +88,8 @@ class Roofline:
         return steps * self.step_weight_bytes + kv_bytes
 
     def prefill_flops(self, workload: Workload) -> int:
-        """Of the prompts: the layers' products, and attention over what the causal mask leaves; also
-        what the engine's last layer leaves out of tokens that don't sample.
+        """Of the prompts: the layers' products, and attention over what the causal mask leaves. So
+        much of it as the engine's last layer leaves out, of tokens that don't sample, counts, too.
         """
         return layer_flops(self.config, workload.input_lens, workload.input_lens)
 
