@@ -118,6 +118,7 @@ struct AttentionCase {
   bool float8 = false;   // caches, with different scales of the heads
   // Of each sequence, as PagedAttentionParams has them; none if empty.
   std::vector<int32_t> prefix_leaders = {}, prefix_lens = {};
+  double loudest = 1;  // some tokens' keys are up to so many times as large
 
   DType cache_dtype() const { return float8 ? DType::kFloat8E4M3 : dtype; }
 };
@@ -188,10 +189,12 @@ struct AttentionInputs {
       }
       for (int t = shared; t < c.sequences[s].seq_len; ++t) {
         if (t % c.block_size == 0) table[t / c.block_size] = order[used++];
+        const bool is_loud = c.loudest > 1 && generator() % 8 == 0;
+        const double loudness = is_loud ? uniform(1, c.loudest) : 1;
         for (int64_t i = 0; i < int64_t{c.num_kv_heads} * c.head_dim; ++i) {
           const int head = static_cast<int>(i / c.head_dim);
           const int64_t at = key_offset(s, t, head) + i % c.head_dim;
-          keys.set(at, uniform(-2, 2) / scale_of(key_scales, head));
+          keys.set(at, loudness * uniform(-2, 2) / scale_of(key_scales, head));
           values.set(at, uniform(-1, 1) / scale_of(value_scales, head));
         }
       }
