@@ -183,8 +183,9 @@ def differences(folder: Path, oracle: Any, seed: int) -> list[tuple[str, float, 
 
 
 def _stream_recorder(streams: list[list[torch.Tensor]], index: int) -> Callable[..., None]:
-    def record(_: Any, args: tuple[Any, ...], contribution: torch.Tensor) -> None:
-        streams[index].append(args[1] + contribution)
+    def record(_: Any, __: Any, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        contribution, stream = out
+        streams[index].append(stream + contribution)
 
     return record
 

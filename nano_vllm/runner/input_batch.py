@@ -227,7 +227,6 @@ class InputBatch:
         """Block tables by table row; and of padded batches, whose tensors must not move."""
         self._sent = np.zeros((max_num_seqs, 2), dtype=np.int64)
         """What each table row holds: the id of a decode row, and how many of its blocks."""
-        self._ordinals = torch.arange(max_num_tokens + 1, dtype=torch.int32, device=device)
         self._workspaces: dict[int, torch.Tensor] = {}
         """By the sliding windows of the layers, which need a plan each."""
         if on_gpu:
@@ -530,11 +529,11 @@ class InputBatch:
 
     def last_tokens(self, attention: AttentionMetadata) -> LastTokens:
         """Of each sequence of a step; on the device. Padding stands for one without a meaning."""
-        num_seqs = len(attention.seq_lens)
+        starts = attention.query_start_loc
         alone = AttentionMetadata(
             attention.slot_mapping,
             attention.block_tables,
-            self._ordinals[: num_seqs + 1],
+            torch.arange(len(starts), dtype=starts.dtype, device=starts.device),
             attention.seq_lens.clamp(min=1),
             min_query_len=1,
             max_query_len=1,
@@ -542,8 +541,7 @@ class InputBatch:
             workspaces=attention.workspaces,
             is_planned=False,
         )
-        index = (attention.query_start_loc[1:] - 1).clamp_(min=0)
-        return LastTokens(index.long(), alone)
+        return LastTokens((starts[1:] - 1).clamp_(min=0).long(), alone)
 
     def plan(self, attention: AttentionMetadata) -> None:
         """Share out the attention's work; ahead of the layers, on the device."""
