@@ -79,8 +79,8 @@ struct RowStates {
 
 // The same for products that run while weights are made. Weights are powers of two of what scores
 // exceed a reference by, which lies kLead above the highest score when it is set and stays while no
-// weight reaches 2: outputs are rarely rescaled, and no exponential waits for a maximum. kLead is
-// what the 16-bit type holds as exactly as 1.
+// weight reaches 2: outputs are rarely rescaled, and no exponential waits for a maximum. Weights of
+// 2^-kLead, and those below that count beside it, are held as exactly as about 1.
 template <class T>
 struct LazyRowStates {
   static constexpr float kLead = std::is_same_v<T, __half> ? 3 : 7;
@@ -89,7 +89,7 @@ struct LazyRowStates {
   float reference[2] = {-kInfinity, -kInfinity};
   float sum[2] = {0, 0};  // of this lane's columns alone
 
-  // Turns a row's scores times scale into weights, packed as left operands of the next product.
+  // Turns both rows' scores times scale into weights, packed as left operands of the next product.
   // False, and no state changed, if one reaches 2: the warp's rows have to follow, with the same
   // scores. Of rows that saw no column yet all reach it.
   template <int kColumnTiles>

@@ -612,9 +612,9 @@ __device__ void attend(const AttentionLaunch& p, const typename Shape::Rows& gro
     } else if (!keeps_out) {
       rescale_rows(out, rescale);
     }
-    // Registers that a product reads may not be written while another is under way, says ptxas,
-    // whichever: it would let them run one by one. Weights were made meanwhile, so this has to be
-    // more than another name.
+    // ptxas runs all products one by one if a register that one reads is written while another is
+    // under way. The weights were made meanwhile, so they come to those registers now, and by an
+    // instruction: a plain copy it would take out.
 #pragma unroll
     for (int i = 0; i < kTileTokens / 16; ++i) {
 #pragma unroll

@@ -18,8 +18,10 @@ hide is a few hundredths of the step.
 """
 ACTIVATION_SHARE = 1 / 32
 """Of a GPU's memory, for the activations of a step, where that many tokens are not asked for."""
-LEAST_SKIPPED_TOKENS = 64
-"""That must be left out of the last layer for it to be worth gathering the others."""
+LEAST_SKIPPED_TOKENS = 256
+"""That must be left out of the last layer for it to be worth gathering the others: products of
+fewer take a GPU about as long as those of one, as they read the same weights.
+"""
 MAX_GRAPH_TOKENS = 2048
 """Of a step with prompts that is a CUDA graph. The kernels of longer ones take longer than their
 launches.

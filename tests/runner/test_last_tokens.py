@@ -15,6 +15,7 @@ from nano_vllm.runner import model_worker
 from tests.models.checkpoints import make_checkpoint
 
 NUM_LAYERS = 3
+LEAST = 64
 PROMPT_LENS = (90, 7, 33)
 
 
@@ -29,6 +30,7 @@ def rows_of_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return forward(mlp, x)
 
     monkeypatch.setattr(GatedMLP, "forward", counted)
+    monkeypatch.setattr(model_worker, "LEAST_SKIPPED_TOKENS", LEAST)  # the prompts are short
     return rows
 
 
@@ -84,10 +86,11 @@ def test_rows_of_prompts_with_logprobs(
 
 
 def test_little_is_not_worth_it(tmp_path: Path, seed: int, rows_of_layers: list[int]) -> None:
-    prompt = draw_prompts(tmp_path, seed)[2]
-    few = prompt[: model_worker.LEAST_SKIPPED_TOKENS]
-    generate(tmp_path, [few])
-    assert rows_of_layers[:NUM_LAYERS] == [len(few)] * NUM_LAYERS
+    prompt = draw_prompts(tmp_path, seed)[0]
+    for length, last in ((LEAST, LEAST), (LEAST + 1, 1)):
+        rows_of_layers.clear()
+        generate(tmp_path, [prompt[:length]])
+        assert rows_of_layers[:NUM_LAYERS] == [length] * (NUM_LAYERS - 1) + [last]
 
 
 @pytest.mark.parametrize("budget", [20, 41, 130])
