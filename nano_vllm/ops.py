@@ -239,6 +239,74 @@ def rotary_reshape_and_cache(
     )
 
 
+def qkv_linear(
+    query: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    positions: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """`rotary_reshape_and_cache` of the query, key and value that are input @ weight.T + bias, as
+    one kernel on CUDA, for any number of rows: nothing between is written, or rounded.
+
+    It needs sm_90, float16 or bfloat16, heads of 64 or 128 elements, which are rotated in pairs i
+    and i + head_dim / 2 (neox), and tensors that begin at multiples of 16 bytes, as do their rows
+    and heads. A row's bits do not depend on the others.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim]; padding tokens have theirs, too.
+        input: [num_tokens, in_features], a multiple of 8.
+        weight: [(num_heads + 2 * num_kv_heads) * head_dim, in_features]; those of the query's
+            heads, the key's and the value's.
+        bias: [(num_heads + 2 * num_kv_heads) * head_dim].
+        positions: [num_tokens], int64, each in [0, max_position).
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the input's dtype or
+            float8_e4m3fn.
+        value_cache: [num_blocks, block_size, num_kv_heads, head_dim], of the same dtype.
+        slot_mapping: [num_tokens], int64; block * block_size + row, negative for padding.
+        cos_sin_cache: [max_position, head_dim], float32; half cosines, then as many sines.
+        query_norm_weight: [head_dim].
+        key_norm_weight: [head_dim].
+        norm_eps: added to the mean of squares.
+        k_scale: [num_kv_heads], float32, positive; for a float8_e4m3fn cache; None for 1.
+        v_scale: [num_kv_heads], likewise.
+    """
+    _ops.qkv_linear(
+        query,
+        input,
+        weight,
+        bias,
+        positions,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        cos_sin_cache,
+        query_norm_weight,
+        key_norm_weight,
+        norm_eps,
+        k_scale,
+        v_scale,
+    )
+
+
+def qkv_linear_pays(weight: torch.Tensor, num_rows: int, head_dim: int) -> bool:
+    """Whether `qkv_linear` can take a weight [out_features, in_features], of heads that it can
+    rotate, and is faster for so many rows than torch's product with `rotary_reshape_and_cache`
+    behind it.
+    """
+    return bool(_ops.qkv_linear_pays(weight, num_rows, head_dim))
+
+
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
     """Copy KV blocks within a pool, all layers in one launch (copy-on-write).
 

@@ -4,10 +4,10 @@
 #include <string>
 
 #include "bindings/device.h"
+#include "bindings/linear_params.h"
 #include "bindings/ops.h"
 #include "bindings/tensor_checks.h"
 #include "layers/activation.h"
-#include "layers/linear.h"
 #include "layers/rms_norm.h"
 
 namespace nano_vllm {
@@ -87,21 +87,15 @@ void activate(const Tensor& out, const Tensor& input, Activation activation) {
 }
 
 #ifdef NANO_VLLM_CUDA
-// Multiples of 8 elements are multiples of 16 bytes.
-void check_in_vectors(const char* name, const Tensor& tensor) {
-  check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) % 8 == 0,
-        name, " must begin at a multiple of 16 bytes and have rows that do, got a stride of ",
-        tensor.stride(0));
-}
-
 void multiply_on_cuda(const LinearParams& params, const Tensor& out, const Tensor& input,
                       const Tensor& weight) {
   const CudaScope cuda_scope(input);
-  check(cuda::can_linear(params.dtype, params.in_features, params.out_features),
-        "linear on CUDA needs sm_90, float16 or bfloat16, and features in multiples of 8, got ",
-        name_of(params.dtype), " and a weight of ", shape_of(weight));
+  check_on_cuda(params, weight);
   check(params.is_gated || params.num_rows <= kLinearMaxRows, "linear takes at most ",
         kLinearMaxRows, " rows on CUDA, got ", params.num_rows);
+  check(params.num_rows <= kLinearMaxRows || cuda::can_gated_linear(params.out_features),
+        "linear_silu_and_mul of ", params.num_rows,
+        " rows needs an intermediate size in multiples of 32, got ", params.out_features);
   check_in_vectors("out", out);
   check_in_vectors("input", input);
   check_in_vectors("weight", weight);
@@ -111,27 +105,13 @@ void multiply_on_cuda(const LinearParams& params, const Tensor& out, const Tenso
 
 void multiply(const Tensor& out, const Tensor& input, const Tensor& weight,
               const std::optional<Tensor>& bias, bool is_gated) {
-  LinearParams params{};
-  params.dtype = float_dtype("input", input);
-  const ScalarType dtype = input.scalar_type();
-  check_shape("input", input, {-1, -1});
-  check_last_contiguous("input", input);
-  check_tensor("weight", weight, input, dtype, {-1, input.size(1)});
+  LinearParams params = linear_params_of(input, weight, bias, -1);
   check(!is_gated || weight.size(0) % 2 == 0, "weight must hold gate and up, got ", weight.size(0),
         " rows");
-  const int64_t out_features = weight.size(0) / (is_gated ? 2 : 1);
-  check_tensor("out", out, input, dtype, {input.size(0), out_features});
-  if (bias.has_value()) check_tensor("bias", *bias, input, dtype, {out_features});
+  if (is_gated) params.out_features /= 2;
+  check_tensor("out", out, input, input.scalar_type(), {input.size(0), params.out_features});
   params.out = out.mutable_data_ptr();
-  params.input = input.const_data_ptr();
-  params.weight = weight.const_data_ptr();
-  params.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   params.out_stride_row = out.stride(0);
-  params.input_stride_row = input.stride(0);
-  params.weight_stride_row = weight.stride(0);
-  params.num_rows = to_int32("num_rows", input.size(0));
-  params.in_features = to_int32("in_features", input.size(1));
-  params.out_features = to_int32("out_features", out_features);
   params.is_gated = is_gated;
   if (params.num_rows == 0 || params.out_features == 0) return;
 #ifdef NANO_VLLM_CUDA

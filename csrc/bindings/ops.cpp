@@ -49,6 +49,12 @@ STABLE_TORCH_LIBRARY(nano_vllm, library) {
       "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, Tensor cos_sin_cache, "
       "bool is_neox, Tensor? query_norm_weight, Tensor? key_norm_weight, float norm_eps, "
       "Tensor? k_scale, Tensor? v_scale) -> ()");
+  library.def(
+      "qkv_linear(Tensor(a!) query, Tensor input, Tensor weight, Tensor? bias, Tensor positions, "
+      "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, Tensor cos_sin_cache, "
+      "Tensor? query_norm_weight, Tensor? key_norm_weight, float norm_eps, "
+      "Tensor? k_scale, Tensor? v_scale) -> ()");
+  library.def("qkv_linear_pays(Tensor weight, int num_rows, int head_dim) -> bool");
   library.def("copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()");
   library.def("swap_blocks(Tensor src_cache, Tensor(a!) dst_cache, Tensor block_mapping) -> ()");
   library.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
@@ -92,6 +98,8 @@ STABLE_TORCH_LIBRARY_IMPL(nano_vllm, CompositeExplicitAutograd, library) {
   library.impl("paged_attention", TORCH_BOX(&nano_vllm::paged_attention));
   library.impl("reshape_and_cache", TORCH_BOX(&nano_vllm::reshape_and_cache));
   library.impl("rotary_reshape_and_cache", TORCH_BOX(&nano_vllm::rotary_reshape_and_cache));
+  library.impl("qkv_linear", TORCH_BOX(&nano_vllm::qkv_linear));
+  library.impl("qkv_linear_pays", TORCH_BOX(&nano_vllm::qkv_linear_pays));
   library.impl("copy_blocks", TORCH_BOX(&nano_vllm::copy_blocks));
   library.impl("swap_blocks", TORCH_BOX(&nano_vllm::swap_blocks));
   library.impl("rms_norm", TORCH_BOX(&nano_vllm::rms_norm));

@@ -36,6 +36,13 @@ void rotary_reshape_and_cache(const Tensor& positions, const Tensor& query, cons
                               const std::optional<Tensor>& key_norm_weight, double norm_eps,
                               const std::optional<Tensor>& k_scale,
                               const std::optional<Tensor>& v_scale);
+void qkv_linear(const Tensor& query, const Tensor& input, const Tensor& weight,
+                const std::optional<Tensor>& bias, const Tensor& positions, const Tensor& key_cache,
+                const Tensor& value_cache, const Tensor& slot_mapping, const Tensor& cos_sin_cache,
+                const std::optional<Tensor>& query_norm_weight,
+                const std::optional<Tensor>& key_norm_weight, double norm_eps,
+                const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale);
+bool qkv_linear_pays(const Tensor& weight, int64_t num_rows, int64_t head_dim);
 void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping);
 void swap_blocks(const Tensor& src_cache, const Tensor& dst_cache, const Tensor& block_mapping);
 

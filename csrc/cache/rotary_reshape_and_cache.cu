@@ -10,6 +10,7 @@
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "layers/rms_norm.cuh"
+#include "layers/rotary.cuh"
 
 namespace nano_vllm::cuda {
 namespace {
@@ -99,21 +100,6 @@ __device__ Vec<T> shuffle_partners(const Vec<T>& own, int at, int half) {
   return reinterpret_cast<const Vec<T>&>(theirs);
 }
 
-template <int kCount>
-__device__ void load_floats(float (&floats)[kCount], const float* address) {
-  if constexpr (kCount % Vec<float>::kSize == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += Vec<float>::kSize) {
-      const Vec<float> vec = load_vec(address + i);
-#pragma unroll
-      for (int j = 0; j < Vec<float>::kSize; ++j) floats[i + j] = vec.value[j];
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) floats[i] = address[i];
-  }
-}
-
 // Of the elements from `at`, which is less than 2 * half.
 template <bool kIsNeox, bool kIsAligned, int kSize>
 __device__ void load_angles(float (&cos)[kSize], float (&sin)[kSize], const float* angles, int at,
@@ -137,12 +123,6 @@ __device__ void load_angles(float (&cos)[kSize], float (&sin)[kSize], const floa
       sin[i] = element < 2 * half ? angles[half + pair] : 0.0f;
     }
   }
-}
-
-// x of a pair (x, y) turned by an angle: rotate(x, y, cos, -sin), and y: rotate(y, x, cos, sin).
-// Which product is fused with the sum is fixed, so that every kernel here gives the same bits.
-__device__ inline float rotate(float x, float partner, float cos, float sin) {
-  return __fmaf_rn(x, cos, __fmul_rn(partner, sin));
 }
 
 // Turns the elements that have partners.

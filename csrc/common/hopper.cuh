@@ -32,11 +32,13 @@ __device__ inline void load_box(void* to, const CUtensorMap& map, Barrier& barri
 // The same into the blocks of a cluster that the mask names, each at the place and with the barrier
 // that this block has.
 __device__ inline void load_box_for_cluster(void* to, const CUtensorMap& map, Barrier& barrier,
-                                            int c0, int c1, uint16_t blocks) {
+                                            int c0, int c1, int c2, int c3, int c4,
+                                            uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %5, %5}], [%2], %6;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(&barrier.state)), "r"(c0), "r"(c1), "r"(0), "h"(blocks)
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier.state)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "h"(blocks)
       : "memory");
 }
 
@@ -134,19 +136,20 @@ struct Warpgroup {
   // a [64, K] and b [kColumns, K], both with K along the columns of their tile.
   __device__ static void multiply(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b,
                                   bool is_sum);
+  // The same of sums that begin here: until then their registers are free for something else, where
+  // multiply reads them even with is_sum false.
+  __device__ static void start(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b);
   // a [64, 16] in registers, b [K, kColumns] with K along the rows of its tile.
   __device__ static void multiply(float (&sums)[kColumns / 8][4], const uint32_t (&a)[4],
                                   uint64_t b, bool is_sum);
 };
 
 // clang-format off
-#define SUMS_4(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
-#define SUMS_8(i)                                                                              \
-  "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3]), "+f"(sums[i + 1][0]), \
-      "+f"(sums[i + 1][1]), "+f"(sums[i + 1][2]), "+f"(sums[i + 1][3])
-#define SUMS_16(i) SUMS_8(i), SUMS_8(i + 2)
-#define SUMS_32(i) SUMS_16(i), SUMS_16(i + 4)
-#define SUMS_64(i) SUMS_32(i), SUMS_32(i + 8)
+#define SUMS_4(c, i) c(sums[i][0]), c(sums[i][1]), c(sums[i][2]), c(sums[i][3])
+#define SUMS_8(c, i) SUMS_4(c, i), SUMS_4(c, i + 1)
+#define SUMS_16(c, i) SUMS_8(c, i), SUMS_8(c, i + 2)
+#define SUMS_32(c, i) SUMS_16(c, i), SUMS_16(c, i + 4)
+#define SUMS_64(c, i) SUMS_32(c, i), SUMS_32(c, i + 8)
 #define NAMES_4 "%0, %1, %2, %3"
 #define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
 #define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -173,8 +176,17 @@ struct Warpgroup {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" c ", 0;\n"                                   \
                  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" NAMES_##count \
                  "}, %" a ", %" b ", p, 1, 1, 0, 0;\n}\n"                                          \
-                 : ALL_SUMS_##count                                                                     \
+                 : ALL_SUMS_##count("+f")                                                                     \
                  : "l"(left), "l"(right), "r"(int{is_sum}));                                       \
+  }                                                                                                \
+  template <>                                                                                      \
+  __device__ inline void Warpgroup<T, columns>::start(                                             \
+      float (&sums)[columns / 8][4], uint64_t left, uint64_t right) {                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" NAMES_##count \
+                 "}, %" a ", %" b ", p, 1, 1, 0, 0;\n}\n"                                          \
+                 : ALL_SUMS_##count("=f")                                                          \
+                 : "l"(left), "l"(right));                                                         \
   }                                                                                                \
   template <>                                                                                      \
   __device__ inline void Warpgroup<T, columns>::multiply(                                          \
@@ -182,22 +194,22 @@ struct Warpgroup {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" f ", 0;\n"                                   \
                  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" NAMES_##count \
                  "}, {%" a ", %" b ", %" c ", %" d "}, %" e ", p, 1, 1, 1;\n}\n"                   \
-                 : ALL_SUMS_##count                                                                     \
+                 : ALL_SUMS_##count("+f")                                                                     \
                  : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),             \
                    "r"(int{is_sum}));                                                              \
   }
 #define DEFINE_BOTH_TYPES(columns, count, ...)                                           \
   DEFINE_PRODUCTS(__half, "f16", columns, count, __VA_ARGS__)                            \
   DEFINE_PRODUCTS(__nv_bfloat16, "bf16", columns, count, __VA_ARGS__)
-#define ALL_SUMS_4 SUMS_4(0)
-#define ALL_SUMS_8 SUMS_8(0)
-#define ALL_SUMS_16 SUMS_16(0)
-#define ALL_SUMS_32 SUMS_32(0)
-#define ALL_SUMS_40 SUMS_32(0), SUMS_8(8)
-#define ALL_SUMS_48 SUMS_32(0), SUMS_16(8)
-#define ALL_SUMS_64 SUMS_64(0)
-#define ALL_SUMS_96 SUMS_64(0), SUMS_32(16)
-#define ALL_SUMS_128 SUMS_64(0), SUMS_64(16)
+#define ALL_SUMS_4(c) SUMS_4(c, 0)
+#define ALL_SUMS_8(c) SUMS_8(c, 0)
+#define ALL_SUMS_16(c) SUMS_16(c, 0)
+#define ALL_SUMS_32(c) SUMS_32(c, 0)
+#define ALL_SUMS_40(c) SUMS_32(c, 0), SUMS_8(c, 8)
+#define ALL_SUMS_48(c) SUMS_32(c, 0), SUMS_16(c, 8)
+#define ALL_SUMS_64(c) SUMS_64(c, 0)
+#define ALL_SUMS_96(c) SUMS_64(c, 0), SUMS_32(c, 16)
+#define ALL_SUMS_128(c) SUMS_64(c, 0), SUMS_64(c, 16)
 DEFINE_BOTH_TYPES(8, 4, "4", "5", "6", "7", "8", "9")
 DEFINE_BOTH_TYPES(16, 8, "8", "9", "10", "11", "12", "13")
 DEFINE_BOTH_TYPES(32, 16, "16", "17", "18", "19", "20", "21")

@@ -37,7 +37,8 @@ bool can_linear(DType dtype, int64_t in_features, int64_t out_features);
 // Rows and bases lie at multiples of 16 bytes. More rows than kLinearMaxRows only where gated.
 void linear(const LinearParams& params, cudaStream_t stream);
 
-// Of more rows than kLinearMaxRows; called by linear.
+// Of more rows than kLinearMaxRows; called by linear, for what can_gated_linear takes.
+bool can_gated_linear(int out_features);
 void gated_linear(const LinearParams& params, cudaStream_t stream);
 // Whether that is faster than torch's product and the activation behind it.
 bool gated_linear_pays(int num_rows, int in_features, int out_features);

@@ -141,7 +141,7 @@ def run_layer_ops(dtype: torch.dtype, offset: int) -> None:
 
 def run_linear(dtype: torch.dtype) -> None:
     for num_rows in (1, 9, 20, 300):
-        for in_features, out_features in ((64, 64), (1032, 72), (512, 520)):
+        for in_features, out_features in ((64, 64), (1032, 96), (512, 544)):
             input = normal(num_rows, in_features, dtype=dtype, offset=0)
             weight = normal(2 * out_features, in_features, dtype=dtype, offset=0)
             torch.cuda.synchronize()
@@ -149,6 +149,34 @@ def run_linear(dtype: torch.dtype) -> None:
             if num_rows <= ops.linear_max_rows(weight):
                 ops.linear(out, input, weight[:out_features])
             ops.linear_silu_and_mul(out, input, weight)
+
+
+def run_qkv_linear(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    for num_rows in (5, 140, 300):
+        for head_dim, num_heads, num_kv_heads in ((64, 3, 1), (128, 4, 2)):
+            input = normal(num_rows, 136, dtype=dtype, offset=0)
+            rows = (num_heads + 2 * num_kv_heads) * head_dim
+            weight, bias = (
+                normal(rows, *columns, dtype=dtype, offset=0) for columns in ((136,), ())
+            )
+            pool = normal(
+                2, num_rows // BLOCK_SIZE + 1, BLOCK_SIZE, num_kv_heads, head_dim,
+                dtype=cache_dtype, offset=0,
+            )  # fmt: skip
+            norm_weight = normal(head_dim, dtype=dtype, offset=0)
+            torch.cuda.synchronize()
+            ops.qkv_linear(
+                input.new_empty(num_rows, num_heads, head_dim),
+                input,
+                weight,
+                bias,
+                torch.arange(num_rows, device="cuda"),
+                *pool,
+                torch.arange(num_rows, device="cuda") - 1,
+                normal(num_rows, head_dim, dtype=torch.float32, offset=0),
+                query_norm_weight=norm_weight,
+                **scales(cache_dtype, num_kv_heads),
+            )
 
 
 def run_sampling(dtype: torch.dtype, offset: int) -> None:
@@ -197,5 +225,7 @@ if __name__ == "__main__":
             run_sampling(dtype, offset)
         if dtype != torch.float32:
             run_linear(dtype)
+            for cache_dtype in (dtype, torch.float8_e4m3fn):
+                run_qkv_linear(dtype, cache_dtype)
     torch.cuda.synchronize()
     print("ran every op")

@@ -89,6 +89,26 @@ def rotary_reshape_and_cache(draw: Draw, dtype: torch.dtype) -> Captured:
     return Captured(run, renew, [query, *cache])
 
 
+def qkv_linear(draw: Draw, dtype: torch.dtype) -> Captured:
+    dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+    query = torch.empty(NUM_TOKENS, NUM_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
+    weight = draw.normal((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, 64, dtype=dtype)
+    input = draw.normal(NUM_TOKENS, 64, dtype=dtype)
+    cos_sin_cache = draw.normal(MAX_POSITION, HEAD_DIM, dtype=torch.float32)
+    cache, slot_mapping = caches(draw, dtype), slots(draw)
+    positions = torch.zeros_like(slot_mapping)
+
+    def renew() -> None:
+        renew_normals(draw, [input, weight, cos_sin_cache])
+        slot_mapping.copy_(slots(draw))
+        positions.copy_(draw.integers(0, MAX_POSITION - 1, NUM_TOKENS, dtype=torch.int64))
+
+    def run() -> None:
+        ops.qkv_linear(query, input, weight, None, positions, *cache, slot_mapping, cos_sin_cache)
+
+    return Captured(run, renew, [query, *cache])
+
+
 def copy_blocks(draw: Draw, dtype: torch.dtype) -> Captured:
     shape = (3, 2, NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     pool, block_mapping = draw.normal(*shape, dtype=dtype), pairs(draw)
@@ -314,6 +334,7 @@ OPS: dict[str, Callable[[Draw, torch.dtype], Captured]] = {
         linear,
         linear_silu_and_mul,
         plan_attention,
+        qkv_linear,
         reshape_and_cache,
         rms_norm,
         rotary_reshape_and_cache,
@@ -366,6 +387,7 @@ def test_no_op_is_missing() -> None:
         "paged_attention_workspace_numel",
         "linear_max_rows",
         "linear_silu_and_mul_pays",
+        "qkv_linear_pays",
         "quantized_linear",
     }
     # On several ranks test_all_reduce replays it.
