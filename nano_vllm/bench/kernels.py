@@ -21,7 +21,7 @@ PARTS = (
     "paged_attention prefill",
     "paged_attention mixed",
     "reshape_and_cache rotary_reshape_and_cache copy_blocks",
-    "fused_add_rms_norm silu_and_mul linear linear_silu_and_mul",
+    "fused_add_rms_norm silu_and_mul linear linear_silu_and_mul qkv_linear",
     "sample_tokens",
 )
 

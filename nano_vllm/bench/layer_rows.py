@@ -109,6 +109,7 @@ def layer_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
         setup.row("silu_and_mul", heads, shape, seconds, moved=moved, is_paged=False, peers=peers),
         *_linear_rows(setup, heads),
         *_gated_rows(setup, heads),
+        *_qkv_rows(setup, heads),
     ]
 
 
@@ -172,6 +173,57 @@ def _gated_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
                 seconds,
                 flops=2 * num_rows * hidden * 6 * hidden,
                 is_paged=False,
+                peers={"torch": peer},
+            )
+        )
+    return rows
+
+
+def _qkv_rows(setup: Setup, heads: Heads) -> list[dict[str, Any]]:
+    """The projection of a hidden size to queries, keys and values, with their norms and rotation
+    and the write into the cache; torch's has our `rotary_reshape_and_cache` behind it.
+    """
+    device, dim = setup.device, heads.head_dim
+    counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+    hidden, out_features = heads.num_heads * dim, sum(counts) * dim
+    weight = torch.randn(out_features, hidden, device=device, dtype=setup.dtype) * hidden**-0.5
+    rows = []
+    for num_rows in (512, 2048, 8192):
+        if not ops.qkv_linear_pays(weight, num_rows, dim):
+            continue
+        x = torch.randn(num_rows, hidden, device=device, dtype=setup.dtype)
+        qkv = x.new_empty(num_rows, out_features)
+        heads_of = qkv.view(num_rows, -1, dim).split(counts, dim=1)
+        query = x.new_empty(num_rows, heads.num_heads, dim)
+        shape = (2, -(-num_rows // setup.block_size), heads.num_kv_heads, setup.block_size, dim)
+        cache = torch.empty(shape, device=device, dtype=setup.dtype).transpose(2, 3)
+        slots, positions = (torch.arange(num_rows, device=device) for _ in range(2))
+        cos_sin = torch.randn(num_rows, dim, device=device)
+        norm = torch.ones(dim, device=device, dtype=setup.dtype)
+        norms: dict[str, Any] = {
+            "query_norm_weight": norm,
+            "key_norm_weight": norm,
+            "norm_eps": 1e-6,
+        }
+        where = *cache, slots, cos_sin
+        torch.cuda.synchronize()  # the weights are at rest
+        ours = partial(ops.qkv_linear, query, x, weight, None, positions, *where, **norms)
+        product = partial(torch.mm, x, weight.T, out=qkv)
+        behind = partial(ops.rotary_reshape_and_cache, positions, *heads_of, *where, **norms)
+
+        def by_torch(product: Any = product, behind: Any = behind) -> None:
+            product()
+            behind()
+
+        timers = [repeat_timer([call], device) for call in (ours, by_torch)]
+        seconds, peer = alternate(timers)
+        rows.append(
+            setup.row(
+                "qkv_linear",
+                heads,
+                f"{num_rows} x {hidden} x {out_features}",
+                seconds,
+                flops=2 * num_rows * hidden * out_features,
                 peers={"torch": peer},
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ from nano_vllm.layers.norm import RMSNorm
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Key and value cache of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+CacheScales = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of a float8 cache's keys and values, each [num_kv_heads]; None for other caches."""
 
 
 def cache_scale(num_kv_heads: int, held: range) -> torch.Tensor:
@@ -71,8 +75,8 @@ class LastTokens:
 
 
 class Attention:
-    """Normalises (where a model does) and rotates a step's queries and keys, writes keys and values
-    into the cache, then attends over it.
+    """Normalises (where a model does) and rotates a step's queries and keys and writes keys and
+    values into the cache, and attends over it.
 
     Args:
         head_dim: elements per head.
@@ -99,6 +103,7 @@ class Attention:
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
     ) -> None:
+        self.head_dim = head_dim
         self.rope_is_neox = rope_is_neox
         self.scale = head_dim**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
@@ -106,7 +111,49 @@ class Attention:
         self.query_norm = query_norm
         self.key_norm = key_norm
 
-    def __call__(
+    def fuses(self, weight: torch.Tensor, num_tokens: int, cos_sin: torch.Tensor) -> bool:
+        """Whether `project_and_cache` is there for so many tokens, and faster than torch's product
+        with the kernel behind it.
+
+        Args:
+            weight: of the projection.
+        """
+        return (
+            cos_sin.shape[1] == self.head_dim
+            and self.rope_is_neox
+            and ops.qkv_linear_pays(weight, num_tokens, self.head_dim)
+        )
+
+    def project_and_cache(
+        self,
+        query: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        cache: LayerCache,
+        slot_mapping: torch.Tensor,
+        scales: CacheScales,
+    ) -> None:
+        """[num_tokens, in_features] -> query, [num_tokens, num_heads, head_dim], and keys and
+        values in the cache: the projection with all of `rotate_and_cache` as one kernel.
+        """
+        ops.qkv_linear(
+            query,
+            x,
+            weight,
+            bias,
+            positions,
+            *cache,
+            slot_mapping,
+            cos_sin,
+            **self._norms(),
+            k_scale=scales[0],
+            v_scale=scales[1],
+        )
+
+    def rotate_and_cache(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -114,20 +161,15 @@ class Attention:
         positions: torch.Tensor,
         cos_sin: torch.Tensor | None,
         cache: LayerCache,
-        metadata: AttentionMetadata,
-        k_scale: torch.Tensor,
-        v_scale: torch.Tensor,
-        last: LastTokens | None = None,
-    ) -> torch.Tensor:
-        """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim] -> as the
-        query, which is rotated in place; of the last tokens alone if they are given. The scales,
-        [num_kv_heads], count for a float8 cache.
+        slot_mapping: torch.Tensor,
+        scales: CacheScales,
+    ) -> None:
+        """[num_tokens, num_heads, head_dim], twice [num_tokens, num_kv_heads, head_dim]; the query
+        is rotated in place.
         """
-        is_float8 = cache[0].dtype == torch.float8_e4m3fn
-        scales = (k_scale, v_scale) if is_float8 else (None, None)
         if cos_sin is None:
             ops.reshape_and_cache(
-                key, value, *cache, metadata.slot_mapping, k_scale=scales[0], v_scale=scales[1]
+                key, value, *cache, slot_mapping, k_scale=scales[0], v_scale=scales[1]
             )
         else:
             ops.rotary_reshape_and_cache(
@@ -136,17 +178,22 @@ class Attention:
                 key,
                 value,
                 *cache,
-                metadata.slot_mapping,
+                slot_mapping,
                 cos_sin,
                 is_neox=self.rope_is_neox,
-                query_norm_weight=None if self.query_norm is None else self.query_norm.weight,
-                key_norm_weight=None if self.key_norm is None else self.key_norm.weight,
-                norm_eps=0.0 if self.query_norm is None else self.query_norm.eps,
+                **self._norms(),
                 k_scale=scales[0],
                 v_scale=scales[1],
             )
-        if last is not None:
-            query, metadata = query.index_select(0, last.index), last.attention
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        scales: CacheScales,
+    ) -> torch.Tensor:
+        """[num_tokens, num_heads, head_dim] -> the same shape."""
         workspace = metadata.workspaces.get(self.sliding_window)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         ops.paged_attention(
@@ -169,3 +216,12 @@ class Attention:
             v_scale=scales[1],
         )
         return out
+
+    def _norms(self) -> dict[str, Any]:
+        if self.query_norm is None or self.key_norm is None:
+            return {}
+        return {
+            "query_norm_weight": self.query_norm.weight,
+            "key_norm_weight": self.key_norm.weight,
+            "norm_eps": self.query_norm.eps,
+        }

@@ -89,6 +89,26 @@ class SelfAttention(nn.Module):
         metadata: AttentionMetadata,
         last: LastTokens | None,
     ) -> torch.Tensor:
+        is_float8 = cache[0].dtype == torch.float8_e4m3fn
+        scales = (self.k_scale, self.v_scale) if is_float8 else (None, None)
+        where = cache, metadata.slot_mapping, scales
+        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
+        if (
+            cos_sin is not None
+            and not self.norms_all_heads
+            and self.attention.fuses(weight, len(x), cos_sin)
+        ):
+            query = x.new_empty(len(x), self.num_heads, self.head_dim)
+            self.attention.project_and_cache(query, x, weight, bias, positions, cos_sin, *where)
+        else:
+            query, key, value = self._project(x)
+            self.attention.rotate_and_cache(query, key, value, positions, cos_sin, *where)
+        if last is not None:
+            query, metadata = query.index_select(0, last.index), last.attention
+        return self.o_proj(self.attention.attend(query, cache, metadata, scales).flatten(1))
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value, each [num_tokens, its heads, head_dim]."""
         qkv = self.qkv_proj(x)
         if self.norms_all_heads:
             start = 0
@@ -98,11 +118,7 @@ class SelfAttention(nn.Module):
                 norm.norm_in_place(qkv[:, start:end])
                 start = end
         qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        out = self.attention(
-            query, key, value, positions, cos_sin, cache, metadata, self.k_scale, self.v_scale, last
-        )
-        return self.o_proj(out.flatten(1))
+        return qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
 
 
 class GatedMLP(nn.Module):

@@ -103,8 +103,8 @@ def test_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_part_is_refused_before_anything_runs() -> None:
-    with pytest.raises(ValueError, match="--only 'q' is in none of the names"):
-        run("--only", "q")
+    with pytest.raises(ValueError, match="--only 'z' is in none of the names"):
+        run("--only", "z")
 
 
 def test_sampling_is_measured_once(capsys: pytest.CaptureFixture[str]) -> None:
