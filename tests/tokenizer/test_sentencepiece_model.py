@@ -44,6 +44,23 @@ def with_single_unknowns(ids: list[int]) -> list[int]:
     return [i for i, before in zip(ids, [None, *ids], strict=False) if (i, before) != (0, 0)]
 
 
+def assert_same_pieces(
+    ids: list[int], model: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
+    """Also where a text has several likeliest ways to be cut: of those whose scores are equal, the
+    library takes the one whose float32 sum comes out largest by its rounding.
+    """
+    found, expected = with_single_unknowns(ids), model.encode(text)
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model.serialized_model_proto())
+    if found != expected and proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+        scores = [sum(map(model.get_score, pieces)) for pieces in (found, expected)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-9, abs=0)
+        assert model.decode(found) == model.decode(expected)
+        return
+    assert found == expected, text
+
+
 def stream(tokenizer: Tokenizer, ids: list[int]) -> str:
     detokenizer = Detokenizer(tokenizer)
     return "".join([*(detokenizer.push(i) for i in ids), detokenizer.flush()])
@@ -66,9 +83,20 @@ def test_equals_sentencepiece(
 ) -> None:
     tokenizer, model = pair
     ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-    assert with_single_unknowns(ids) == model.encode(text)
+    assert_same_pieces(ids, model, text)
     assert stream(tokenizer, ids) == tokenizer.decode(ids)
     assert tokenizer.encode(text, parse_special=False) == [1, *ids]
+
+
+def test_equally_likely_pieces(tmp_path: Path) -> None:
+    """Four spaces and one, or one and four."""
+    model = train_sentencepiece(kind="unigram")
+    tokenizer = load(tmp_path, model.serialized_model_proto())
+    text = (
+        "inger mi日本한 73 theloß    日本aatheü 한ing한 ka, ingmiß ingmimiно ing日本 даkaing日本 "
+        "日本ertheß     "
+    )
+    assert_same_pieces(tokenizer.encode(text, False, parse_special=False), model, text)
 
 
 def test_texts_never_make_special_tokens(
@@ -80,7 +108,7 @@ def test_texts_never_make_special_tokens(
     assert tokenizer.encode("<s>a</s>", add_special_tokens=False)[::-1][:1] == [2]
     for text in TEXTS:
         plain = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-        assert with_single_unknowns(plain) == model.encode(text), text
+        assert_same_pieces(plain, model, text)
         assert not {1, 2} & set(plain)
 
 
