@@ -274,17 +274,10 @@ inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, int swizzle_bytes)
   return map;
 }
 
-// Of boxes of so many rows by the columns of a tile. The stride is in elements.
 template <class Tile>
 CUtensorMap make_matrix_map(const void* base, int64_t stride, int64_t rows, int64_t columns,
                             int box_rows) {
-  const auto row_bytes = static_cast<uint64_t>(2 * stride);
-  const uint64_t bytes = row_bytes * static_cast<uint64_t>(rows);
-  return make_tensor_map({base,
-                          {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows), 1, 1, 1},
-                          {row_bytes, bytes, bytes, bytes},
-                          {Tile::kBlockColumns, static_cast<uint32_t>(box_rows), 1, 1, 1}},
-                         Tile::kSwizzle);
+  return make_tensor_map(matrix_boxes<Tile>(base, stride, rows, columns, box_rows), Tile::kSwizzle);
 }
 
 }  // namespace nano_vllm::cuda

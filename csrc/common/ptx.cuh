@@ -79,6 +79,16 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Four floats past the first-level cache, and not ahead of what was written before.
+__device__ inline float4 load_past_cache(const float* address) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(address)
+               : "memory");
+  return x;
+}
+
 // 16 bytes of memory that several GPUs write and read: past the caches that are not common to all.
 // Each 8 bytes that are written together are seen together.
 __device__ inline void write_through(uint4* at, uint4 value) {

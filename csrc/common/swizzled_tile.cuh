@@ -89,4 +89,17 @@ struct BoxedTensor {
   uint32_t box[5];
 };
 
+// A matrix of 16-bit elements in boxes of so many rows by the columns of a tile. The stride is in
+// elements.
+template <class Tile>
+BoxedTensor matrix_boxes(const void* base, int64_t stride, int64_t rows, int64_t columns,
+                         int box_rows) {
+  const auto row_bytes = static_cast<uint64_t>(2 * stride);
+  const uint64_t bytes = row_bytes * static_cast<uint64_t>(rows);
+  return {base,
+          {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows), 1, 1, 1},
+          {row_bytes, bytes, bytes, bytes},
+          {Tile::kBlockColumns, static_cast<uint32_t>(box_rows), 1, 1, 1}};
+}
+
 }  // namespace nano_vllm::cuda

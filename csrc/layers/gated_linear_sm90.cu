@@ -22,7 +22,7 @@ struct SiluAndMul {
   int64_t out_stride_row;
   int32_t num_rows, out_features;
 
-  __device__ int2 halves(int column_tile) const {
+  __device__ Halves halves(int column_tile) const {
     const int gate = column_tile * (kHalfColumns / kChunkColumns);
     return {gate, gate + out_features / kChunkColumns};
   }

@@ -12,14 +12,6 @@ namespace qkv_linear_sm90 {  // not anonymous: for other architectures most of i
 
 using namespace tiled_linear_sm90;
 
-// Four floats past the first-level cache, not ahead of what was written before.
-__device__ inline void load_once(float* to, const float* from) {
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-               : "l"(from)
-               : "memory");
-}
-
 template <class T_, class Cache, int kHeadDim>
 struct RotaryAndCache {
   using T = T_;
@@ -31,7 +23,7 @@ struct RotaryAndCache {
   const T* bias;  // or nullptr
 
   // Of a row, for this lane's elements of a head's first half.
-  struct alignas(16) Angles {
+  struct Angles {
     float cos[kPairChunks][8], sin[kPairChunks][8];
   };
 
@@ -51,7 +43,7 @@ struct RotaryAndCache {
     Angles angles[2];
   };
 
-  __device__ int2 halves(int column_tile) const {
+  __device__ Halves halves(int column_tile) const {
     const int first = column_tile * kChunks;
     return {first, first + kChunks / 2};
   }
@@ -110,11 +102,15 @@ struct RotaryAndCache {
 #pragma unroll
       for (int e = 0; e < 8; e += 4) {
         const float* const at = cos + kChunkColumns * i + e;
-        load_once(angles.cos[i] + e, at);
-        load_once(angles.sin[i] + e, at + kHeadDim / 2);
+        put(angles.cos[i] + e, load_past_cache(at));
+        put(angles.sin[i] + e, load_past_cache(at + kHeadDim / 2));
       }
     }
     return angles;
+  }
+
+  __device__ static void put(float* to, const float4& x) {
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
   }
 
   __device__ static void add_bias(Rows& x, const T* bias) {

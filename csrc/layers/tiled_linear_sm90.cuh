@@ -48,11 +48,15 @@ __device__ inline void read_sums(float (&x)[8], const Sums& sums, int chunk, int
 
 // How a product ends, an argument of its kernel:
 //   using T: of input and weight.
-//   int2 halves(int column_tile): the rows of the weight where its two halves begin, in chunks.
+//   Halves halves(int column_tile): the rows of the weight where its two halves begin, in chunks.
 //   Early start(int row): what a thread reads ahead of the products, of its two rows.
 //   void prepare(Early& early): what it reads by that, ahead of the last products.
 //   void finish(const Early& early, int row, int column_tile, Sums& sums): called by whole warps,
 //     also for rows past the input's end.
+
+struct Halves {
+  int first, second;
+};
 
 struct Shared {
   alignas(1024) unsigned char input[kStages][Tile::bytes(kTileRows)];
@@ -103,7 +107,7 @@ __device__ void load_tiles(const Maps& maps, const Walk& walk, const Epilogue& e
   for (int tile = blockIdx.x / kClusterSize; tile < walk.size(); tile += gridDim.x / kClusterSize) {
     const Walk::Place place = walk.at(tile);
     const int row = (place.row * kClusterSize + rank) * kTileRows;
-    const int2 halves = epilogue.halves(place.column);
+    const Halves halves = epilogue.halves(place.column);
     for (int column = 0; column < walk.in_features; column += kStepColumns, at = at.next()) {
       shared.empty[at.index].wait(at.parity ^ 1);
       Barrier& full = shared.full[at.index];
@@ -111,10 +115,10 @@ __device__ void load_tiles(const Maps& maps, const Walk& walk, const Epilogue& e
       load_box(shared.input[at.index], maps.input, full, column, row, 0, 0, 0);
       if constexpr (kClusterSize == 2) {
         load_box_for_cluster(shared.weights[at.index][rank], maps.weight, full, column, 0, 0, 0,
-                             rank == 0 ? halves.x : halves.y, 0b11);
+                             rank == 0 ? halves.first : halves.second, 0b11);
       } else {
-        load_box(shared.weights[at.index][0], maps.weight, full, column, 0, 0, 0, halves.x);
-        load_box(shared.weights[at.index][1], maps.weight, full, column, 0, 0, 0, halves.y);
+        load_box(shared.weights[at.index][0], maps.weight, full, column, 0, 0, 0, halves.first);
+        load_box(shared.weights[at.index][1], maps.weight, full, column, 0, 0, 0, halves.second);
       }
     }
   }

@@ -1,7 +1,7 @@
-// CUDA C++ on a CPU, as far as the kernels tested here use it: a kernel's blocks run one after the
-// other, the threads of a block as fibers that take turns where they wait for one another. So the
-// kernels' indexing, masks, plans and barriers are tested, under AddressSanitizer too, where there
-// is no GPU. What is not seen: the order of unsynchronised memory accesses, and timing.
+// CUDA C++ on a CPU, as far as the kernels tested here use it: a kernel's clusters run one after
+// the other, the threads of their blocks as fibers that take turns where they wait for one another.
+// So the kernels' indexing, masks, plans and barriers are tested, under AddressSanitizer too, where
+// there is no GPU. What is not seen: the order of unsynchronised memory accesses, and timing.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-#define __shared__ static  // blocks run one after the other
+#define __shared__ static  // blocks run one after the other; no cluster's kernel has it
 #define __CUDA_ARCH__ 900
 #define __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -53,9 +53,18 @@ constexpr size_t kSharedBytes = 227 * 1024;
 
 unsigned char* shared_memory();  // [kSharedBytes], at a multiple of 1024
 
-// Runs body once for each thread of each block. A block whose threads all wait for ever is a
-// failure that ends the process.
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// The same of a block of the cluster that runs, and which of them this thread's is.
+unsigned char* shared_memory_of(int rank);
+int rank_in_cluster();
+
+// Runs body once for each thread of each block, the blocks of a cluster along x together. Threads
+// that all wait for ever are a failure that ends the process.
+void run_grid(dim3 grid, dim3 block, unsigned cluster_size, size_t shared_bytes,
+              const std::function<void()>& body);
+
+// A barrier among all threads of a cluster.
+void arrive_at_cluster();
+void wait_for_cluster();
 
 // Lets the other threads run until the condition holds.
 void wait_until(const std::function<bool()>& condition);
@@ -287,7 +296,13 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
 template <class... Parameters, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Args&... args) {
-  cuda_on_cpu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+  unsigned cluster_size = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      cluster_size = config->attrs[i].val.clusterDim.x;
+    }
+  }
+  cuda_on_cpu::run_grid(config->gridDim, config->blockDim, cluster_size, config->dynamicSmemBytes,
                         [&] { kernel(args...); });
   return cudaSuccess;
 }

@@ -17,6 +17,7 @@ namespace {
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr unsigned char kUnused = 0x5c;  // at the end of a stack
 constexpr int kMaxIdleRounds = 200;      // in which no thread gets on: none will
+constexpr unsigned kMaxClusterSize = 2;
 
 // Where a thread goes on. swapcontext would spend most of the time in system calls, and have
 // AddressSanitizer go over the whole stack.
@@ -27,7 +28,9 @@ struct Place {
 struct Fiber {
   Place place;
   std::unique_ptr<unsigned char[]> stack;  // with its first frame once the fiber has run
-  dim3 index;
+  dim3 index, block;
+  int rank = 0;               // of its block in the cluster
+  int64_t cluster_round = 0;  // what it waits for the end of
   bool is_done = false;
   const std::function<bool()>* waits_for = nullptr;
   uint32_t loads_under_way = 0;
@@ -45,10 +48,14 @@ struct Grid {
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   Place scheduler;
-  std::map<int, Meeting> meetings;
+  unsigned cluster_size = 1;
+  std::map<int, Meeting> meetings[kMaxClusterSize];  // of each block
+  Meeting of_cluster;
+
+  std::map<int, Meeting>& own_meetings() { return meetings[current->rank]; }
 } grid;
 
-alignas(1024) unsigned char shared_bytes[kSharedBytes];
+alignas(1024) unsigned char shared_bytes[kMaxClusterSize][kSharedBytes];
 
 // AddressSanitizer would take the jumps below for the end of the frames they leave.
 #define UNWATCHED __attribute__((noinline, no_sanitize("address")))
@@ -82,14 +89,18 @@ UNWATCHED void start(Fiber& fiber) {
   if (__builtin_setjmp(grid.scheduler.buffer) == 0) setcontext(&context);
 }
 
-void run_block() {
-  grid.meetings.clear();
-  std::memset(shared_bytes, 0xff, sizeof(shared_bytes));  // NaN, and no barrier
-  const size_t num_threads = blockDim.x;
+// From block first on.
+void run_cluster(dim3 first) {
+  for (auto& meetings : grid.meetings) meetings.clear();
+  grid.of_cluster = {};
+  std::memset(shared_bytes, 0xff, grid.cluster_size * kSharedBytes);  // NaN, and no barrier
+  const size_t num_threads = size_t{grid.cluster_size} * blockDim.x;
   if (grid.fibers.size() < num_threads) grid.fibers.resize(num_threads);
   for (size_t i = 0; i < num_threads; ++i) {
     Fiber& fiber = grid.fibers[i];
-    fiber.index = dim3(static_cast<unsigned>(i), 0, 0);
+    fiber.rank = static_cast<int>(i / blockDim.x);
+    fiber.index = dim3(static_cast<unsigned>(i % blockDim.x), 0, 0);
+    fiber.block = dim3(first.x + static_cast<unsigned>(fiber.rank), first.y, first.z);
     fiber.is_done = false, fiber.waits_for = nullptr, fiber.loads_under_way = 0;
   }
   size_t num_done = 0;
@@ -104,7 +115,7 @@ void run_block() {
       if (fiber.is_done || (fiber.waits_for != nullptr && !(*fiber.waits_for)())) continue;
       fiber.waits_for = nullptr;
       grid.current = &fiber;
-      threadIdx = fiber.index;
+      threadIdx = fiber.index, blockIdx = fiber.block;
       if (fiber.stack == nullptr) {
         start(fiber);
       } else {
@@ -128,17 +139,18 @@ void run_block() {
 
 }  // namespace
 
-unsigned char* shared_memory() { return shared_bytes; }
+unsigned char* shared_memory() { return shared_bytes[grid.current->rank]; }
+unsigned char* shared_memory_of(int rank) { return shared_bytes[rank]; }
+int rank_in_cluster() { return grid.current->rank; }
 
-void run_grid(dim3 size, dim3 block_size, size_t shared, const std::function<void()>& body) {
+void run_grid(dim3 size, dim3 block_size, unsigned cluster_size, size_t shared,
+              const std::function<void()>& body) {
   if (shared > kSharedBytes || block_size.y != 1 || block_size.z != 1) std::abort();
-  gridDim = size, blockDim = block_size, grid.body = &body;
+  if (cluster_size > kMaxClusterSize || size.x % cluster_size != 0) std::abort();
+  gridDim = size, blockDim = block_size, grid.body = &body, grid.cluster_size = cluster_size;
   for (unsigned z = 0; z < size.z; ++z) {
     for (unsigned y = 0; y < size.y; ++y) {
-      for (unsigned x = 0; x < size.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        run_block();
-      }
+      for (unsigned x = 0; x < size.x; x += cluster_size) run_cluster(dim3(x, y, z));
     }
   }
   land_writes();
@@ -153,10 +165,10 @@ void wait_until(const std::function<bool()>& condition) {
   go_on(self->place, grid.scheduler);
 }
 
-int64_t syncs_of_block() { return grid.meetings[0].generation; }
+int64_t syncs_of_block() { return grid.own_meetings()[0].generation; }
 
 void meet(int key, int rank, int count, void* data, const std::function<void(void**)>& run) {
-  Meeting& meeting = grid.meetings[key];
+  Meeting& meeting = grid.own_meetings()[key];
   meeting.data.resize(static_cast<size_t>(count));
   meeting.data[static_cast<size_t>(rank)] = data;
   const int64_t generation = meeting.generation;
@@ -166,10 +178,23 @@ void meet(int key, int rank, int count, void* data, const std::function<void(voi
 }
 
 void arrive(int key, int count) {
-  Meeting& meeting = grid.meetings[key];
+  Meeting& meeting = grid.own_meetings()[key];
   if (++meeting.num_here < count) return;
   meeting.num_here = 0;
   ++meeting.generation;
+}
+
+void arrive_at_cluster() {
+  Meeting& all = grid.of_cluster;
+  grid.current->cluster_round = all.generation;
+  if (++all.num_here < static_cast<int>(grid.cluster_size * blockDim.x)) return;
+  all.num_here = 0;
+  ++all.generation;
+}
+
+void wait_for_cluster() {
+  const int64_t round = grid.current->cluster_round;
+  wait_until([=] { return grid.of_cluster.generation != round; });
 }
 
 }  // namespace cuda_on_cpu

@@ -16,6 +16,10 @@ struct Barrier {
     expected = pending = static_cast<uint64_t>(arrivals);
   }
   void arrive() { arrive_behind(0); }
+  void arrive_at_block(int rank) {
+    reinterpret_cast<Barrier*>(cuda_on_cpu::shared_memory_of(rank) + shared_address(this))
+        ->arrive();
+  }
   // Bits of a load that are not in `loaded` say that it is not waited for.
   void arrive_behind(uint32_t loaded) {
     if ((cuda_on_cpu::loads_under_way() & ~loaded) != 0) {

@@ -31,14 +31,23 @@ inline CUtensorMap make_tensor_map(const BoxedTensor& tensor, int swizzle_bytes)
   return {tensor, swizzle_bytes};
 }
 
+template <class Tile>
+CUtensorMap make_matrix_map(const void* base, int64_t stride, int64_t rows, int64_t columns,
+                            int box_rows) {
+  return make_tensor_map(matrix_boxes<Tile>(base, stride, rows, columns, box_rows), Tile::kSwizzle);
+}
+
 // The address that the copy engine and the tensor cores make of one in a swizzled tile.
 inline uint32_t swizzle(uint32_t address, int swizzle_bytes) {
   const uint32_t mask = static_cast<uint32_t>(swizzle_bytes) / 16 - 1;
   return address ^ (address >> 7 & mask) << 4;
 }
 
-inline void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int c0, int c1, int c2,
-                     int c3, int c4) {
+inline void arrive_at_cluster_relaxed() { cuda_on_cpu::arrive_at_cluster(); }
+inline void wait_for_cluster() { cuda_on_cpu::wait_for_cluster(); }
+
+inline void load_box_for_cluster(void* to, const CUtensorMap& map, Barrier& barrier, int c0, int c1,
+                                 int c2, int c3, int c4, uint16_t blocks) {
   const BoxedTensor& tensor = map.tensor;
   const int64_t first[5] = {c0, c1, c2, c3, c4};
   const uint32_t start = shared_address(to);
@@ -56,15 +65,28 @@ inline void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int c0,
               is_inside = is_inside && c >= 0 && static_cast<uint64_t>(c) < tensor.size[i];
               offset += c * (i == 0 ? 2 : static_cast<int64_t>(tensor.stride[i - 1]));
             }
-            unsigned char* target =
-                cuda_on_cpu::shared_memory() + swizzle(start + at, map.swizzle_bytes);
-            if (is_inside) {
-              std::memcpy(target, static_cast<const unsigned char*>(tensor.base) + offset, 2);
-            } else {
-              std::memset(target, 0, 2);
+            for (int block = 0; blocks >> block != 0; ++block) {
+              if ((blocks >> block & 1) == 0) continue;
+              unsigned char* target =
+                  cuda_on_cpu::shared_memory_of(block) + swizzle(start + at, map.swizzle_bytes);
+              if (is_inside) {
+                std::memcpy(target, static_cast<const unsigned char*>(tensor.base) + offset, 2);
+              } else {
+                std::memset(target, 0, 2);
+              }
             }
           }
-  barrier.arrived(at);
+  const uint32_t where = shared_address(&barrier);
+  for (int block = 0; blocks >> block != 0; ++block) {
+    if ((blocks >> block & 1) == 0) continue;
+    reinterpret_cast<Barrier*>(cuda_on_cpu::shared_memory_of(block) + where)->arrived(at);
+  }
+}
+
+inline void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int c0, int c1, int c2,
+                     int c3, int c4) {
+  const auto own = static_cast<uint16_t>(1 << cuda_on_cpu::rank_in_cluster());
+  load_box_for_cluster(to, map, barrier, c0, c1, c2, c3, c4, own);
 }
 
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
@@ -104,6 +126,9 @@ struct DescribedMatrix {
 
 template <class T, int kColumns>
 struct Warpgroup {
+  static void start(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b) {
+    multiply(sums, a, b, false);
+  }
   static void multiply(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b, bool is_sum) {
     const DescribedMatrix left(a), right(b);
     run(

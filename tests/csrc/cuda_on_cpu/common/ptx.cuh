@@ -79,6 +79,10 @@ inline void commit_copies() {}
 template <int kPending>
 void wait_copies() {}
 
+inline float4 load_past_cache(const float* address) {
+  return {address[0], address[1], address[2], address[3]};
+}
+
 inline void write_through(uint4* at, uint4 value) { cuda_on_cpu::write_common(at, value); }
 inline uint4 read_through(const uint4* at) { return cuda_on_cpu::read_common(at); }
 inline void release_to_system(uint32_t* at, uint32_t value) {
