@@ -477,7 +477,7 @@ def linear(
 
 def linear_silu_and_mul(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor) -> None:
     """out = silu(input @ gate.T) * (input @ up.T) on CUDA, under the conditions of `linear` but for
-    any number of rows.
+    any number of rows; of more than 32 the intermediate size is a multiple of 32.
 
     A row's bits do not depend on the others, but differ between up to 32 rows and more.
 

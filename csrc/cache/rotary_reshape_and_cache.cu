@@ -100,6 +100,21 @@ __device__ Vec<T> shuffle_partners(const Vec<T>& own, int at, int half) {
   return reinterpret_cast<const Vec<T>&>(theirs);
 }
 
+template <int kCount>
+__device__ void load_floats(float (&floats)[kCount], const float* address) {
+  if constexpr (kCount % Vec<float>::kSize == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += Vec<float>::kSize) {
+      const Vec<float> vec = load_vec(address + i);
+#pragma unroll
+      for (int j = 0; j < Vec<float>::kSize; ++j) floats[i + j] = vec.value[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) floats[i] = address[i];
+  }
+}
+
 // Of the elements from `at`, which is less than 2 * half.
 template <bool kIsNeox, bool kIsAligned, int kSize>
 __device__ void load_angles(float (&cos)[kSize], float (&sin)[kSize], const float* angles, int at,

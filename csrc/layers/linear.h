@@ -1,5 +1,5 @@
 // Matrix product with few rows, as a decode step has them: it streams the weights once at memory
-// speed. Products of more rows are torch's, but for those by gate and up.
+// speed. Products of more rows are torch's, but for those by gate and up and those of qkv_linear.h.
 #pragma once
 
 #include <cstdint>

@@ -33,8 +33,6 @@ TOLD_AT_ONCE = 32
 """Requests that are told what they gained, some 30 us each, before the event loop looks at what
 else has come: a new request, or the first token of one, waits for no more of them.
 """
-
-
 MAX_TURNS = 20
 """Of the event loop, for others, between two such bunches."""
 IDLE_TURN = 3e-5
@@ -176,7 +174,8 @@ class AsyncLLM:
             self._processes.send(Abort(unfinished))
 
     def fail_all(self, message: str) -> None:
-        """End all requests with an error."""
+        """End all requests with an error, behind what they gained."""
+        self._tell(len(self._gained))
         for output in self._outputs():
             self.abort(output)
             output.fail(EngineError(message))
@@ -263,7 +262,7 @@ class AsyncLLM:
                 if reader is None:
                     continue
                 if not reader.has_begun:  # a first token is waited for
-                    reader.has_begun = True
+                    reader.has_begun = not delta.is_part
                     self._put(reader, delta)
                 elif delta.request_id in self._gained:
                     self._gained[delta.request_id].absorb(delta)
@@ -274,6 +273,7 @@ class AsyncLLM:
         elif isinstance(message, Refused):
             reader = self._readers.get(message.request_id)
             if reader is not None:
+                self._tell(len(self._gained))  # other prompts of its call, too
                 self.abort(reader.output)
                 reader.output.fail(ValueError(message.message))
         elif isinstance(message, Pong):

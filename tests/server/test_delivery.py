@@ -19,6 +19,7 @@ from nano_vllm.engine.messages import (
     Deltas,
     FromEngine,
     Ready,
+    Refused,
     RequestDelta,
 )
 from nano_vllm.engine.output_stream import EngineError, OutputStream
@@ -157,6 +158,43 @@ def test_the_end_comes_behind_all_that_was_gained(monkeypatch: pytest.MonkeyPatc
             assert delta.finished
         with pytest.raises(EngineError, match="the engine is not running"):
             scene.submit()
+
+    play(monkeypatch, act)
+
+
+def test_an_error_comes_behind_what_was_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(scene: Scene, ids: list[str]) -> None:
+        refused = scene.submit()
+        scene.gain(ids, 1)
+        scene.engine.says.put_nowait(Refused(refused, "too long"))
+        while len(scene.told) < NUM_STREAMS:
+            await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="too long"):
+            await scene.outputs[-1].next()
+        scene.told.clear()
+        scene.gain(ids, 2)
+        while not scene.told:
+            await asyncio.sleep(0)
+        scene.llm.fail_all("the end")
+        assert scene.told == [(i, [2]) for i in ids]
+        for output in scene.outputs[:-1]:
+            ((_, delta),) = await output.next() or []
+            assert delta.completions[0].token_ids == [0, 1, 2]
+            with pytest.raises(EngineError, match="the end"):
+                await output.next()
+
+    play(monkeypatch, act)
+
+
+def test_a_first_token_behind_parts_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(scene: Scene, ids: list[str]) -> None:
+        late = scene.submit()
+        part = RequestDelta(late, [CompletionDelta(0, "", [])], False, is_part=True)
+        scene.gain(ids, 1)
+        scene.engine.says.put_nowait(Deltas([part]))
+        scene.gain([late], 1)
+        await scene.settle()
+        assert scene.told.index((late, [1])) <= 3 * TOLD_AT_ONCE
 
     play(monkeypatch, act)
 
