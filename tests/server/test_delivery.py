@@ -164,20 +164,24 @@ def test_the_end_comes_behind_all_that_was_gained(monkeypatch: pytest.MonkeyPatc
 
 def test_an_error_comes_behind_what_was_gained(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(scene: Scene, ids: list[str]) -> None:
-        refused = scene.submit()
-        scene.gain(ids, 1)
+        prompts = [([1, 2], SamplingParams())] * 2
+        output = scene.llm.submit(prompts, stream=True)
+        begun, refused = scene.engine.added[-2:]
+        scene.gain([begun], 0)
+        scene.gain([*ids, begun], 1)
         scene.engine.says.put_nowait(Refused(refused, "too long"))
-        while len(scene.told) < NUM_STREAMS:
-            await asyncio.sleep(0)
+        await scene.settle()
+        ((_, delta),) = await output.next() or []
+        assert delta.completions[0].token_ids == [0, 1]
         with pytest.raises(ValueError, match="too long"):
-            await scene.outputs[-1].next()
+            await output.next()
         scene.told.clear()
         scene.gain(ids, 2)
         while not scene.told:
             await asyncio.sleep(0)
         scene.llm.fail_all("the end")
         assert scene.told == [(i, [2]) for i in ids]
-        for output in scene.outputs[:-1]:
+        for output in scene.outputs:
             ((_, delta),) = await output.next() or []
             assert delta.completions[0].token_ids == [0, 1, 2]
             with pytest.raises(EngineError, match="the end"):
