@@ -304,7 +304,8 @@ def qkv_linear_pays(weight: torch.Tensor, num_rows: int, head_dim: int) -> bool:
     rotate, and is faster for so many rows than torch's product with `rotary_reshape_and_cache`
     behind it.
     """
-    return bool(_ops.qkv_linear_pays(weight, num_rows, head_dim))
+    # On a CPU the call alone would cost a layer some microseconds.
+    return weight.is_cuda and bool(_ops.qkv_linear_pays(weight, num_rows, head_dim))
 
 
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:

@@ -103,26 +103,12 @@ class Attention:
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
     ) -> None:
-        self.head_dim = head_dim
         self.rope_is_neox = rope_is_neox
         self.scale = head_dim**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
         self.softcap = softcap
         self.query_norm = query_norm
         self.key_norm = key_norm
-
-    def fuses(self, weight: torch.Tensor, num_tokens: int, cos_sin: torch.Tensor) -> bool:
-        """Whether `project_and_cache` is there for so many tokens, and faster than torch's product
-        with the kernel behind it.
-
-        Args:
-            weight: of the projection.
-        """
-        return (
-            cos_sin.shape[1] == self.head_dim
-            and self.rope_is_neox
-            and ops.qkv_linear_pays(weight, num_tokens, self.head_dim)
-        )
 
     def project_and_cache(
         self,
@@ -137,7 +123,8 @@ class Attention:
         scales: CacheScales,
     ) -> None:
         """[num_tokens, in_features] -> query, [num_tokens, num_heads, head_dim], and keys and
-        values in the cache: the projection with all of `rotate_and_cache` as one kernel.
+        values in the cache: the projection with all of `rotate_and_cache` as one kernel, where
+        `ops.qkv_linear` can.
         """
         ops.qkv_linear(
             query,

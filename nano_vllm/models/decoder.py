@@ -77,6 +77,11 @@ class SelfAttention(nn.Module):
             query_norm=None if self.norms_all_heads else self.q_norm,
             key_norm=None if self.norms_all_heads else self.k_norm,
         )
+        self.fuses_rotary = (
+            config.rope_is_neox
+            and config.rotary_dim in (None, head_dim)
+            and not self.norms_all_heads
+        )
         self.register_buffer("k_scale", cache_scale(config.num_kv_heads, held))
         self.register_buffer("v_scale", cache_scale(config.num_kv_heads, held))
 
@@ -94,9 +99,9 @@ class SelfAttention(nn.Module):
         where = cache, metadata.slot_mapping, scales
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         if (
-            cos_sin is not None
-            and not self.norms_all_heads
-            and self.attention.fuses(weight, len(x), cos_sin)
+            self.fuses_rotary
+            and cos_sin is not None
+            and ops.qkv_linear_pays(weight, len(x), self.head_dim)
         ):
             query = x.new_empty(len(x), self.num_heads, self.head_dim)
             self.attention.project_and_cache(query, x, weight, bias, positions, cos_sin, *where)
